@@ -1,0 +1,206 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""PeerConfig: every size and option of a PEER model, and the checks that refuse impossible ones."""
+
+import difflib
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2CLS
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.type_validators import interval
+
+# What may stand in a layer whose `mlp_layer_types` entry is "sparse".
+SPARSE_MLPS = ("peer",)
+
+
+@strict
+class PeerConfig(PreTrainedConfig):
+    r"""
+    Configuration of a decoder whose feed-forward is, in some layers, a PEER layer: `num_sub_keys**2` experts of one
+    neuron each, of which every token retrieves `num_retrieval_heads * num_experts_per_head` by product keys
+    (He 2024, arXiv:2407.04153). The other fields are those of [`LlamaConfig`].
+
+    Args:
+        mlp_layer_types (`list[str]`, *optional*):
+            `"sparse"` or `"dense"` for each layer. Unset, the middle layer is sparse and the others are dense, as in
+            the paper (block 6 of 12).
+        sparse_mlp (`str`, *optional*, defaults to `"peer"`):
+            What stands in the sparse layers.
+        parallel_dense_mlp (`bool`, *optional*, defaults to `False`):
+            Keep the dense MLP beside the sparse one and add the two outputs. The paper replaces the dense MLP.
+        num_sub_keys (`int`, *optional*, defaults to 1024):
+            Sub-keys per codebook, n. The pool has n² experts.
+        num_retrieval_heads (`int`, *optional*, defaults to 8):
+            Independent query networks, h. They share the experts.
+        num_experts_per_head (`int`, *optional*, defaults to 16):
+            Experts each head retrieves, k; at most `num_sub_keys`.
+        query_dim (`int`, *optional*, defaults to 256):
+            Width of one head's query, both halves together. The paper does not state it; this is the value of the
+            product-key memory notebook it cites.
+        share_sub_keys (`bool`, *optional*, defaults to `True`):
+            One pair of codebooks for all heads (paper) rather than one pair per head.
+        query_norm (`str`, *optional*, defaults to `"batch_norm"`):
+            Normalisation of the queries: `"batch_norm"` (paper), `"rms_norm"`, `"layer_norm"` or `"none"`.
+        gate_activation (`str`, *optional*, defaults to `"softmax"`):
+            `"softmax"` over the k scores of one head (paper), or `"sigmoid"` of each score.
+        expert_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the single neuron: any Transformers activation, or `"identity"`. The paper names ReLU and
+            GELU as examples and does not say which it used.
+        gated_experts (`bool`, *optional*, defaults to `False`):
+            GLU experts, `act(x · gate) * (x · down) * up`, with a third table.
+        share_expert_tables (`bool`, *optional*, defaults to `False`):
+            All sparse layers read and train the same expert tables; each keeps its own queries and sub-keys.
+        expert_dropout (`float`, *optional*, defaults to 0.0):
+            Probability of dropping a retrieved expert of a token in training.
+        classifier_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout before the head of [`PeerForTokenClassification`].
+
+    ```python
+    >>> from modeling_peer import PeerConfig, PeerForCausalLM
+
+    >>> config = PeerConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_sub_keys=128)
+    >>> config.num_peer_experts, config.num_active_experts, config.mlp_layer_types
+    (16384, 128, ['dense', 'sparse', 'dense', 'dense'])
+    >>> model = PeerForCausalLM(config)
+    ```"""
+
+    model_type = "peer"
+    keys_to_ignore_at_inference = ["past_key_values", "expert_ids", "expert_gates"]
+    # The tensor-parallel plan covers attention and the dense MLPs; sparse layers are replicated.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.dense_mlp.gate_proj": "colwise",
+        "layers.*.dense_mlp.up_proj": "colwise",
+        "layers.*.dense_mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    classifier_dropout: float = interval(min=0.0, max=1.0)(default=0.0)
+
+    mlp_layer_types: list[str] | None = None
+    sparse_mlp: str = "peer"
+    parallel_dense_mlp: bool = False
+    num_sub_keys: int = 1024
+    num_retrieval_heads: int = 8
+    num_experts_per_head: int = 16
+    query_dim: int = 256
+    share_sub_keys: bool = True
+    query_norm: Literal["batch_norm", "rms_norm", "layer_norm", "none"] = "batch_norm"
+    gate_activation: Literal["softmax", "sigmoid"] = "softmax"
+    expert_act: str = "gelu"
+    gated_experts: bool = False
+    share_expert_tables: bool = False
+    expert_dropout: float = interval(min=0.0, max=1.0)(default=0.0)
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.mlp_layer_types is None:
+            middle = (self.num_hidden_layers - 1) // 2
+            self.mlp_layer_types = ["sparse" if i == middle else "dense" for i in range(self.num_hidden_layers)]
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_peer_experts(self) -> int:
+        """Experts in the pool of one sparse layer, `num_sub_keys**2`."""
+        return self.num_sub_keys**2
+
+    @property
+    def num_active_experts(self) -> int:
+        """Experts one token passes through in one sparse layer, all heads together."""
+        return self.num_retrieval_heads * self.num_experts_per_head
+
+    def validate_architecture(self):
+        """Cross-field checks, run by `@strict` after construction and before saving."""
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}): choose sizes that divide."
+            )
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads}): each key-value head serves a whole group of query heads."
+            )
+        self._validate_layer_names()
+        self._validate_retrieval()
+
+    def _validate_layer_names(self):
+        # Transformers checks `mlp_layer_types` only in configurations that also have `layer_types`.
+        unknown = sorted(set(self.mlp_layer_types) - {"sparse", "dense"})
+        if unknown:
+            raise ValueError(
+                f'mlp_layer_types has {unknown}: each entry must be "sparse" or "dense"; '
+                f"what stands in the sparse layers is named by sparse_mlp, one of {list(SPARSE_MLPS)}."
+            )
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types names {len(self.mlp_layer_types)} layers, but num_hidden_layers is "
+                f"{self.num_hidden_layers}: give one entry per layer, or leave it unset to make the middle one sparse."
+            )
+        if self.sparse_mlp not in SPARSE_MLPS:
+            raise ValueError(_unknown_name("sparse_mlp", self.sparse_mlp, SPARSE_MLPS))
+        activations = ("identity", *ACT2CLS)
+        if self.expert_act not in activations:
+            raise ValueError(_unknown_name("expert_act", self.expert_act, activations))
+
+    def _validate_retrieval(self):
+        for name in ("num_sub_keys", "num_retrieval_heads", "num_experts_per_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.query_dim < 2 or self.query_dim % 2 != 0:
+            raise ValueError(
+                f"query_dim ({self.query_dim}) must be even and at least 2: a query is split into two halves, "
+                f"one per codebook. Try {max(2, self.query_dim + self.query_dim % 2)}."
+            )
+        if self.num_experts_per_head > self.num_sub_keys:
+            raise ValueError(
+                f"num_experts_per_head ({self.num_experts_per_head}) exceeds num_sub_keys ({self.num_sub_keys}): a "
+                f"head cannot retrieve more than {self.num_sub_keys} per codebook. Lower one or raise the other."
+            )
+
+
+def _unknown_name(field: str, name: str, known: tuple[str, ...]) -> str:
+    """Message for a `name` that `field` does not know, with the nearest one it does."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"{field}={name!r} is unknown.{hint} Known: {', '.join(known)}."
+
+
+__all__ = ["PeerConfig"]

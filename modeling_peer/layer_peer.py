@@ -1,0 +1,47 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""PeerLayer: retrieval and experts joined into a drop-in for any MLP."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_peer import PeerConfig
+from .experts_peer import PeerExperts
+from .retrieval_peer import PeerRetrieval
+
+
+class PeerLayer(nn.Module):
+    """Feed-forward of `num_sub_keys**2` single-neuron experts (He 2024, arXiv:2407.04153).
+
+        y = Σ_heads Σ_k gate · e_id(x)
+
+    Each head retrieves its own k experts from the one pool, and the heads' outputs are summed. `PeerLayer(config)` is
+    initialised and works by itself; `initialize=False` leaves that to the model that owns it, since drawing billions
+    of numbers twice takes a while.
+    """
+
+    def __init__(self, config: PeerConfig, initialize: bool = True):
+        super().__init__()
+        self.retrieval = PeerRetrieval(config)
+        self.experts = PeerExperts(config)
+        self.expert_dropout = config.expert_dropout
+        if initialize:
+            self.retrieval.reset_parameters()
+            self.experts.reset_parameters()
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `(..., hidden_size)`.
+            token_mask: `(...)`, true where a token is not padding; keeps padding out of BatchNorm's statistics.
+
+        Returns:
+            `(..., hidden_size)`, dtype of `hidden_states`.
+        """
+        gates, expert_ids = self.retrieval(hidden_states, token_mask)  # (..., h, k) each
+        gates = F.dropout(gates, p=self.expert_dropout, training=self.training)
+        # One row per token, the heads' experts side by side.
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        num_active = gates.shape[-2] * gates.shape[-1]
+        output = self.experts(tokens, expert_ids.view(-1, num_active), gates.view(-1, num_active))
+        return output.view(hidden_states.shape)

@@ -1,0 +1,370 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""The PEER decoder and its heads: Llama's blocks, with a PEER layer where `mlp_layer_types` says "sparse"."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .backends_peer import check_experts_implementation
+from .checkpoint_peer import describe_damage, staged_save
+from .configuration_peer import PeerConfig
+from .experts_peer import PeerExperts
+from .layer_peer import PeerLayer
+from .retrieval_peer import PeerRetrieval
+
+# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
+# then no other head, nor vLLM, could load the folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_peer.PeerConfig",
+    "AutoModel": "modeling_peer.PeerModel",
+    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
+}
+
+
+@dataclass
+class PeerModelOutputWithPast(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` and what the sparse layers retrieved, one entry per sparse layer.
+
+    Args:
+        expert_ids: with `output_expert_ids=True`; int64
+            `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` each.
+        expert_gates: with `output_expert_gates=True`; the gates of those experts, float32, same shapes.
+    """
+
+    expert_ids: tuple[torch.LongTensor, ...] | None = None
+    expert_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` and the retrieved experts of [`PeerModelOutputWithPast`]."""
+
+    expert_ids: tuple[torch.LongTensor, ...] | None = None
+    expert_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PeerDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PeerConfig, layer_idx: int):
+        super().__init__()
+        self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.mlp = PeerLayer(config, initialize=False) if self.is_sparse else LlamaMLP(config)
+        self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        output = self.mlp(hidden_states, token_mask) if self.is_sparse else self.mlp(hidden_states)
+        if self.dense_mlp is not None:
+            output = output + self.dense_mlp(hidden_states)
+        return residual + output
+
+
+class PeerPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving common to all PEER models."""
+
+    config: PeerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PeerDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["query_norm"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": PeerDecoderLayer,
+        "attentions": LlamaAttention,
+        "expert_ids": OutputRecorder(PeerRetrieval, index=1),
+        "expert_gates": OutputRecorder(PeerRetrieval, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (PeerRetrieval, PeerExperts)):
+            module.reset_parameters()
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
+        # Transformers knows the names of its coarse mixtures only. `None` stays: PEER chooses at each call, by device.
+        return check_experts_implementation(requested_experts)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks for a decorator in this file's text; our experts ask `backends_peer` instead.
+        return True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; a damaged weight file is named, with the bytes it lacks."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"Cannot read the weights of {pretrained_model_name_or_path} ({error}). "
+                f"{describe_damage(pretrained_model_name_or_path)} Copy or save the checkpoint again, or download it "
+                "again with force_download=True."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
+        complete. The code to load the model travels along, for every Auto class."""
+        self.config.auto_map = dict(AUTO_MAP)
+        if kwargs.get("distributed_checkpoint"):  # every rank writes into the same folder
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        with staged_save(save_directory, kwargs.get("variant")) as staging:
+            super().save_pretrained(staging, *args, **kwargs)
+        if push_to_hub:
+            self.push_to_hub(repo_id, **kwargs)
+
+
+class PeerModel(PeerPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self._tied_weights_keys = self._shared_tables()
+        self.post_init()
+
+    def _shared_tables(self) -> dict[str, str]:
+        """Expert tables of the later sparse layers, each with the first one's that it is to be."""
+        sparse = [i for i, layer in enumerate(self.layers) if layer.is_sparse]
+        if not self.config.share_expert_tables or not sparse:
+            return {}
+        names = [name for name, _ in self.layers[sparse[0]].mlp.experts.named_parameters()]
+        table = "layers.{}.mlp.experts.{}".format
+        return {table(i, name): table(sparse[0], name) for i in sparse[1:] for name in names}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # Transformers would tie only under `tie_word_embeddings`; shared expert tables do not depend on it.
+        return dict(self._tied_weights_keys)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PeerModelOutputWithPast:
+        """
+        Args:
+            input_ids: `(batch_size, sequence_length)`; or give `inputs_embeds`
+                `(batch_size, sequence_length, hidden_size)`.
+            attention_mask: `(batch_size, past + sequence_length)`, 0 for padding, or any mask Transformers takes.
+            position_ids: `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        token_mask = self._token_mask(attention_mask, inputs_embeds)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                token_mask=token_mask,
+                **kwargs,
+            )
+        return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _token_mask(self, attention_mask, inputs_embeds) -> torch.Tensor | None:
+        """Which of the current tokens are real, `(batch_size, sequence_length)`: for BatchNorm in training. Masks of
+        other ranks say who sees whom, not which tokens are padding."""
+        if not self.training or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].bool()
+
+
+class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
+    """The decoder with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.model = PeerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PeerCausalLMOutputWithPast:
+        """
+        Args:
+            labels: `(batch_size, sequence_length)`; -100 where no loss is wanted. Shifted inside.
+            logits_to_keep: compute logits of the last so many positions only (0: of all), or of these positions:
+                `(num_positions,)`, `(batch_size, num_positions)`, or a boolean `(batch_size, sequence_length)`.
+
+        The other arguments are those of [`PeerModel`].
+        """
+        outputs: PeerModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return PeerCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            expert_ids=outputs.expert_ids,
+            expert_gates=outputs.expert_gates,
+        )
+
+
+def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
+    # Transformers has this function too, but not yet in the oldest release we support.
+    if isinstance(positions, int):
+        return hidden_states[:, -positions:]
+    if positions.dim() == 2 and positions.dtype != torch.bool:
+        return torch.take_along_dim(hidden_states, positions.unsqueeze(-1), dim=1)
+    return hidden_states[positions] if positions.dim() == 2 else hidden_states[:, positions]
+
+
+# The Generic classes bring `forward`; their `__init__` would build the base model through AutoModel, which asks again
+# for consent to run code when the model was loaded from a folder's code.
+class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTrainedModel):
+    """The decoder with a classifier on the last token that is not padding."""
+
+    def __init__(self, config: PeerConfig):
+        PeerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PeerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PeerForTokenClassification(GenericForTokenClassification, PeerPreTrainedModel):
+    """The decoder with a classifier on every token."""
+
+    def __init__(self, config: PeerConfig):
+        PeerPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PeerModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel):
+    """The decoder with a span head: start and end logits of every token."""
+
+    def __init__(self, config: PeerConfig):
+        PeerPreTrainedModel.__init__(self, config)
+        self.model = PeerModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "PeerForCausalLM",
+    "PeerForQuestionAnswering",
+    "PeerForSequenceClassification",
+    "PeerForTokenClassification",
+    "PeerModel",
+    "PeerPreTrainedModel",
+]

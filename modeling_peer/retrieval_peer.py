@@ -1,0 +1,199 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Which experts a token gets: the query network, the product keys, and their exact top-k."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .backends_peer import RETRIEVAL_FUNCTIONS, choose
+from .configuration_peer import PeerConfig
+
+# Scores of one tile of tokens: 2**22 float32 values are 16 MiB for each codebook, whatever the number of tokens.
+MAX_TILE_SCORES = 2**22
+
+
+def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Retrieve the `top_k` best experts of every head without scoring them all.
+
+    A product key joins one sub-key from each codebook, so its score is a sum of two, and the best of
+    `num_sub_keys**2` are among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Of those only the pairs
+    whose ranks satisfy `(i + 1) * (j + 1) <= top_k` can win: any other is beaten by `top_k` pairs that rank no
+    lower in both lists. The result is exact. Tokens are scored tile by tile, so that memory beyond the results is
+    bounded by `MAX_TILE_SCORES` values a codebook, forward and backward (top-k keeps ids, not scores).
+
+    Args:
+        query: `(num_tokens, num_heads, query_dim)`.
+        sub_keys: both codebooks, `(2, num_sub_keys, query_dim // 2)` shared by all heads, or
+            `(num_heads, 2, num_sub_keys, query_dim // 2)`.
+        top_k: experts per head, at most `num_sub_keys`.
+
+    Returns:
+        scores: `(num_tokens, num_heads, top_k)`, float32 (float64 for float64 input), best first.
+        expert_ids: same shape, int64: `row * num_sub_keys + column`.
+    """
+    num_tokens, num_heads, _ = query.shape
+    num_sub_keys = sub_keys.shape[-2]
+    tile = max(1, MAX_TILE_SCORES // (num_heads * num_sub_keys))
+    # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number.
+    if num_tokens <= tile or torch.compiler.is_compiling():
+        return _top_k_of_tile(query, sub_keys, top_k)
+    tiles = [_top_k_of_tile(query_tile, sub_keys, top_k) for query_tile in query.split(tile)]
+    scores, expert_ids = zip(*tiles, strict=True)
+    return torch.cat(scores), torch.cat(expert_ids)
+
+
+def _top_k_of_tile(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    num_sub_keys = sub_keys.shape[-2]
+    # float32: in bfloat16 most tokens have ties at the last rank, and which expert wins would be an accident.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query, sub_keys = query.to(dtype), sub_keys.to(dtype)
+    codebooks = "hcnd" if sub_keys.dim() == 4 else "cnd"
+    with torch.autocast(query.device.type, enabled=False):
+        halves = query.unflatten(-1, (2, -1))  # (t, h, 2, query_dim // 2)
+        sub_scores = torch.einsum(f"thcd,{codebooks}->cthn", halves, sub_keys)  # (2, t, h, n)
+    (row_scores, column_scores), (rows, columns) = sub_scores.topk(top_k, dim=-1)  # (2, t, h, k) each
+
+    pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
+    i, j = torch.tensor(pairs, device=query.device).unbind(1)
+    scores, best = (row_scores[..., i] + column_scores[..., j]).topk(top_k, dim=-1)
+    expert_ids = (rows[..., i] * num_sub_keys + columns[..., j]).gather(-1, best)
+    return scores, expert_ids
+
+
+class PeerBatchNorm(nn.Module):
+    """BatchNorm of queries, made safe for language modelling (He 2024, section 3.3, enables it by default).
+
+    Differences from `nn.BatchNorm1d`: padding does not enter the statistics; fewer than two tokens are normalised
+    with the running statistics, which they leave alone; a forward recomputed by gradient checkpointing does not
+    count again; the statistics stay float32 in a half-precision model. In training a token's query depends, through
+    the batch's mean and variance, on the other tokens of the batch, later ones included; in evaluation on itself only.
+
+    Args:
+        num_features: features of one token's query, all heads together.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics; PyTorch's default.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.empty(num_features))
+        self.bias = nn.Parameter(torch.empty(num_features))
+        self.register_buffer("running_mean", torch.empty(num_features))
+        self.register_buffer("running_var", torch.empty(num_features))
+
+    def reset_parameters(self):
+        for ones in (self.weight, self.running_var):
+            init.ones_(ones)
+        for zeros in (self.bias, self.running_mean):
+            init.zeros_(zeros)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, momentum={self.momentum}"
+
+    def forward(self, query: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalise each feature of `query` `(num_tokens, num_features)`; `token_mask` `(num_tokens,)` is true
+        where a token is not padding."""
+        mean, variance = self.running_mean, self.running_var
+        if self.training:
+            mean, variance = self._batch_statistics(query, token_mask)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return query * scale + (self.bias - mean * scale)
+
+    def _batch_statistics(self, query, token_mask):
+        """Mean and variance of the real tokens, `(num_features,)` each; updates the running ones."""
+        real = query.new_ones(query.shape[0]) if token_mask is None else token_mask.to(query.dtype)
+        real = real.unsqueeze(1)  # (num_tokens, 1)
+        count = real.sum().clamp(min=1.0)
+        mean = (query * real).sum(0) / count
+        variance = ((query - mean).square() * real).sum(0) / count
+        # `where`, not `if`: the count is a tensor, and the forward must compile to one graph.
+        enough = count > 1
+        mean = torch.where(enough, mean, self.running_mean)
+        variance = torch.where(enough, variance, self.running_var)
+        if not _is_recomputation():
+            with torch.no_grad():
+                momentum = torch.where(enough, self.momentum, 0.0).to(self.running_mean.dtype)
+                unbiased = variance * torch.where(enough, count / (count - 1), 1.0)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        return mean, variance
+
+    def _apply(self, fn, recurse=True):
+        # `model.bfloat16()` and `.to(dtype)` come through here: move, but do not round statistics and scale.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward is gradient checkpointing's second run, inside the backward pass."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class PeerRetrieval(nn.Module):
+    """Query network and product keys: from hidden states to the ids and gates of the retrieved experts.
+
+        query = norm(x W_q + b);  ids, scores = top-k of the product keys;  gate = softmax(scores) per head
+
+    Scores are neither scaled nor perturbed, and nothing is dropped or balanced (He 2024, section 2).
+    """
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_retrieval_heads
+        self.top_k = config.num_experts_per_head
+        self.query_dim = config.query_dim
+        self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_dim)
+        self.query_norm = _query_norm(config)
+        codebooks = (2, config.num_sub_keys, self.query_dim // 2)
+        self.sub_keys = nn.Parameter(torch.empty(codebooks if config.share_sub_keys else (self.num_heads, *codebooks)))
+
+    def reset_parameters(self):
+        """Our choice, the paper states none: normalised queries then give product scores of variance one, so the
+        softmax over a head's k experts starts neither flat nor one-hot."""
+        init.normal_(self.query_proj.weight, std=self.config.initializer_range)
+        init.zeros_(self.query_proj.bias)
+        init.normal_(self.sub_keys, std=self.query_dim**-0.5)
+        if isinstance(self.query_norm, PeerBatchNorm):
+            self.query_norm.reset_parameters()
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `(..., hidden_size)`.
+            token_mask: `(...)`, true where a token is not padding; used in training by BatchNorm only.
+
+        Returns:
+            gates: `(..., num_heads, top_k)`, float32.
+            expert_ids: same shape, int64.
+        """
+        query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        if isinstance(self.query_norm, PeerBatchNorm):
+            query = self.query_norm(query, None if token_mask is None else token_mask.flatten())
+            query = query.unflatten(-1, (self.num_heads, self.query_dim))
+        else:
+            query = self.query_norm(query.unflatten(-1, (self.num_heads, self.query_dim)))
+
+        retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k)
+        scores, expert_ids = retrieve(query, self.sub_keys, self.top_k)
+        gates = scores.sigmoid() if self.config.gate_activation == "sigmoid" else scores.softmax(dim=-1)
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
+        return gates.view(shape), expert_ids.view(shape)
+
+
+def _query_norm(config: PeerConfig) -> nn.Module:
+    if config.query_norm == "batch_norm":
+        return PeerBatchNorm(config.num_retrieval_heads * config.query_dim)
+    if config.query_norm == "rms_norm":
+        return nn.RMSNorm(config.query_dim, eps=config.rms_norm_eps)
+    if config.query_norm == "layer_norm":
+        return nn.LayerNorm(config.query_dim)
+    return nn.Identity()
