@@ -1,0 +1,1 @@
+"""Measurements of a trained model. Reads a model, never changes it."""

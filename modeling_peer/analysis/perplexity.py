@@ -1,0 +1,167 @@
+"""Perplexity and bits per byte of a causal language model, as an `evaluate` measurement.
+
+    from modeling_peer.analysis.perplexity import CausalPerplexity
+    CausalPerplexity().compute(data=texts, model="path/or/id")
+
+or, since `evaluate` loads a file by its path and needs no network for it,
+
+    evaluate.load("modeling_peer/analysis/perplexity.py").compute(data=texts, model=model, tokenizer=tokenizer)
+
+Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere: import nothing of the package here.
+"""
+
+import math
+from collections.abc import Iterator
+
+import datasets
+import evaluate
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+_DESCRIPTION = """\
+Perplexity per token, and bits per byte of UTF-8 text, which compares models with different tokenizers. A window of
+`context_length` tokens slides over each text by `stride`; every token is scored once, with the context before it.
+"""
+
+_INPUTS = """\
+Args:
+    data: texts, each a document of its own.
+    model: a causal language model, or the folder or Hub id of one.
+    tokenizer: its tokenizer; needed with a model object, otherwise loaded from where the model is.
+    context_length: tokens the model sees at once. Default: its max_position_embeddings, at most 1024.
+    stride: tokens scored per window after the first, 1 to context_length. Smaller: more context, more time.
+        Default: half of context_length.
+    batch_size: windows per forward pass.
+    trust_remote_code: run model code that comes with the checkpoint.
+    show_progress: draw a progress bar.
+
+Returns:
+    perplexity: exp of the mean negative log-likelihood of a token.
+    bits_per_byte: negative log-likelihood in bits over UTF-8 bytes of text.
+    num_tokens, num_bytes: what was scored.
+    context_length, stride: as used.
+"""
+
+
+class CausalPerplexity(evaluate.Measurement):
+    """Sliding-window perplexity and bits per byte; see the module's docstring and `_INPUTS`."""
+
+    def __init__(self, *args, keep_in_memory: bool = True, **kwargs):
+        # in memory: runs side by side would contend for one cache file
+        super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
+
+    def _info(self):
+        return evaluate.MeasurementInfo(
+            module_type="measurement",
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"data": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self,
+        data,
+        model,
+        tokenizer=None,
+        context_length=None,
+        stride=None,
+        batch_size=8,
+        trust_remote_code=False,
+        show_progress=True,
+    ):
+        if isinstance(model, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if tokenizer is None:
+            raise ValueError("a model object needs its tokenizer too: compute(data=..., model=..., tokenizer=...).")
+        longest = getattr(model.config, "max_position_embeddings", None) or 1024
+        context_length = context_length or min(longest, 1024)
+        stride = stride or max(1, context_length // 2)
+        if context_length > longest:
+            raise ValueError(f"context_length ({context_length}) exceeds the model's {longest} positions.")
+        if not 1 <= stride <= context_length:
+            raise ValueError(f"stride ({stride}) must be from 1 to context_length ({context_length}).")
+
+        nats, num_tokens, num_bytes = 0.0, 0, 0
+        sequences = []
+        for text in data:
+            tokens, scored_bytes = _with_start_token(text, tokenizer)
+            if len(tokens) > 1:
+                sequences.append(tokens)
+                num_tokens += len(tokens) - 1
+                num_bytes += scored_bytes
+        if not num_tokens:
+            raise ValueError(f"nothing to score in {len(data)} texts: all empty, or a single token with none before.")
+
+        was_training = model.training
+        model.eval()
+        try:
+            with tqdm(total=num_tokens, desc="Scoring", unit=" tokens", disable=not show_progress) as progress:
+                for batch in _batches(_windows(sequences, context_length, stride), batch_size):
+                    batch_nats, batch_tokens = _score(model, batch)
+                    nats += batch_nats
+                    progress.update(batch_tokens)
+        finally:
+            model.train(was_training)
+        return {
+            "perplexity": math.exp(nats / num_tokens) if nats / num_tokens < 700 else math.inf,
+            "bits_per_byte": nats / math.log(2) / num_bytes,
+            "num_tokens": num_tokens,
+            "num_bytes": num_bytes,
+            "context_length": context_length,
+            "stride": stride,
+        }
+
+
+def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
+    """Token ids whose first is context only, and the bytes of text that the others stand for."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is not None:
+        return [start, *tokens], len(text.encode("utf-8"))
+    unscored = len(tokenizer.decode(tokens[:1]).encode("utf-8"))
+    return tokens, len(text.encode("utf-8")) - unscored
+
+
+def _windows(sequences: list[list[int]], context_length: int, stride: int) -> Iterator[tuple[list, list, int]]:
+    """Yield inputs, targets (one token ahead) and how many leading targets an earlier window has scored."""
+    for tokens in sequences:
+        inputs, targets = tokens[:-1], tokens[1:]
+        begin, scored = 0, 0
+        while scored < len(targets):
+            end = min(begin + context_length, len(targets))
+            yield inputs[begin:end], targets[begin:end], scored - begin
+            begin, scored = begin + stride, end
+
+
+def _batches(windows: Iterator, batch_size: int) -> Iterator[list]:
+    batch = []
+    for window in windows:
+        batch.append(window)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _score(model, batch: list[tuple[list, list, int]]) -> tuple[float, int]:
+    """Summed negative log-likelihood in nats, and the number of tokens scored."""
+    longest = max(len(inputs) for inputs, _, _ in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for row, (inputs, targets, num_scored_before) in enumerate(batch):
+        input_ids[row, : len(inputs)] = torch.tensor(inputs)
+        attention_mask[row, : len(inputs)] = 1
+        labels[row, num_scored_before : len(targets)] = torch.tensor(targets[num_scored_before:])
+    device = model.device
+    outputs = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False)
+    chosen = (labels != -100).to(device)
+    logits = outputs.logits[chosen].float()
+    nats = torch.nn.functional.cross_entropy(logits, labels.to(device)[chosen], reduction="none")
+    return nats.double().sum().item(), len(nats)

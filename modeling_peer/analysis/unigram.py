@@ -1,0 +1,24 @@
+"""The baseline that knows how often each token occurs and nothing of their order."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+
+def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tokenizer) -> float:
+    """Bits per UTF-8 byte of `texts` under token frequencies counted on the training text, add-one smoothed.
+
+    Args:
+        training_counts: `(vocab_size,)`, occurrences of each token.
+        texts: held-out documents.
+        tokenizer: the one that the counts are of.
+    """
+    probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
+    bits = -np.log2(probabilities)
+    total_bits, num_bytes = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        total_bits += math.fsum(bits[ids])
+        num_bytes += len(text.encode("utf-8"))
+    return total_bits / num_bytes

@@ -1,0 +1,26 @@
+"""What every script does around its work: plain messages for what the user can mend, one line of JSON at the end."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from modeling_peer.training.recipes import SettingsError
+
+
+def run_script(main: Callable[[], dict[str, Any]]) -> None:
+    """Call `main` and print the dict it returns as the last line, in JSON.
+
+    A `SettingsError` becomes one line on stderr and exit status 2; any other error keeps its traceback.
+    """
+    try:
+        result = main()
+    except SettingsError as error:
+        sys.exit(_fail(error))
+    if result:
+        print(json.dumps(result), flush=True)
+
+
+def _fail(error: SettingsError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2

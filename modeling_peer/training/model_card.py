@@ -1,0 +1,103 @@
+"""The card beside a trained model: what it is, on what data, with which settings, and what was measured."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_peer.training.recipes import REPOSITORY
+
+TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
+MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
+# paths say nothing to a reader elsewhere, and may name people
+PRIVATE_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token")
+PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset_name")
+LIMITS = (
+    "Trained for research on sparse experts. Not aligned or filtered: it repeats what its training text says, and "
+    "invents the rest."
+)
+
+
+def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
+    """Write `folder`/README.md.
+
+    Args:
+        folder: where the model is saved.
+        facts: `recipe`, `corpus`, `summary` and `model` of the run, as `train_language_model` has them.
+
+    Returns:
+        The path of the card.
+    """
+    recipe, corpus, summary, model = (facts[name] for name in ("recipe", "corpus", "summary", "model"))
+    results = [(words, summary[name]) for name, words in MEASURES.items() if name in summary]
+    title = (recipe.run.hub_model_id or str(Path(folder).resolve())).rpartition("/")[2]
+    base_model = None if recipe.model.model.endswith(".json") else recipe.model.model
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=_tags(model),
+            datasets=corpus.dataset_id,
+            base_model=base_model if base_model and not Path(base_model).exists() else None,
+            model_name=title,
+            eval_results=_eval_results(results, corpus) or None,
+        ),
+        template_path=str(TEMPLATE),
+        title=title,
+        repository=recipe.run.hub_model_id or title,
+        base_model=base_model and _without_folders(base_model),
+        peer=_peer_facts(model.config),
+        summary=summary,
+        results=results,
+        num_tokens=f"{model.config.vocab_size:,}",
+        prompt="import " if "Python" in corpus.description else "The ",
+        device=recipe.run.device.type.upper(),
+        settings=_settings(recipe.settings),
+        limits=LIMITS,
+    )
+    path = Path(folder, "README.md")
+    card.save(path)
+    return path
+
+
+def _tags(model) -> list[str]:
+    tags = [model.config.model_type, *(getattr(model, "model_tags", None) or [])]
+    return [*tags, "mixture-of-experts", "arxiv:2407.04153"] if model.config.model_type == "peer" else tags
+
+
+def _eval_results(results: list[tuple[str, float]], corpus) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=corpus.dataset_id or "text",
+            dataset_name=corpus.description,
+            metric_type=words.replace(" ", "_"),
+            metric_value=round(value, 5),
+        )
+        for words, value in results
+    ]
+
+
+def _peer_facts(config) -> dict[str, int] | None:
+    if config.model_type != "peer" or "sparse" not in config.mlp_layer_types:
+        return None
+    return {
+        "num_sparse_layers": config.mlp_layer_types.count("sparse"),
+        "num_layers": config.num_hidden_layers,
+        "num_peer_experts": config.num_peer_experts,
+        "num_active_experts": config.num_active_experts,
+    }
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    shown = {n: v for n, v in settings.items() if n not in PRIVATE_SETTINGS}
+    shown |= {n: _without_folders(shown[n]) for n in PATH_SETTINGS if n in shown}
+    plain = {n: v if isinstance(v, bool | int | float | list | dict) else str(v) for n, v in shown.items()}
+    return yaml.safe_dump(plain, sort_keys=True).strip()
+
+
+def _without_folders(name: str) -> str:
+    """A local path without the folders that only this machine has; Hub ids and relative paths stay whole."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name

@@ -1,0 +1,149 @@
+"""The network and the tokenizer a recipe asks for: new from a configuration, or loaded from a checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+
+import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+from modeling_peer.training.data import Corpus
+from modeling_peer.training.recipes import (
+    REPOSITORY,
+    ModelArguments,
+    SettingsError,
+    find_file,
+    nearest,
+    parse_overrides,
+)
+from modeling_peer.training.tokenizers import byte_tokenizer, train_byte_level_bpe
+
+PRESETS_FOLDER = "configuration/models"
+
+
+def is_new_model(model: str | None) -> bool:
+    """Whether `model` names a configuration rather than a checkpoint: a preset's name, or a .json file."""
+    return model is not None and (
+        model.endswith(".json") or Path(REPOSITORY, PRESETS_FOLDER, f"{model}.json").is_file()
+    )
+
+
+def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
+    """Read a configuration from JSON (any `model_type` known to AutoConfig), with fields overridden.
+
+    Raises:
+        SettingsError: no such file or field, or fields that do not fit each other.
+    """
+    path = find_file(model, PRESETS_FOLDER, ".json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")
+    fields |= overrides or {}
+    model_type = fields.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+        _require_known_fields(fields, default)
+        return AutoConfig.for_model(model_type, **fields)
+    except SettingsError:
+        raise
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise SettingsError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The configuration of the new model or of the checkpoint, overrides applied."""
+    if arguments.model is None:
+        raise SettingsError(
+            "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
+        )
+    overrides = parse_overrides(arguments.model_overrides)
+    if is_new_model(arguments.model):
+        return load_preset(arguments.model, overrides)
+    try:
+        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        _require_known_fields(overrides, config)
+        return AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code, **overrides)
+    except SettingsError:
+        raise
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        raise SettingsError(f"cannot open the checkpoint {arguments.model!r}: {error}") from error
+
+
+def load_tokenizer(
+    arguments: ModelArguments, config: PreTrainedConfig, corpus: Corpus, checkpoint: str | None
+) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer, and where it comes from in words.
+
+    Args:
+        arguments: `tokenizer` says which; see its help.
+        config: its vocab_size is how many tokens are learned unless the arguments say otherwise.
+        corpus: what a new tokenizer is learned from.
+        checkpoint: a run being resumed; its tokenizer is used whatever the arguments say.
+    """
+    wanted = arguments.tokenizer or ("train" if is_new_model(arguments.model) else arguments.model)
+    if checkpoint:
+        return _load_tokenizer(checkpoint, arguments), f"of the resumed run, {checkpoint}"
+    if wanted == "bytes":
+        return byte_tokenizer(), "one token a byte"
+    if wanted == "train":
+        size = arguments.tokenizer_vocab_size or config.vocab_size
+        try:
+            tokenizer = train_byte_level_bpe((row[corpus.text_column] or "" for row in corpus.train), size)
+        except ValueError as error:
+            raise SettingsError(f"tokenizer_{error}") from error
+        return tokenizer, f"byte-level BPE learned from the training text (at most {size} asked for)"
+    return _load_tokenizer(wanted, arguments), wanted
+
+
+def build_model(
+    arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """New weights, or the checkpoint's; a new model's vocabulary is its tokenizer's unless overridden.
+
+    Raises:
+        SettingsError: the tokenizer has more tokens than the model has embeddings, or the weights cannot be loaded.
+    """
+    new = is_new_model(arguments.model)
+    if new and "vocab_size" not in parse_overrides(arguments.model_overrides):
+        config.vocab_size = len(tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise SettingsError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings. "
+            + (f"Set --model_overrides vocab_size={len(tokenizer)}." if new else "Use the checkpoint's own tokenizer.")
+        )
+    if new:
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    options = {"dtype": getattr(torch, arguments.dtype, arguments.dtype)}
+    if arguments.experts_implementation:
+        options["experts_implementation"] = arguments.experts_implementation
+    try:
+        if new:
+            return AutoModelForCausalLM.from_config(config, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            arguments.model, config=config, trust_remote_code=arguments.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot build {arguments.model!r}: {error}") from error
+
+
+def _load_tokenizer(source: str, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
+
+
+def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
+    # a configuration keeps whatever it is given, so a misspelt field would silently do nothing
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
+    for name in fields:
+        if name not in known:
+            raise SettingsError(f"{type(config).__name__} has no field {name!r}.{nearest(name, known)}")

@@ -1,0 +1,54 @@
+"""The embedded corpus: the sources of the running interpreter's standard library, split by file.
+
+Real text of some 10 MB that every Python brings, so that a first run needs no download. It differs a little from one
+Python version to the next, so figures on it compare runs of one machine, not papers.
+"""
+
+import hashlib
+import sys
+import sysconfig
+from pathlib import Path
+
+from modeling_peer.training.recipes import SettingsError
+
+PYTHON_STDLIB = "python_stdlib"
+# tests are repetitive, site-packages differs everywhere; _sysconfigdata holds the build's own paths
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_PREFIXES = ("_sysconfigdata",)
+VALIDATION_PERCENT = 5
+
+
+def find_python_sources(root: str | Path | None = None) -> tuple[list[Path], list[Path]]:
+    """List the library's files as (train, validation), sorted; which side a file is on depends on its name alone.
+
+    Args:
+        root: the library's folder; that of the running interpreter by default (in a virtual environment too).
+
+    Raises:
+        SettingsError: the interpreter comes without its sources (zipped or stripped).
+    """
+    root = Path(root or sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_corpus(path, root))
+    train = [root / name for name in names if not is_validation(name)]
+    validation = [root / name for name in names if is_validation(name)]
+    if not train or not validation:
+        raise SettingsError(
+            f"this Python ({sys.executable}) has {len(names)} library sources under {root}: zipped or stripped. "
+            "Name your own text with --train_file (a file or a folder) or --dataset_name."
+        )
+    return train, validation
+
+
+def is_validation(name: str) -> bool:
+    """Whether the file of this relative path, with forward slashes, is held out (about VALIDATION_PERCENT are)."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") % 100 < VALIDATION_PERCENT
+
+
+def _is_corpus(path: Path, root: Path) -> bool:
+    relative = path.relative_to(root)
+    if SKIPPED_FOLDERS.intersection(relative.parts[:-1]) or path.name.startswith(SKIPPED_PREFIXES):
+        return False
+    try:
+        return bool(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, OSError):
+        return False  # a handful declare another encoding

@@ -1,0 +1,254 @@
+"""The settings of a run: dataclass defaults, then a YAML recipe, then the command line, the later one winning."""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class SettingsError(ValueError):
+    """The user's settings or files cannot work; the message has the numbers and the way out, no traceback needed."""
+
+
+@dataclass
+class ModelArguments:
+    """Which network and which tokenizer."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A configuration (.json file, or the name of one in configuration/models): new weights. "
+            "A checkpoint folder or Hub id: fine-tune it."
+        },
+    )
+    model_overrides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Configuration fields to change, as key=value pairs or one JSON object: "
+            'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.'
+        },
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "'train': byte-level BPE learned from the training text. 'bytes': one token a byte. "
+            "Otherwise a tokenizer folder or Hub id. Unset: the checkpoint's own, or 'train' for a new model."
+        },
+    )
+    tokenizer_vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens to learn with tokenizer 'train'. Unset: the configuration's vocab_size."},
+    )
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks for the device."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the stored weights. Mixed precision (--bf16) wants float32 here."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which text, how it is cut, what is held out."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub data set id or local data set folder. Unset, and no train_file: 'python_stdlib', the "
+            "running interpreter's own sources, which need no download."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, for those that have several."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split to evaluate on; if absent, validation_percent of the training rows is held out."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Text to train on: a UTF-8 file (.jsonl with a text column; .gz and .xz too) or a folder."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text to evaluate on, same forms. Unset: validation_percent is held out."}
+    )
+    validation_percent: float = field(
+        default=5.0, metadata={"help": "Percentage of rows held out from the end when no validation text is named."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False,
+        metadata={"help": "Rows of the data set are lines of one running text, not documents (WikiText is so)."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training text while training, never storing it; needs max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Rows among which a stream is shuffled; 0 keeps its order."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per example. Unset: the model's max_position_embeddings, at most 1024."},
+    )
+    preprocessing_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. Unset: one (the tokenizer itself is threaded)."}
+    )
+    max_evaluation_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Final perplexity and bits per byte use this much validation text. Unset: all of it."},
+    )
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """Trainer's own arguments; the fields here change a default or add what it lacks."""
+
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, trackio, ...: one, all or none."}
+    )
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to evaluate: no, steps (every eval_steps) or epoch."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two logged losses; below 1, a share of the whole run."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output_dir that holds a run; its checkpoints are deleted."}
+    )
+
+
+@dataclass
+class Recipe:
+    """Everything one run needs, and `settings`: what the user changed, for the model card and for repeating it."""
+
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    settings: dict[str, Any]
+
+
+def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
+    """Read `[recipe.yaml] --field value ...`.
+
+    Args:
+        arguments: the command line without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SettingsError: a recipe that is missing or not a mapping, or an unknown field, with the nearest known one.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    recipe_path = find_file(arguments.pop(0), "configuration/training", ".yaml") if _has_recipe(arguments) else None
+    recipe = read_yaml(recipe_path) if recipe_path else {}
+
+    groups = (ModelArguments, DataArguments, RunArguments)
+    parser = HfArgumentParser(groups, allow_abbrev=False, usage="%(prog)s [recipe.yaml] [--field value ...]")
+    known = {action.dest for action in parser._actions}
+    for name in recipe:
+        if name not in known:
+            raise SettingsError(f"{recipe_path}: unknown field {name!r}.{nearest(name, known)}")
+    defaults = vars(parser.parse_args([]))
+
+    recipe.setdefault("output_dir", f"runs/{recipe_path.stem if recipe_path else 'train_lm'}")
+    namespace, unknown = parser.parse_known_args(_as_command_line(recipe) + arguments)
+    for word in unknown:
+        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
+    # argparse keeps the last of two lists; overrides of the recipe and of the command line add up instead
+    inherited = _as_strings(recipe.get("model_overrides"))
+    if namespace.model_overrides != inherited:
+        namespace.model_overrides = inherited + namespace.model_overrides
+
+    values = vars(namespace)
+    settings = {n: v for n, v in sorted(values.items()) if v != defaults[n] and n != "hub_token"}
+    model, data, run = (
+        group(**{n: values[n] for n in group.__dataclass_fields__ if group.__dataclass_fields__[n].init})
+        for group in groups
+    )
+    return Recipe(model, data, run, settings)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` words and JSON objects into one dict; a value is JSON where it parses, else a string."""
+    result = {}
+    for word in overrides:
+        if word.lstrip().startswith("{"):
+            try:
+                result.update(json.loads(word))
+            except json.JSONDecodeError as error:
+                raise SettingsError(f"model_overrides is not valid JSON ({error}): {word}") from error
+            continue
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise SettingsError(f"model_overrides takes key=value pairs or a JSON object; got {word!r}.")
+        try:
+            result[key] = json.loads(value)
+        except json.JSONDecodeError:
+            result[key] = value
+    return result
+
+
+def nearest(name: str, known) -> str:
+    """A sentence that names the known word most like `name`, or nothing when none is near."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def find_file(name: str, folder: str, suffix: str) -> Path:
+    """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
+    candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
+    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known) or 'nothing'}.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe: one YAML mapping of fields to values."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
+    return recipe
+
+
+def _has_recipe(arguments: list[str]) -> bool:
+    return bool(arguments) and not arguments[0].startswith("-")
+
+
+def _as_command_line(recipe: dict[str, Any]) -> list[str]:
+    # through argparse, so that a recipe's values get the same types, choices and errors as the command line's
+    words = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        if name == "model_overrides" or isinstance(value, list):
+            strings = _as_strings(value)
+            words += [f"--{name}", *strings] if strings else []
+        else:
+            words.append(f"--{name}={_as_strings(value)[0]}")
+    return words
+
+
+def _as_strings(value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [text for item in value for text in _as_strings(item)]
+    return [value if isinstance(value, str) else json.dumps(value)]

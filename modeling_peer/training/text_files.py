@@ -1,0 +1,110 @@
+"""Text from files: plain, compressed (.gz, .xz) or JSON lines, one file or a folder of them."""
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from modeling_peer.training.recipes import SettingsError
+
+# looked for in a folder; a file named by itself may have any name
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
+COMPRESSED_SUFFIXES = (".gz", ".xz")
+REFUSED_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".zip", ".zst", ".bz2", ".tar")
+# a document longer than this becomes several rows, so that no row, and no batch of them, fills the memory
+PIECE_CHARACTERS = 16_384
+
+
+def find_text_files(path: str | Path) -> list[Path]:
+    """The files to read, in a fixed order.
+
+    Args:
+        path: a file, or a folder that is searched with its subfolders.
+
+    Raises:
+        SettingsError: nothing there, nothing readable as text there, or no text in it.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        files = [path]
+        if (suffix := path.suffix.lower()) in REFUSED_SUFFIXES:
+            raise SettingsError(
+                f"{path}: {suffix} is not read as text. Put the file in a folder and name that as --dataset_name."
+            )
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _text_suffix(p) in TEXT_SUFFIXES)
+        if not files:
+            found = sorted({p.suffix or "no suffix" for p in path.rglob("*") if p.is_file()})
+            raise SettingsError(
+                f"{path} holds no text files ({', '.join(TEXT_SUFFIXES)}, plain or {', '.join(COMPRESSED_SUFFIXES)}); "
+                f"it holds: {', '.join(found[:10]) or 'no files'}."
+            )
+    else:
+        raise SettingsError(f"no such file or folder: {path} (looked from {Path.cwd()}).")
+    return files
+
+
+def require_text(files: Iterable[Path], text_column: str) -> None:
+    """Raise SettingsError unless some file holds at least one character; reads only as far as the first."""
+    files = list(files)
+    for path in files:
+        if any(text for text, _ in read_pieces(path, text_column)):
+            return
+    raise SettingsError(f"no text in {files[0]}{f' and {len(files) - 1} more' if files[1:] else ''}: empty.")
+
+
+def read_pieces(path: Path, text_column: str) -> Iterator[tuple[str, bool]]:
+    """Read one file a piece at a time.
+
+    A file is one document, except .jsonl, where a line is.
+
+    Yields:
+        text: joined, the pieces of a document are exactly its text, line ends unchanged.
+        ends_document: whether this is the document's last piece.
+    """
+    try:
+        with open_text(path) as handle:
+            if _text_suffix(path) == ".jsonl":
+                for number, line in enumerate(handle, start=1):
+                    if line.strip():
+                        yield _text_of_row(line, text_column, f"{path} line {number}"), True
+                return
+            piece = _next_piece(handle)
+            while piece:
+                following = _next_piece(handle)
+                yield piece, not following
+                piece = following
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise SettingsError(f"{path} is not UTF-8 text: {error.reason} (byte {byte:#x}).") from error
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise SettingsError(f"{path} cannot be decompressed: {error}.") from error
+
+
+def open_text(path: Path):
+    """Open for reading as UTF-8, decompressing by suffix; newline="" keeps every byte of a line's end countable."""
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8", newline="")
+
+
+def _next_piece(handle) -> str:
+    # up to the end of the line, so that words stay whole; bounded, since some corpora have no line ends at all
+    piece = handle.read(PIECE_CHARACTERS)
+    return piece + handle.readline(PIECE_CHARACTERS) if piece else ""
+
+
+def _text_of_row(line: str, text_column: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{place} is not JSON: {error}.") from error
+    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise SettingsError(f"{place} has no text under {text_column!r}; it has: {keys}. Set --text_column.")
+    return row[text_column]
+
+
+def _text_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED_SUFFIXES else suffix

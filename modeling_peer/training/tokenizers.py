@@ -1,0 +1,74 @@
+"""Tokenizers learned from the training text: byte-level BPE, or one token a byte."""
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+NUM_BYTES = 256
+# merges settle long before; more text costs time and memory for the same tokens
+MAX_TRAINING_CHARACTERS = 50_000_000
+
+
+def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn merges of bytes, most frequent pair first (Sennrich et al. 2016; bytes as in GPT-2).
+
+    Every text can be encoded and decoded back, since all 256 bytes are tokens.
+
+    Args:
+        texts: read up to `MAX_TRAINING_CHARACTERS`.
+        vocab_size: tokens in all: the end-of-text token, 256 bytes, and merges. Small texts may give fewer.
+    """
+    smallest = NUM_BYTES + 1
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size ({vocab_size}) must be at least {smallest}: 256 bytes and {END_OF_TEXT}.")
+    tokenizer = _empty_tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+    )
+    tokenizer.train_from_iterator(_first_characters(texts), trainer)
+    return _wrap(tokenizer)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, 257 in all: nothing to learn, and bits per token are bits per byte."""
+    tokenizer = _empty_tokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_BYTES + 1,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([], trainer)
+    return _wrap(tokenizer)
+
+
+def _empty_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    # one token begins, ends and pads: packed training never pads, and the start of a text follows the end of another
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _first_characters(texts: Iterable[str]) -> Iterator[str]:
+    left = MAX_TRAINING_CHARACTERS
+    for text in texts:
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return
