@@ -140,7 +140,12 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; a damaged weight file is named, with the bytes it lacks."""
+        """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
+
+        Raises:
+            OSError: a weight file is damaged; it is named, with its size and the size its header announces.
+            RuntimeError: tensors do not have the configuration's shapes.
+        """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
@@ -148,6 +153,14 @@ class PeerPreTrainedModel(PreTrainedModel):
                 f"Cannot read the weights of {pretrained_model_name_or_path} ({error}). "
                 f"{describe_damage(pretrained_model_name_or_path)} Copy or save the checkpoint again, or download it "
                 "again with force_download=True."
+            ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise RuntimeError(
+                f"The weights of {pretrained_model_name_or_path} do not fit the configuration: the report above gives "
+                "both shapes of each tensor. Load them with the configuration they were saved with, or pass "
+                "ignore_mismatched_sizes=True to initialise those tensors anew."
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):

@@ -1,0 +1,47 @@
+# Every target makes the virtual environment it needs from a bare Python >= 3.10: `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN = $(VENV)/bin
+# The oldest supported Transformers is stated in setup.cfg, and only there.
+OLDEST = $(shell sed -n 's/^ *transformers>=\([0-9.]*\),.*/\1/p' setup.cfg)
+
+.PHONY: help quickstart test lint upstream test-oldest clean
+
+help:
+	@echo "make quickstart   train, evaluate, save, reload and sample a tiny PEER model (minutes on 2 cores)"
+	@echo "make test         the CPU test suite"
+	@echo "make lint         ruff: errors and formatting"
+	@echo "make upstream     Transformers' own common model tests, PEER beside Llama"
+	@echo "make test-oldest  the suite on the oldest supported Transformers ($(OLDEST))"
+	@echo "make clean        remove virtual environments and what the targets built"
+
+quickstart: $(VENV)/installed
+	$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(WORKERS) tests
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+upstream: $(VENV)/installed
+	$(BIN)/python tests/upstream/run.py
+
+test-oldest:
+	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' constraints.txt > constraints-oldest.txt
+	echo "transformers==$(OLDEST).*" >> constraints-oldest.txt
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+CONSTRAINTS ?= constraints.txt
+$(VENV)/installed: setup.cfg $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "modeling_peer needs Python 3.10 or newer, $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[train,test,lint]"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest build runs constraints-oldest.txt *.egg-info

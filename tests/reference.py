@@ -1,0 +1,96 @@
+"""The dumb oracles: loops and exhaustive search, straight from the paper's equations."""
+
+import torch
+
+
+def exhaustive_top_k(query, sub_keys, top_k):
+    """Score every product key of every head and take the best (He 2024, eqs. 1 and 4).
+
+    Shapes as in `product_key_top_k`; experts are numbered `row * num_sub_keys + column`.
+    """
+    all_scores = torch.stack(
+        [
+            torch.stack([_all_scores(query[t, h], _codebooks(sub_keys, h)) for h in range(query.shape[1])])
+            for t in range(query.shape[0])
+        ]
+    )  # (num_tokens, num_heads, num_peer_experts)
+    return all_scores.topk(top_k, dim=-1)
+
+
+def _codebooks(sub_keys, head):
+    return sub_keys[head] if sub_keys.dim() == 4 else sub_keys
+
+
+def _all_scores(query, codebooks):
+    half = query.shape[-1] // 2
+    return torch.stack(
+        [query[:half] @ row_key + query[half:] @ column_key for row_key in codebooks[0] for column_key in codebooks[1]]
+    )
+
+
+def score_of(query, sub_keys, expert_ids):
+    """Scores of the given experts, one by one; ties make ids ambiguous, never scores."""
+    num_sub_keys = sub_keys.shape[-2]
+    half = query.shape[-1] // 2
+    scores = torch.empty(expert_ids.shape, dtype=query.dtype)
+    for (t, h, k), expert_id in zip(
+        torch.ones_like(expert_ids).nonzero().tolist(), expert_ids.flatten().tolist(), strict=True
+    ):
+        rows, columns = _codebooks(sub_keys, h)
+        row, column = divmod(expert_id, num_sub_keys)
+        scores[t, h, k] = query[t, h, :half] @ rows[row] + query[t, h, half:] @ columns[column]
+    return scores
+
+
+def expert_mixture(hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed=None, activation=None):
+    """Sum the retrieved experts of each token one by one (He 2024, eqs. 3 and 6)."""
+    activation = activation or torch.nn.functional.gelu
+    outputs = []
+    for x, ids, token_gates in zip(hidden_states, expert_ids.tolist(), gates, strict=True):
+        y = torch.zeros_like(x)
+        for expert_id, gate in zip(ids, token_gates, strict=True):
+            neuron = x @ down_embed[expert_id]
+            neuron = activation(neuron) if gate_embed is None else activation(x @ gate_embed[expert_id]) * neuron
+            y = y + gate * neuron * up_embed[expert_id]
+        outputs.append(y)
+    return torch.stack(outputs) if outputs else hidden_states * 1.0
+
+
+def peer_layer(layer, hidden_states):
+    """A whole `PeerLayer` without query BatchNorm in training: `hidden_states` is `(num_tokens, hidden_size)`."""
+    retrieval, experts, config = layer.retrieval, layer.experts, layer.retrieval.config
+    query = hidden_states @ retrieval.query_proj.weight.T + retrieval.query_proj.bias
+    norm = retrieval.query_norm
+    if config.query_norm == "batch_norm":
+        query = (query - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    query = query.view(len(hidden_states), config.num_retrieval_heads, config.query_dim)
+    if config.query_norm == "rms_norm":
+        query = query / (query.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    if config.query_norm == "layer_norm":
+        centred = query - query.mean(-1, keepdim=True)
+        query = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    scores, expert_ids = exhaustive_top_k(query, retrieval.sub_keys, config.num_experts_per_head)
+    gates = scores.sigmoid() if config.gate_activation == "sigmoid" else scores.exp() / scores.exp().sum(-1, True)
+    return expert_mixture(
+        hidden_states,
+        expert_ids.flatten(1),
+        gates.flatten(1),
+        experts.down_embed,
+        experts.up_embed,
+        experts.gate_embed,
+        experts.activation,
+    )
+
+
+def peak_memory(function):
+    """Most bytes of CPU tensors alive at one time during `function()`, beyond those alive before: the allocator's own
+    events, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler recorded no allocation"
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

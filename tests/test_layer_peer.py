@@ -1,0 +1,155 @@
+"""PeerLayer against the loop over all experts, against PEER-pytorch, and its truths."""
+
+import math
+
+import pytest
+import reference
+import torch
+
+from modeling_peer import PeerLayer
+
+OPTIONS = {
+    "paper": {},
+    "per-head codebooks": {"share_sub_keys": False},
+    "sigmoid gate": {"gate_activation": "sigmoid"},
+    "gated experts": {"gated_experts": True},
+    "identity activation": {"expert_act": "identity"},
+    "relu": {"expert_act": "relu"},
+    "rms_norm": {"query_norm": "rms_norm"},
+    "layer_norm": {"query_norm": "layer_norm"},
+    "no norm": {"query_norm": "none"},
+    "one head": {"num_retrieval_heads": 1},
+    "k = n": {"num_experts_per_head": 8},
+    "width not a power of two": {"hidden_size": 24},
+}
+
+
+def layer_with_statistics(config):
+    """A float64 layer whose parameters and running statistics are not the trivial initial ones."""
+    layer = PeerLayer(config).double()
+    norm = layer.retrieval.query_norm
+    with torch.no_grad():
+        layer.retrieval.query_proj.weight.normal_()
+        for parameter in norm.parameters():
+            parameter.uniform_(0.5, 1.5)
+        for buffer in norm.buffers():
+            buffer.uniform_(0.5, 1.5)
+    return layer.eval()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_layer_and_every_gradient_equal_the_exhaustive_loop(tiny_config, options):
+    layer = layer_with_statistics(tiny_config(**options))
+    hidden = torch.randn(5, layer.experts.down_embed.shape[1], dtype=torch.float64, requires_grad=True)
+    leaves = dict(layer.named_parameters()) | {"hidden_states": hidden}
+
+    def output_and_gradients(function):
+        output = function()
+        return output, torch.autograd.grad(output.square().sum(), list(leaves.values()))
+
+    output, gradients = output_and_gradients(lambda: layer(hidden))
+    expected_output, expected = output_and_gradients(lambda: reference.peer_layer(layer, hidden))
+    torch.testing.assert_close(output, expected_output)
+    for name, gradient, expected_gradient in zip(leaves, gradients, expected, strict=True):
+        assert expected_gradient.any(), f"{name} gets no gradient: the case shows nothing"
+        torch.testing.assert_close(gradient, expected_gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_one_expert_per_head_is_the_mlp_of_the_retrieved_neurons(tiny_config):
+    """k = 1: a softmax over one score is 1 (He 2024, eq. 8)."""
+    layer = PeerLayer(tiny_config(num_experts_per_head=1)).eval()
+    x = torch.randn(32)
+    gates, expert_ids = layer.retrieval(x)
+    assert torch.equal(gates, torch.ones(2, 1))
+    neurons = expert_ids.flatten()
+    mlp = layer.experts.up_embed[neurons].T @ layer.experts.activation(layer.experts.down_embed[neurons] @ x)
+    torch.testing.assert_close(layer(x), mlp)
+
+
+def test_layer_agrees_with_peer_pytorch_on_copied_weights(tiny_config):
+    """The independent implementation, in the paper's mode: per-head codebooks, no query norm and no query bias."""
+    peer_pytorch = pytest.importorskip("PEER_pytorch", reason="PEER-pytorch is a test extra, not installed here")
+    config = tiny_config(share_sub_keys=False, query_norm="none", num_sub_keys=8)
+    layer = PeerLayer(config)
+    theirs = peer_pytorch.PEER(
+        dim=32,
+        heads=2,
+        num_experts=64,
+        num_experts_per_head=4,
+        dim_key=8,
+        non_competing_scores=False,  # its default is a ReLU gate and one expert per head
+    )
+    with torch.no_grad():
+        torch.nn.init.normal_(layer.retrieval.query_proj.weight)
+        theirs.weight_down_embed.weight.copy_(layer.experts.down_embed)
+        theirs.weight_up_embed.weight.copy_(layer.experts.up_embed)
+        theirs.keys.copy_(layer.retrieval.sub_keys.transpose(1, 2))  # (h, 2, n, d) -> (h, n, 2, d)
+        # Its queries are laid out (half, head, dim), ours (head, half, dim).
+        weight = layer.retrieval.query_proj.weight.view(2, 2, 8, 32)
+        theirs.to_queries[0].weight.copy_(weight.transpose(0, 1).reshape(32, 32))
+    x = torch.randn(2, 6, 32)
+    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours_y, theirs_y = layer(ours_x), theirs(theirs_x)
+    torch.testing.assert_close(ours_y, theirs_y)
+    ours_y.square().sum().backward()
+    theirs_y.square().sum().backward()
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad)
+    torch.testing.assert_close(layer.experts.down_embed.grad, theirs.weight_down_embed.weight.grad)
+    torch.testing.assert_close(layer.experts.up_embed.grad, theirs.weight_up_embed.weight.grad)
+    torch.testing.assert_close(layer.retrieval.sub_keys.grad, theirs.keys.grad.transpose(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (1, 1, 32), (3, 0, 32), (2, 5, 32), (2, 3, 4, 32)], ids=str)
+def test_layer_keeps_any_leading_shape(tiny_config, shape):
+    layer = PeerLayer(tiny_config())
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == shape
+    assert torch.isfinite(y).all()
+    assert x.grad.shape == shape
+
+
+def test_one_training_step_on_one_token_leaves_everything_finite(tiny_config):
+    layer = PeerLayer(tiny_config())
+    layer(torch.randn(1, 1, 32)).square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+    assert all(torch.isfinite(b).all() for b in layer.buffers())
+
+
+def test_layer_output_is_neither_vanishing_nor_exploding_at_initialisation(tiny_config):
+    """Unit-variance tokens, as RMSNorm gives: PEER-pytorch's N(0, 1) tables would give 11 to 45."""
+    for hidden_size in (64, 512):
+        layer = PeerLayer(tiny_config(hidden_size=hidden_size, num_sub_keys=32, num_experts_per_head=16))
+        rms = layer(torch.randn(64, hidden_size)).square().mean().sqrt()
+        assert 1e-3 < rms < 1, f"{rms} at width {hidden_size}"
+
+
+def test_expert_dropout_drops_experts_in_training_only(tiny_config):
+    layer = PeerLayer(tiny_config(expert_dropout=0.5, query_norm="none"))
+    x = torch.randn(50, 32)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_a_million_experts_answer_one_token(tiny_config):
+    """The paper's pool at a narrow width: ids reach the last row, and int64 carries them."""
+    config = tiny_config(
+        hidden_size=8,
+        num_sub_keys=1024,
+        num_retrieval_heads=8,
+        num_experts_per_head=16,
+        query_norm="none",
+    )
+    layer = PeerLayer(config)
+    with torch.no_grad():  # the last product key wins for this token
+        layer.retrieval.sub_keys.zero_()
+        layer.retrieval.sub_keys[:, -1] = 1
+        layer.retrieval.query_proj.bias.fill_(1)
+    gates, expert_ids = layer.retrieval(torch.zeros(1, 8))
+    assert expert_ids[..., 0].eq(1024**2 - 1).all()
+    assert config.num_peer_experts == 1024**2
+    assert config.num_active_experts == 128
+    assert layer(torch.randn(1, 8)).shape == (1, 8)
+    assert math.isclose(gates.sum().item(), 8, rel_tol=1e-5)
