@@ -1,0 +1,83 @@
+"""What each upstream test did for each model, and where PEER falls behind Llama."""
+
+from collections import defaultdict
+
+REFERENCE = "LlamaModelTest"
+
+# Test -> the reason why it need not pass where Llama passes. A reason states a fact about the model, never a wish.
+ACCEPTED = {}
+
+_RANK = {"passed": 0, "skipped": 1, "failed": 2}
+
+
+class Outcomes:
+    """A pytest plugin that keeps, for every test, its worst outcome and the reason for it.
+
+    A test has several reports: set-up, call, tear-down and one for each sub-test. Upstream skips inside sub-tests,
+    where pytest still calls the whole test passed.
+    """
+
+    def __init__(self):
+        self.worst = {}
+
+    def pytest_runtest_logreport(self, report):
+        reason = ""
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        elif report.failed:
+            reason = (report.longreprtext.strip().splitlines() or [""])[-1]
+        seen, _ = self.worst.get(report.nodeid, ("passed", ""))
+        if report.nodeid not in self.worst or _RANK[report.outcome] > _RANK[seen]:
+            self.worst[report.nodeid] = (report.outcome, reason.removeprefix("Skipped: "))
+
+    def by_model(self):
+        """`{test class: {test name: (outcome, reason)}}`."""
+        models = defaultdict(dict)
+        for nodeid, outcome in sorted(self.worst.items()):
+            _, model, test = nodeid.split("::", 2)
+            models[model][test] = outcome
+        return dict(models)
+
+
+def shortfalls(outcomes, accepted=None):
+    """One line for each test that failed, or passed for Llama only; and for each exception that is no longer needed.
+
+    A failure of Llama counts too: it means that this harness is broken, and then PEER's outcomes say nothing.
+    """
+    accepted = ACCEPTED if accepted is None else accepted
+    models = outcomes.by_model()
+    reference = models.get(REFERENCE, {})
+    lines, needed = [], set()
+    for model, results in models.items():
+        for test in sorted(reference | results):
+            expected, _ = reference.get(test, ("missing", ""))
+            outcome, reason = results.get(test, ("missing", "not collected"))
+            if outcome == "failed" or (expected == "passed" and outcome != "passed"):
+                needed.add(test)
+                if test not in accepted:
+                    lines.append(f"{model}::{test} {outcome}: {reason}")
+    stale = [test for test in accepted if test in reference and test not in needed]
+    return lines + [f"{test} passes: remove it from ACCEPTED" for test in stale]
+
+
+def table(outcomes):
+    """Every test with its outcome for each model, then every reason for not passing."""
+    models = outcomes.by_model()
+    names = sorted(models, key=lambda name: (name != REFERENCE, name))
+    tests = sorted({test for results in models.values() for test in results})
+    width = max(map(len, tests), default=0)
+    lines = ["", f"{'':{width}}  " + "  ".join(names)]
+    why = defaultdict(set)
+    for test in tests:
+        cells = []
+        for name in names:
+            outcome, reason = models[name].get(test, ("missing", "not collected"))
+            cells.append(f"{outcome:{len(name)}}")
+            if outcome != "passed":
+                why[f"{outcome}: {reason}"].add(f"{name}::{test}")
+        lines.append(f"{test:{width}}  {'  '.join(cells)}".rstrip())
+    lines += ["", "Why tests did not pass:"]
+    for reason, where in sorted(why.items()):
+        lines.append(f"- {reason}")
+        lines += [f"    {test}" for test in sorted(where)]
+    return "\n".join(lines)
