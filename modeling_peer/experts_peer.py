@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What the retrieved experts compute: two tables of single neurons, and their gated sum."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,16 @@ def expert_mixture(
     Returns:
         `(num_tokens, hidden_size)`, dtype of `hidden_states`.
     """
-    tables = (down_embed, up_embed) if gate_embed is None else (down_embed, up_embed, gate_embed)
     if torch.compiler.is_compiling():
-        readers = (down_embed,) if gate_embed is None else (down_embed, gate_embed)
-        neurons = _neurons([_read(hidden_states, table, expert_ids) for table in readers], activation)
+        pre_activations = [_read(hidden_states, table, expert_ids) for table in _readers(down_embed, gate_embed)]
+        neurons = _neurons(pre_activations, activation)
         return _write(gates * neurons, up_embed, expert_ids).to(hidden_states.dtype)
-    return _TiledExpertMixture.apply(hidden_states, expert_ids, gates, activation, *tables)
+    return _TiledExpertMixture.apply(hidden_states, expert_ids, gates, activation, down_embed, up_embed, gate_embed)[0]
+
+
+def _readers(down_embed: torch.Tensor, gate_embed: torch.Tensor | None) -> list[torch.Tensor]:
+    """The tables that read a token, in the order of a neuron's pre-activations."""
+    return [down_embed] if gate_embed is None else [down_embed, gate_embed]
 
 
 def _read(hidden_states: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,7 @@ def _write(weights: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor)
     return (weights.unsqueeze(-1) * rows).sum(1)
 
 
-def _neurons(pre_activations: list[torch.Tensor], activation: Callable) -> torch.Tensor:
+def _neurons(pre_activations: Sequence[torch.Tensor], activation: Callable) -> torch.Tensor:
     """Value of each neuron from its one or two pre-activations (`down`, then `gate`): `(num_tokens, num_active)`."""
     if len(pre_activations) == 1:
         return activation(pre_activations[0])
@@ -82,8 +86,8 @@ class _TiledExpertMixture(torch.autograd.Function):
     backward needs them: autograd would keep every row."""
 
     @staticmethod
-    def forward(ctx, hidden_states, expert_ids, gates, activation, down_embed, up_embed, gate_embed=None):
-        readers = (down_embed,) if gate_embed is None else (down_embed, gate_embed)
+    def forward(hidden_states, expert_ids, gates, activation, down_embed, up_embed, gate_embed):
+        readers = _readers(down_embed, gate_embed)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         pre_activations = [torch.empty(expert_ids.shape, dtype=dtype, device=gates.device) for _ in readers]
         output = torch.empty_like(hidden_states)
@@ -92,16 +96,21 @@ class _TiledExpertMixture(torch.autograd.Function):
                 pre_activation[tile] = _read(hidden_states[tile], table, expert_ids[tile])
             neurons = _neurons([pre_activation[tile] for pre_activation in pre_activations], activation)
             output[tile] = _write(gates[tile] * neurons, up_embed, expert_ids[tile]).to(output.dtype)
-        ctx.activation = activation
-        ctx.save_for_backward(hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed, *pre_activations)
-        return output
+        return output, *pre_activations
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        hidden_states, expert_ids, gates, ctx.activation, *tables = inputs
+        _, *pre_activations = output
+        ctx.mark_non_differentiable(*pre_activations)
+        ctx.save_for_backward(hidden_states, expert_ids, gates, *tables, *pre_activations)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, *_):
         hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed, *pre_activations = ctx.saved_tensors
-        readers = [down_embed] if gate_embed is None else [down_embed, gate_embed]
-        needs_hidden, _, needs_gates, _, needs_down, needs_up, *needs_gate = ctx.needs_input_grad
+        readers = _readers(down_embed, gate_embed)
+        needs_hidden, _, needs_gates, _, needs_down, needs_up, needs_gate = ctx.needs_input_grad
         dtype = pre_activations[0].dtype
 
         grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
@@ -109,19 +118,20 @@ class _TiledExpertMixture(torch.autograd.Function):
         grad_up = torch.zeros_like(up_embed, dtype=dtype) if needs_up else None
         grad_readers = [
             torch.zeros_like(table, dtype=dtype) if needed else None
-            for table, needed in zip(readers, [needs_down, *needs_gate], strict=False)
+            for table, needed in zip(readers, [needs_down, needs_gate], strict=False)
         ]
         for tile in _tiles(expert_ids, hidden_states):
             ids, grad = expert_ids[tile], grad_output[tile].to(dtype)
-            with torch.enable_grad():
-                leaves = [pre_activation[tile].detach().requires_grad_() for pre_activation in pre_activations]
-                neurons = _neurons(leaves, ctx.activation)
+            neurons, neurons_vjp = torch.func.vjp(
+                lambda *tile_pre_activations: _neurons(tile_pre_activations, ctx.activation),
+                *(pre_activation[tile] for pre_activation in pre_activations),
+            )
             grad_weights = _read(grad, up_embed, ids)  # (t, a): of gates * neurons
             if needs_gates:
-                grad_gates[tile] = (grad_weights * neurons.detach()).to(gates.dtype)
+                grad_gates[tile] = (grad_weights * neurons).to(gates.dtype)
             if needs_up:
-                _add_rows(grad_up, ids, gates[tile] * neurons.detach(), grad)
-            grad_pre_activations = torch.autograd.grad(neurons, leaves, grad_weights * gates[tile].to(dtype))
+                _add_rows(grad_up, ids, gates[tile] * neurons, grad)
+            grad_pre_activations = neurons_vjp(grad_weights * gates[tile].to(dtype))
             if needs_hidden:
                 parts = [_write(g, table, ids) for g, table in zip(grad_pre_activations, readers, strict=True)]
                 grad_hidden[tile] = sum(parts).to(hidden_states.dtype)
@@ -130,9 +140,11 @@ class _TiledExpertMixture(torch.autograd.Function):
                     _add_rows(grad_table, ids, g, hidden_states[tile].to(dtype))
 
         grad_down, grad_gate = (*grad_readers, None)[:2]
-        tables = ((grad_down, down_embed), (grad_up, up_embed), (grad_gate, gate_embed))
-        grad_tables = [None if grad is None else grad.to(table.dtype) for grad, table in tables]
-        return (grad_hidden, None, grad_gates, None, *grad_tables)[: len(ctx.needs_input_grad)]
+        grad_tables = [
+            None if grad is None else grad.to(table.dtype)
+            for grad, table in ((grad_down, down_embed), (grad_up, up_embed), (grad_gate, gate_embed))
+        ]
+        return grad_hidden, None, grad_gates, None, *grad_tables
 
 
 def _add_rows(grad_table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor):

@@ -2,6 +2,7 @@
 """The PEER decoder and its heads: Llama's blocks, with a PEER layer where `mlp_layer_types` says "sparse"."""
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -133,10 +134,12 @@ class PeerPreTrainedModel(PreTrainedModel):
         # Transformers knows the names of its coarse mixtures only. `None` stays: PEER chooses at each call, by device.
         return check_experts_implementation(requested_experts)
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # Transformers looks for a decorator in this file's text; our experts ask `backends_peer` instead.
-        return True
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str | None] | None):
+        """Choose the implementation of the PEER layers from now on; `None` lets PEER choose."""
+        # Transformers switches only models that take all of its own names, which it tells by a decorator in their file.
+        if isinstance(experts_implementation, dict):
+            experts_implementation = experts_implementation.get("", self.config._experts_implementation)
+        self.config._experts_implementation = check_experts_implementation(experts_implementation)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -192,6 +195,12 @@ class PeerModel(PeerPreTrainedModel):
         self._tied_weights_keys = self._shared_tables()
         self.post_init()
 
+    def init_parallel_plans(self):
+        super().init_parallel_plans()
+        # The configuration's plan names every MLP a PEER model may have; keep the entries this one has.
+        modules = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
+
     def _shared_tables(self) -> dict[str, str]:
         """Expert tables of the later sparse layers, each with the first one's that it is to be."""
         sparse = [i for i, layer in enumerate(self.layers) if layer.is_sparse]
@@ -225,12 +234,15 @@ class PeerModel(PeerPreTrainedModel):
             position_ids: `(batch_size, sequence_length)`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`, or no token at all.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if 0 in inputs_embeds.shape[:2]:
+            batch_size, sequence_length = inputs_embeds.shape[:2]
+            raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:

@@ -80,8 +80,8 @@ class PeerBatchNorm(nn.Module):
         self.momentum = momentum
         self.weight = nn.Parameter(torch.empty(num_features))
         self.bias = nn.Parameter(torch.empty(num_features))
-        self.register_buffer("running_mean", torch.empty(num_features))
-        self.register_buffer("running_var", torch.empty(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
 
     def reset_parameters(self):
         for ones in (self.weight, self.running_var):

@@ -100,6 +100,16 @@ def test_expert_mixture_passes_gradcheck():
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 
 
+def test_expert_mixture_under_torch_func():
+    inputs = mixture_inputs(gated=True)
+    ids, table = inputs.pop("expert_ids"), inputs["up_embed"]
+
+    def loss(up_embed):
+        return expert_mixture(expert_ids=ids, **{**inputs, "up_embed": up_embed}).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(table), torch.autograd.grad(loss(table), table)[0])
+
+
 @pytest.mark.parametrize("frozen", ["hidden_states", "gates", "down_embed", "up_embed", "gate_embed"])
 def test_expert_mixture_with_one_input_frozen(frozen):
     inputs = mixture_inputs(gated=True)

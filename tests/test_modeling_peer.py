@@ -15,7 +15,8 @@ from modeling_peer import (
     PeerForTokenClassification,
     PeerModel,
 )
-from modeling_peer.experts_peer import PeerExperts
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS
+from modeling_peer.experts_peer import PeerExperts, expert_mixture
 
 HEADS = [
     PeerModel,
@@ -271,6 +272,12 @@ def test_exactly_one_of_ids_and_embeddings(model, tokens):
         model(input_ids=tokens, inputs_embeds=model.get_input_embeddings()(tokens))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_an_empty_batch_is_refused_with_its_shape(model, shape):
+    with pytest.raises(ValueError, match=f"empty: {shape[0]} sequences of {shape[1]} tokens"):
+        model(torch.empty(shape, dtype=torch.long))
+
+
 def test_router_outputs_are_the_experts_that_were_used(tiny_config, tokens):
     model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse", "dense", "sparse"])).eval()
     seen = []
@@ -427,6 +434,13 @@ class TestInitialisation:
         assert 0.8 < (row[:, :32] + column[:, 32:]).var().item() < 1.2
 
 
+def test_the_tensor_parallel_plan_names_only_modules_that_exist(tiny_config):
+    plan = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3)).tp_plan
+    assert "model.layers.*.self_attn.q_proj" in plan
+    assert not [name for name in plan if "mlp" in name]
+    assert "model.layers.*.dense_mlp.up_proj" in PeerForCausalLM(tiny_config(parallel_dense_mlp=True)).tp_plan
+
+
 def test_embeddings_resize(tiny_config, tokens):
     model = PeerForCausalLM(tiny_config(tie_word_embeddings=True))
     model.resize_token_embeddings(120)
@@ -456,3 +470,20 @@ def test_an_unknown_experts_implementation_is_refused_with_what_is_there(tiny_co
         model.set_experts_implementation("grouped_mm")
     model.set_experts_implementation("eager")
     assert model.get_experts_implementation() == {"": "eager"}
+    model.set_experts_implementation(None)
+    assert model.get_experts_implementation() == {"": None}
+
+
+def test_a_registered_experts_implementation_is_reached_by_its_name(monkeypatch, model, tokens):
+    calls = []
+
+    def counting_mixture(*args):
+        calls.append(1)
+        return expert_mixture(*args)
+
+    monkeypatch.setitem(EXPERT_MIXTURE_FUNCTIONS, "counting", counting_mixture)
+    expected = model(tokens).logits
+    assert not calls
+    model.set_experts_implementation("counting")
+    assert torch.equal(model(tokens).logits, expected)
+    assert calls == [1]
