@@ -136,7 +136,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str | None] | None):
         """Choose the implementation of the PEER layers from now on; `None` lets PEER choose."""
-        # Transformers switches only models that take all of its own names, which it tells by a decorator in their file.
+        # Transformers switches only models that take all its own names, and tells them by a decorator in their file.
         if isinstance(experts_implementation, dict):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
         self.config._experts_implementation = check_experts_implementation(experts_implementation)
