@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import dataclass
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -166,18 +167,31 @@ class PeerPreTrainedModel(PreTrainedModel):
                 "ignore_mismatched_sizes=True to initialise those tensors anew."
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
         """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
         complete. The code to load the model travels along, for every Auto class."""
         self.config.auto_map = dict(AUTO_MAP)
         if kwargs.get("distributed_checkpoint"):  # every rank writes into the same folder
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        push_to_hub = kwargs.pop("push_to_hub", False)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        hub = {name: kwargs.pop(name) for name in ("commit_message", "create_pr", "revision") if name in kwargs}
+        private = kwargs.pop("private", None)
         with staged_save(save_directory, kwargs.get("variant")) as staging:
-            super().save_pretrained(staging, *args, **kwargs)
-        if push_to_hub:
-            self.push_to_hub(repo_id, **kwargs)
+            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+        if push_to_hub and is_main_process:
+            token = kwargs.get("token")
+            repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            # The folder's own files, not the training checkpoints in folders below.
+            huggingface_hub.upload_folder(
+                repo_id=repo_id, folder_path=save_directory, ignore_patterns="*/*", token=token, **hub
+            )
 
 
 class PeerModel(PeerPreTrainedModel):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,30 @@ def test_a_killed_save_never_leaves_a_mixture_of_two_models(tmp_path):
         model.save_pretrained(folder)
         assert not list(folder.glob(f"{STAGING_PREFIX}*"))  # the next save cleans up after the killed one
     assert {"2 layers", "3 layers"} <= set(outcomes), f"the kills hit too few moments to show anything: {outcomes}"
+
+
+def test_pushing_uploads_what_was_saved(monkeypatch, model, tmp_path):
+    calls = {}
+
+    def create_repo(repo_id, **options):
+        calls["create_repo"] = {"repo_id": repo_id, **options}
+        return types.SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def upload_folder(folder_path, **options):
+        calls["upload_folder"] = {"files": {p.name for p in Path(folder_path).iterdir()}, **options}
+
+    monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.upload_folder", upload_folder)
+    model.save_pretrained(tmp_path / "my-peer", push_to_hub=True, private=True, token="t", commit_message="first")
+    assert calls["create_repo"] == {"repo_id": "my-peer", "private": True, "token": "t", "exist_ok": True}
+    upload = calls["upload_folder"]
+    assert upload.pop("files") >= TRAVELLING_FILES | {"config.json", "model.safetensors"}
+    assert upload == {
+        "repo_id": "someone/my-peer",
+        "ignore_patterns": "*/*",
+        "token": "t",
+        "commit_message": "first",
+    }
 
 
 class TestDamage:
