@@ -124,8 +124,8 @@ def _hold_out(corpus: Corpus, percent: float) -> None:
     if isinstance(corpus.train, datasets.IterableDataset):
         return
     rows = len(corpus.train)
-    held_out = round(rows * percent / 100)
-    if held_out and rows - held_out:
+    held_out = max(1, round(rows * percent / 100))
+    if held_out < rows:
         corpus.validation = corpus.train.select(range(rows - held_out, rows))
         corpus.train = corpus.train.select(range(rows - held_out))
         corpus.description += f", the last {held_out} of {rows} rows held out"

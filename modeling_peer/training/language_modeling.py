@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -39,10 +39,26 @@ class TrainingResult:
 class CardWritingTrainer(Trainer):
     """Trainer whose model card is ours, also in `push_to_hub`."""
 
+    card_facts: dict[str, Any] | None = None  # set once there are results
+
     def create_model_card(self, *args, **kwargs):
         """Write README.md into output_dir, with the results measured so far."""
-        if self.is_world_process_zero():
+        if self.is_world_process_zero() and self.card_facts:
             write_model_card(self.args.output_dir, self.card_facts)
+
+
+class TimeLimit(TrainerCallback):
+    """Ends training after `seconds`, so that a slow machine gives a worse model rather than a late one."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.began > self.seconds:
+            control.should_training_stop = True
 
 
 def train_language_model(recipe: Recipe) -> TrainingResult:
@@ -57,6 +73,8 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
     model_arguments, data_arguments, run = recipe.model, recipe.data, recipe.run
     announce = print if run.process_index == 0 else (lambda *_: None)
 
+    if data_arguments.streaming and run.max_steps <= 0:
+        raise SettingsError("--streaming has no known length: set --max_steps.")
     checkpoint = prepare_output_dir(run)
     require_loggers(run)
     config = load_config(model_arguments)
@@ -77,6 +95,7 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
+        callbacks=[TimeLimit(60 * run.max_train_minutes)] if run.max_train_minutes else None,
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(run.output_dir)  # before training: a resumed run must find the same tokens
@@ -168,16 +187,14 @@ def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
         "rows_are_lines": corpus.rows_are_lines,
         "num_workers": data.preprocessing_workers,
     }
-    train = corpus.train
-    if isinstance(train, datasets.IterableDataset):
-        if run.max_steps <= 0:
-            raise SettingsError("--streaming has no known length: set --max_steps.")
-        if data.shuffle_buffer:
-            train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
+    train = pack(corpus.train, **options)
+    if isinstance(train, datasets.IterableDataset) and data.shuffle_buffer:
+        # the examples and not the rows: a long document is several rows in order
+        train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
     validation = corpus.validation and pack(corpus.validation, **options, name="validation")
     if validation is None:
         run.eval_strategy = transformers.IntervalStrategy.NO
-    return pack(train, **options), validation
+    return train, validation
 
 
 def describe(announce, model, run: RunArguments, block_size: int, train_blocks, checkpoint: str | None) -> None:

@@ -72,7 +72,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     except SettingsError:
         raise
     except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise SettingsError(f"cannot open the checkpoint {arguments.model!r}: {error}") from error
+        raise SettingsError(f"cannot open {arguments.model!r}: {_cause(arguments.model, error)}") from error
 
 
 def load_tokenizer(
@@ -88,7 +88,7 @@ def load_tokenizer(
     """
     wanted = arguments.tokenizer or ("train" if is_new_model(arguments.model) else arguments.model)
     if checkpoint:
-        return _load_tokenizer(checkpoint, arguments), f"of the resumed run, {checkpoint}"
+        return _load_tokenizer(checkpoint, arguments.trust_remote_code), f"of the resumed run, {checkpoint}"
     if wanted == "bytes":
         return byte_tokenizer(), "one token a byte"
     if wanted == "train":
@@ -98,7 +98,7 @@ def load_tokenizer(
         except ValueError as error:
             raise SettingsError(f"tokenizer_{error}") from error
         return tokenizer, f"byte-level BPE learned from the training text (at most {size} asked for)"
-    return _load_tokenizer(wanted, arguments), wanted
+    return _load_tokenizer(wanted, arguments.trust_remote_code), wanted
 
 
 def build_model(
@@ -134,11 +134,17 @@ def build_model(
         raise SettingsError(f"cannot build {arguments.model!r}: {error}") from error
 
 
-def _load_tokenizer(source: str, arguments: ModelArguments) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
+        raise SettingsError(f"cannot load a tokenizer from {source!r}: {_cause(source, error)}") from error
+
+
+def _cause(source: str, error: Exception) -> str:
+    # of a path that is not there, the libraries say that it is no valid Hub id
+    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
+    return "no such folder." if is_path and not Path(source).exists() else str(error)
 
 
 def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
@@ -147,3 +153,28 @@ def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
     for name in fields:
         if name not in known:
             raise SettingsError(f"{type(config).__name__} has no field {name!r}.{nearest(name, known)}")
+
+
+def load_checkpoint(
+    model: str | None,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained model in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        SettingsError: nothing there, or not a causal language model.
+    """
+    if not model:
+        raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if experts_implementation:
+        options["experts_implementation"] = experts_implementation
+    try:
+        network = AutoModelForCausalLM.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"cannot load {model!r}: {_cause(model, error)}") from error
+    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return network, _load_tokenizer(tokenizer or model, trust_remote_code)

@@ -34,7 +34,8 @@ class PackedBlocks(torch.utils.data.Dataset):
         if self.num_tokens < block_size:
             raise SettingsError(
                 f"the {name} text has {self.num_tokens} tokens, less than one block of {block_size}. "
-                f"Give more text, or set --block_size to at most {self.num_tokens}."
+                f"Give more text{' (--validation_percent)' if name == 'validation' else ''}, "
+                f"or set --block_size to at most {self.num_tokens}."
             )
 
     @property

@@ -12,8 +12,9 @@ from pathlib import Path
 from modeling_peer.training.recipes import SettingsError
 
 PYTHON_STDLIB = "python_stdlib"
-# tests are repetitive, site-packages differs everywhere; _sysconfigdata holds the build's own paths
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# tests are repetitive, encodings are tables of characters, site-packages differs everywhere; _sysconfigdata holds the
+# build's own paths
+SKIPPED_FOLDERS = {"encodings", "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_PREFIXES = ("_sysconfigdata",)
 VALIDATION_PERCENT = 5
 

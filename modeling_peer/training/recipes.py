@@ -98,7 +98,7 @@ class DataArguments:
         default=False, metadata={"help": "Read the training text while training, never storing it; needs max_steps."}
     )
     shuffle_buffer: int = field(
-        default=1000, metadata={"help": "Rows among which a stream is shuffled; 0 keeps its order."}
+        default=1000, metadata={"help": "Examples among which a stream is shuffled; 0 keeps its order."}
     )
     block_size: int | None = field(
         default=None,
@@ -125,6 +125,9 @@ class RunArguments(TrainingArguments):
     )
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two logged losses; below 1, a share of the whole run."}
+    )
+    max_train_minutes: float | None = field(
+        default=None, metadata={"help": "Stop training after this many minutes, wherever it is. Unset: no limit."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output_dir that holds a run; its checkpoints are deleted."}
@@ -162,11 +165,10 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
             raise SettingsError(f"{recipe_path}: unknown field {name!r}.{nearest(name, known)}")
     defaults = vars(parser.parse_args([]))
 
+    _drop_other_source(recipe, arguments)
     recipe.setdefault("output_dir", f"runs/{recipe_path.stem if recipe_path else 'train_lm'}")
     namespace, unknown = parser.parse_known_args(_as_command_line(recipe) + arguments)
-    for word in unknown:
-        name = word.lstrip("-").split("=")[0].replace("-", "_")
-        raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
+    _refuse_unknown(unknown, known)
     # argparse keeps the last of two lists; overrides of the recipe and of the command line add up instead
     inherited = _as_strings(recipe.get("model_overrides"))
     if namespace.model_overrides != inherited:
@@ -179,6 +181,16 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
         for group in groups
     )
     return Recipe(model, data, run, settings)
+
+
+def parse_arguments(group: type, arguments: Sequence[str] | None = None) -> Any:
+    """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`."""
+    parser = HfArgumentParser(group, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    _refuse_unknown(unknown, {action.dest for action in parser._actions})
+    return parsed
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -226,6 +238,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
     return recipe
+
+
+def _refuse_unknown(words: list[str], known: set[str]) -> None:
+    for word in words:
+        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
+
+
+def _drop_other_source(recipe: dict[str, Any], arguments: list[str]) -> None:
+    # text named on the command line stands for the recipe's, whichever way each is named
+    sources = {
+        "train_file": ("dataset_name", "dataset_config", "streaming"),
+        "dataset_name": ("train_file", "validation_file", "dataset_config"),
+    }
+    given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
+    for name, others in sources.items():
+        if name in given:
+            for other in others:
+                recipe.pop(other, None)
 
 
 def _has_recipe(arguments: list[str]) -> bool:

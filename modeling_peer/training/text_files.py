@@ -12,8 +12,8 @@ from modeling_peer.training.recipes import SettingsError
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
 COMPRESSED_SUFFIXES = (".gz", ".xz")
 REFUSED_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".zip", ".zst", ".bz2", ".tar")
-# a document longer than this becomes several rows, so that no row, and no batch of them, fills the memory
-PIECE_CHARACTERS = 16_384
+# a document longer than this becomes several rows: none fills the memory, and a part of one file can be held out
+PIECE_CHARACTERS = 2048
 
 
 def find_text_files(path: str | Path) -> list[Path]:

@@ -1,0 +1,108 @@
+"""Score any causal checkpoint on any text: what `scripts/evaluate_lm.py` runs."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+from modeling_peer.analysis.perplexity import CausalPerplexity
+from modeling_peer.training.data import load_corpus
+from modeling_peer.training.models import load_checkpoint
+from modeling_peer.training.python_sources import PYTHON_STDLIB
+from modeling_peer.training.recipes import DataArguments, SettingsError
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model, which text, and how wide the window is."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Tokenizer folder or Hub id. Unset: the checkpoint's own."}
+    )
+    file: str | None = field(
+        default=None,
+        metadata={"help": "Text to score: a UTF-8 file (.jsonl with a text column; .gz and .xz too) or a folder."},
+    )
+    dataset_name: str = field(
+        default=PYTHON_STDLIB,
+        metadata={"help": "Hub data set id, local data set folder, or the interpreter's own sources."},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, for those that have several."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of the data set."})
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False, metadata={"help": "Rows are lines of one running text (WikiText is so); score it as one."}
+    )
+    max_bytes: int | None = field(default=None, metadata={"help": "Score this much UTF-8 text. Unset: all of it."})
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens seen at once. Unset: max_position_embeddings, at most 1024."}
+    )
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens the window moves by. Unset: half of context_length."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Write the results here too, as JSON."})
+
+
+def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
+    """Perplexity and bits per byte, with what they were measured on.
+
+    Raises:
+        SettingsError: no such model or text, or a window that does not fit the model.
+    """
+    if arguments.output_file and not Path(arguments.output_file).resolve().parent.is_dir():
+        raise SettingsError(f"--output_file {arguments.output_file}: its folder does not exist.")
+    texts, description = _load_texts(arguments)
+    model, tokenizer = load_checkpoint(
+        arguments.model,
+        tokenizer=arguments.tokenizer,
+        dtype=arguments.dtype,
+        experts_implementation=arguments.experts_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(f"data: {description}")
+    print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
+    try:
+        measured = CausalPerplexity().compute(
+            data=texts,
+            model=model,
+            tokenizer=tokenizer,
+            context_length=arguments.context_length,
+            stride=arguments.stride,
+            batch_size=arguments.batch_size,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    result = {"model": arguments.model, "data": description, **measured}
+    if arguments.output_file:
+        Path(arguments.output_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def _load_texts(arguments: EvaluationArguments) -> tuple[list[str], str]:
+    split = "train"  # the one split that load_corpus always fills
+    data = DataArguments(text_column=arguments.text_column, rows_are_lines=arguments.rows_are_lines)
+    data.validation_percent = 0.0
+    if arguments.file:
+        data.train_file = arguments.file
+    else:
+        data.dataset_name, data.dataset_config = arguments.dataset_name, arguments.dataset_config
+        data.train_split = arguments.split
+        if arguments.dataset_name == PYTHON_STDLIB:
+            split = arguments.split
+            if split not in ("train", "validation"):
+                raise SettingsError(f"{PYTHON_STDLIB} has the splits train and validation, not {split!r}.")
+    corpus = load_corpus(data)
+    description = corpus.description if arguments.file else f"{corpus.description}, {arguments.split}"
+    return corpus.documents(split, arguments.max_bytes), description

@@ -1,0 +1,104 @@
+"""Continue prompts with any causal checkpoint: what `scripts/generate_text.py` runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+from modeling_peer.training.models import load_checkpoint
+from modeling_peer.training.recipes import SettingsError
+
+
+@dataclass
+class GenerationArguments:
+    """Which model, which prompts, and how to draw the next token."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "One or more texts to continue. None: the start of a document."}
+    )
+    max_new_tokens: int = field(default=100, metadata={"help": "Tokens to add, unless the text ends before."})
+    temperature: float = field(
+        default=0.8, metadata={"help": "Below 1 sharpens, above 1 flattens the distribution; 0: the likeliest token."}
+    )
+    top_k: int = field(default=50, metadata={"help": "Draw from this many likeliest tokens; 0: from all."})
+    top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens of this total probability."})
+    seed: int = field(default=42, metadata={"help": "Same seed, same text."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+    )
+
+
+def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:
+    """Load, continue every prompt, print the texts; they are also in the result."""
+    model, tokenizer = load_checkpoint(
+        arguments.model,
+        dtype=arguments.dtype,
+        experts_implementation=arguments.experts_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
+    texts = continue_texts(model, tokenizer, arguments.prompt or [""], arguments)
+    for text in texts:
+        print(f"---\n{text}")
+    print("---")
+    return {"model": arguments.model, "texts": texts, "seed": arguments.seed}
+
+
+def continue_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    arguments: GenerationArguments,
+) -> list[str]:
+    """Each prompt with its continuation. One prompt at a time: no padding, so neighbours change nothing."""
+    if arguments.max_new_tokens < 1:
+        raise SettingsError(f"max_new_tokens ({arguments.max_new_tokens}) must be at least 1.")
+    was_training = model.training
+    model.eval()
+    set_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": arguments.temperature,
+            "top_k": arguments.top_k,
+            "top_p": arguments.top_p,
+        }
+    texts = []
+    for prompt in prompts:
+        input_ids = _encode(prompt, tokenizer).to(model.device)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest and input_ids.shape[1] + arguments.max_new_tokens > longest:
+            raise SettingsError(
+                f"prompt ({input_ids.shape[1]} tokens) and max_new_tokens ({arguments.max_new_tokens}) exceed the "
+                f"model's {longest} positions: shorten the prompt or lower --max_new_tokens."
+            )
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=arguments.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                **sampling,
+            )
+        texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+    model.train(was_training)
+    return texts
+
+
+def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:  # generation needs a first token; the end of one document is the start of the next
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if start is None:
+            raise SettingsError("an empty prompt needs a tokenizer with a begin or end token; give a --prompt.")
+        ids = [start]
+    return torch.tensor([ids])

@@ -1,0 +1,97 @@
+"""The first run of a newcomer: train, compare with two baselines, save, reload in another process, generate."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, set_seed
+
+from modeling_peer.analysis.perplexity import CausalPerplexity
+from modeling_peer.analysis.unigram import unigram_bits_per_byte
+from modeling_peer.training.generation import GenerationArguments, continue_texts
+from modeling_peer.training.language_modeling import TrainingResult, train_language_model
+from modeling_peer.training.recipes import REPOSITORY, Recipe, parse_recipe
+
+RECIPE = "configuration/training/quickstart.yaml"
+GENERATE_SCRIPT = REPOSITORY / "scripts" / "generate_text.py"
+PROMPT = "def "
+NUM_NEW_TOKENS = 80
+
+
+class QuickstartFailed(RuntimeError):
+    """The run went through, but what it made is not good; the message says what."""
+
+
+def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
+    """Do all of it.
+
+    Args:
+        arguments: fields that override the recipe's, as for `scripts/train_lm.py`.
+
+    Returns:
+        bits_per_byte of the trained and the untrained model and of token frequencies, on held-out files; seconds,
+        tokens, parameters, versions, path.
+
+    Raises:
+        QuickstartFailed: a baseline was not beaten, or the saved model is not the trained one.
+    """
+    started = time.monotonic()
+    recipe = parse_recipe([RECIPE, "--overwrite_output_dir", *arguments])
+    result = train_language_model(recipe)
+    print("baselines: the same model before training, and token frequencies")
+    bits_per_byte = {"trained": result.summary["validation_bits_per_byte"], **measure_baselines(result, recipe)}
+    for name, value in bits_per_byte.items():
+        print(f"  {name}: {value:.3f} bits per byte")
+    for name in ("untrained", "unigram"):
+        if not bits_per_byte["trained"] < bits_per_byte[name]:
+            raise QuickstartFailed(
+                f"trained {bits_per_byte['trained']:.3f} bits per byte, {name} {bits_per_byte[name]:.3f}: not better."
+            )
+    print("loading the saved model in a new process:", flush=True)
+    require_same_text_in_new_process(result, recipe.run.output_dir)
+    summary = result.summary
+    return {
+        "bits_per_byte": {name: round(value, 4) for name, value in bits_per_byte.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        **{name: summary[name] for name in ("tokens", "parameters", "versions", "path")},
+    }
+
+
+def measure_baselines(result: TrainingResult, recipe: Recipe) -> dict[str, float]:
+    """Bits per byte on the text that the trained model was scored on."""
+    texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
+    set_seed(recipe.run.seed)
+    untrained = AutoModelForCausalLM.from_config(result.model.config)
+    measured = CausalPerplexity().compute(
+        data=texts,
+        model=untrained.to(result.model.device),
+        tokenizer=result.tokenizer,
+        context_length=result.summary["validation_context_length"],
+        batch_size=recipe.run.per_device_eval_batch_size,
+    )
+    counts = result.training_blocks.token_counts(len(result.tokenizer))
+    return {
+        "untrained": measured["bits_per_byte"],
+        "unigram": unigram_bits_per_byte(counts, texts, result.tokenizer),
+    }
+
+
+def require_same_text_in_new_process(result: TrainingResult, folder: str | Path) -> None:
+    """Generate from the saved folder in another process; the text must be the one that the model here writes.
+
+    Raises:
+        QuickstartFailed: the process failed, or wrote another text.
+    """
+    options = GenerationArguments(model=str(folder), prompt=[PROMPT], max_new_tokens=NUM_NEW_TOKENS)
+    command = [sys.executable, str(GENERATE_SCRIPT), "--model", options.model, "--prompt", PROMPT]
+    command += ["--max_new_tokens", str(NUM_NEW_TOKENS)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+    print(process.stdout, end="", flush=True)
+    if process.returncode != 0:
+        raise QuickstartFailed(f"generation failed with status {process.returncode}: {' '.join(command)}")
+    (expected,) = continue_texts(result.model, result.tokenizer, options.prompt, options)
+    if expected not in process.stdout:
+        raise QuickstartFailed(f"the saved model writes another text than the trained one, which writes:\n{expected}")

@@ -1,0 +1,18 @@
+"""Print the table of model presets with their parameter counts; builds nothing, needs no memory.
+
+python scripts/list_presets.py
+"""
+
+from modeling_peer.training.console import run_script
+from modeling_peer.training.presets import as_markdown, describe_presets
+
+
+def main():
+    """Print the table; the rows are also the last line."""
+    rows = describe_presets()
+    print(as_markdown(rows))
+    return {"presets": rows}
+
+
+if __name__ == "__main__":
+    run_script(main)

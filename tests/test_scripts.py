@@ -1,0 +1,90 @@
+"""The scripts as a user runs them: each in a process of its own."""
+
+import json
+
+import pytest
+from training_helpers import (
+    REPOSITORY,
+    TINY_LLAMA,
+    TINY_PEER,
+    last_json,
+    private_cache,  # noqa: F401  a fixture
+    run_script,
+    some_text,
+    train,
+    write_inputs,
+)
+
+from modeling_peer.training import console
+from modeling_peer.training.evaluation import EvaluationArguments, evaluate_checkpoint
+from modeling_peer.training.generation import GenerationArguments, generate_from_checkpoint
+from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
+from modeling_peer.training.recipes import SettingsError, parse_arguments, parse_recipe
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+TRAINING_SCRIPTS = ("train_lm", "evaluate_lm", "generate_text", "quickstart", "list_presets")
+
+
+@pytest.mark.parametrize(("config", "new_process"), [(TINY_PEER, True), (TINY_LLAMA, False)], ids=["peer", "llama"])
+def test_a_saved_checkpoint_scores_as_training_measured_it(tmp_path, config, new_process):
+    words = write_inputs(tmp_path, config)
+    (tmp_path / "held_out.txt").write_text(some_text(200, seed=1))
+    words += ["--validation_file", str(tmp_path / "held_out.txt")]
+    summary = train(words, output_dir=tmp_path / "out", max_steps=5).summary
+    words = ["--model", str(tmp_path / "out"), "--file", str(tmp_path / "held_out.txt"), "--max_bytes", "500"]
+    words += ["--context_length", "32", "--output_file", str(tmp_path / "results.json")]
+    if new_process:
+        result = last_json(run_script("evaluate_lm.py", *words))
+    else:
+        result = evaluate_checkpoint(parse_arguments(EvaluationArguments, words))
+    assert result == json.loads((tmp_path / "results.json").read_text())
+    for name in ("perplexity", "bits_per_byte", "num_tokens", "num_bytes"):
+        assert result[name] == pytest.approx(summary[f"validation_{name}"], rel=1e-5)
+
+
+def test_the_script_generates_from_every_prompt_and_the_seed_repeats_it(tmp_path):
+    train(write_inputs(tmp_path), output_dir=tmp_path / "out", max_steps=5)
+    options = {"model": str(tmp_path / "out"), "max_new_tokens": 8}
+    words = ["--model", options["model"], "--prompt", "the ", "caf", "--max_new_tokens", "8"]
+    texts = last_json(run_script("generate_text.py", *words))["texts"]
+    assert [text[:3] for text in texts] == ["the", "caf"]
+    assert generate_from_checkpoint(GenerationArguments(prompt=["the ", "caf"], **options))["texts"] == texts
+    other = generate_from_checkpoint(GenerationArguments(prompt=["the ", "caf"], seed=1, **options))
+    assert other["texts"] != texts
+    greedy = [
+        generate_from_checkpoint(GenerationArguments(temperature=0, seed=seed, **options))["texts"] for seed in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]  # and the prompt may be left out
+    with pytest.raises(SettingsError, match=r"max_new_tokens \(63\) exceed the model's 64 positions"):
+        generate_from_checkpoint(GenerationArguments(prompt=["ab"], model=options["model"], max_new_tokens=63))
+
+
+def test_a_mistake_is_one_line_and_exit_status_two(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        console.run_script(lambda: parse_recipe(["quickstart", "--learning-rat", "1"]))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "error: unknown argument '--learning-rat'. Did you mean 'learning_rate'?\n"
+
+
+def test_the_quickstart_goes_through_and_fails_when_a_baseline_is_not_beaten(tmp_path):
+    # the same steps on a model and a text so small that it takes seconds
+    words = ["--model_overrides", "hidden_size=32", "intermediate_size=64", "num_sub_keys=8", "query_dim=16"]
+    words += ["num_attention_heads=2", "num_hidden_layers=2"]
+    words += ["--train_file", str(REPOSITORY / "modeling_peer" / "training"), "--tokenizer_vocab_size", "400"]
+    words += ["--output_dir", str(tmp_path / "out"), "--max_evaluation_bytes", "3000", "--eval_strategy", "no"]
+    words += ["--warmup_steps", "10", "--learning_rate", "0.01", "--use_cpu", "true", "--report_to", "none"]
+    result = run_quickstart([*words, "--max_steps", "100"])
+    bits = result["bits_per_byte"]
+    assert bits["trained"] < bits["unigram"] < bits["untrained"]
+    assert {"seconds", "tokens", "parameters", "versions", "path"} <= set(result)
+    with pytest.raises(QuickstartFailed, match="not better"):
+        run_quickstart([*words, "--max_steps", "1"])
+
+
+@pytest.mark.parametrize("name", TRAINING_SCRIPTS)
+def test_a_script_opens_with_the_command_to_copy(name):
+    text = (REPOSITORY / "scripts" / f"{name}.py").read_text()
+    assert f"python scripts/{name}.py" in text.split('"""')[1]
+    assert len(text.splitlines()) < 40  # the logic is in the package

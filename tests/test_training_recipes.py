@@ -1,0 +1,112 @@
+"""Settings: dataclass, recipe, command line, and what is said when they are wrong."""
+
+import dataclasses
+
+import pytest
+from training_helpers import REPOSITORY
+
+from modeling_peer.training.evaluation import EvaluationArguments
+from modeling_peer.training.generation import GenerationArguments
+from modeling_peer.training.models import load_preset
+from modeling_peer.training.recipes import (
+    DataArguments,
+    ModelArguments,
+    RunArguments,
+    SettingsError,
+    parse_arguments,
+    parse_overrides,
+    parse_recipe,
+)
+
+GROUPS = (ModelArguments, DataArguments, RunArguments, EvaluationArguments, GenerationArguments)
+
+
+def write_recipe(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
+    path = write_recipe(tmp_path, "learning_rate: 5e-4\nseed: 1\nbf16: false\nmax_steps: -1\ntext_column: null\n")
+    recipe = parse_recipe([path, "--seed", "2"])
+    assert (recipe.run.learning_rate, recipe.run.seed, recipe.data.text_column) == (0.0005, 2, "text")
+    assert recipe.run.output_dir == "runs/recipe"
+    assert recipe.settings == {"learning_rate": 0.0005, "seed": 2, "output_dir": "runs/recipe"}
+
+
+def test_overrides_of_the_recipe_and_of_the_command_line_add_up(tmp_path):
+    path = write_recipe(tmp_path, "model_overrides: {num_sub_keys: 64, mlp_layer_types: [dense, sparse]}\n")
+    recipe = parse_recipe([path, "--model_overrides", "num_sub_keys=32", "expert_act=relu"])
+    overrides = parse_overrides(recipe.model.model_overrides)
+    assert overrides == {"num_sub_keys": 32, "mlp_layer_types": ["dense", "sparse"], "expert_act": "relu"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (['{"mlp_layer_types": ["dense"], "query_dim": 8}'], {"mlp_layer_types": ["dense"], "query_dim": 8}),
+        (["query_norm=none", "share_sub_keys=false"], {"query_norm": "none", "share_sub_keys": False}),
+        (['mlp_layer_types=["sparse"]'], {"mlp_layer_types": ["sparse"]}),
+    ],
+)
+def test_overrides_are_pairs_or_json(words, expected):
+    assert parse_overrides(words) == expected
+
+
+def test_text_named_on_the_command_line_stands_for_the_recipes():
+    recipe = parse_recipe(["wikitext2", "--train_file", "mine.txt"])
+    assert (recipe.data.train_file, recipe.data.dataset_name, recipe.data.dataset_config) == ("mine.txt", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("learnin_rate: 1", [], r"unknown field 'learnin_rate'. Did you mean 'learning_rate'\?"),
+        ("seed: 1", ["--train-fil=x"], r"unknown argument '--train-fil=x'. Did you mean 'train_file'\?"),
+        ("- a list", [], "must be a mapping of fields to values; it holds a list"),
+        ("seed: [", [], "is not valid YAML"),
+        ("seed: 1", ["stray"], "unknown argument 'stray'"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_the_nearest_name(tmp_path, text, words, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_recipe([write_recipe(tmp_path, text), *words])
+
+
+def test_a_missing_recipe_is_refused_with_those_there_are():
+    with pytest.raises(SettingsError, match=r"no file 'nope.yaml'.*finetune, quickstart, wikitext2"):
+        parse_recipe(["nope.yaml"])
+
+
+def test_an_unknown_argument_of_a_script_without_recipes_is_refused_too():
+    with pytest.raises(SettingsError, match=r"Did you mean 'max_bytes'\?"):
+        parse_arguments(EvaluationArguments, ["--max_byte", "3"])
+    assert parse_arguments(GenerationArguments, ["--prompt", "a", "b"]).prompt == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_experts_per_head": 128}, r"num_experts_per_head \(128\) exceeds num_sub_keys \(64\)"),
+        ({"num_sub_key": 8}, r"PeerConfig has no field 'num_sub_key'. Did you mean 'num_sub_keys'\?"),
+        ({"num_sub_keys": "many"}, "num_sub_keys"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_the_numbers(overrides, message):
+    with pytest.raises(SettingsError, match=message):
+        load_preset("peer_tiny", overrides)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configuration/training").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_of_the_repository_is_read(path):
+    recipe = parse_recipe([str(path)])
+    assert recipe.run.output_dir == f"runs/{path.stem}"
+    if recipe.model.model:
+        config = load_preset(recipe.model.model, parse_overrides(recipe.model.model_overrides))
+        assert recipe.data.block_size <= config.max_position_embeddings
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_field_has_a_help_text(group):
+    assert [f.name for f in dataclasses.fields(group) if f.init and not f.metadata.get("help")] == []

@@ -1,0 +1,224 @@
+"""A whole run: it learns, saves what loads, resumes on the same curve, and refuses early what cannot work."""
+
+import json
+import os
+from concurrent.futures import Future
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers.trainer
+from huggingface_hub import ModelCard, RepoUrl
+from training_helpers import (
+    TINY_LLAMA,
+    TINY_PEER,
+    last_json,
+    private_cache,  # noqa: F401  a fixture
+    run_script,
+    train,
+    write_inputs,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_peer.training import language_modeling
+from modeling_peer.training.recipes import SettingsError
+
+pytestmark = pytest.mark.usefixtures("private_cache")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    return write_inputs(tmp_path)
+
+
+def losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_a_run_learns_and_leaves_a_model_a_card_logs_and_its_results(tmp_path, inputs):
+    out = tmp_path / "out"
+    result = train(inputs, output_dir=out, max_steps=40, eval_strategy="steps", eval_steps=20, report_to="tensorboard")
+    history = losses(out)
+    assert len(history) == 40
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])
+
+    assert json.loads((out / "train_lm_results.json").read_text()) == result.summary
+    assert result.summary["tokens"] == 40 * 4 * 32
+    assert result.summary["validation_bits_per_byte"] < 6
+    assert result.summary["eval_loss"] is not None
+    assert list(out.rglob("events.out.tfevents.*"))
+
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    for name, value in result.model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(out)("é")["input_ids"] == result.tokenizer("é")["input_ids"]
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert {"peer", "mixture-of-experts"} <= set(card.data.tags)
+    measured = {entry.metric_type: entry.metric_value for entry in card.data.eval_results}
+    assert measured["bits_per_byte"] == pytest.approx(result.summary["validation_bits_per_byte"], abs=1e-4)
+    assert "64 experts of one neuron each, of which a token uses 8" in card.content
+    assert "learning_rate: 0.01" in card.content
+    assert str(tmp_path) not in card.content  # a published card names no folder of this machine
+
+
+def test_a_run_resumed_in_a_new_process_continues_the_same_losses(tmp_path, inputs):
+    train(inputs, output_dir=tmp_path / "whole", max_steps=8)
+    train(inputs, output_dir=tmp_path / "halves", max_steps=4, save_steps=4)
+    words = ["--output_dir", str(tmp_path / "halves"), "--max_steps", "8", "--resume_from_checkpoint", "last"]
+    summary = last_json(run_script("train_lm.py", *inputs, *words))
+    assert summary["steps"] == 8
+    # equal but for the order in which another number of threads sums
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_peer_and_dense_runs_that_differ_in_one_override_see_the_same_data(tmp_path, inputs):
+    seen = {}
+    for kind in ("sparse", "dense"):
+        words = [*inputs, "--model_overrides", json.dumps({"mlp_layer_types": [kind, "dense"]})]
+        result = train(words, output_dir=tmp_path / kind, max_steps=2)
+        assert result.model.config.mlp_layer_types[0] == kind
+        seen[kind] = [block["input_ids"].tolist() for block in result.training_blocks]
+    assert seen["sparse"] == seen["dense"]
+    assert losses(tmp_path / "sparse") != losses(tmp_path / "dense")
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, inputs):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(inputs, output_dir=tmp_path / name, max_steps=3, seed=seed)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize("config", [TINY_PEER, TINY_LLAMA], ids=["peer", "llama"])
+def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path, config):
+    words = write_inputs(tmp_path, config)
+    first = train(words, output_dir=tmp_path / "first", max_steps=20)
+    words = [word for word in words if not word.startswith("--tokenizer")]
+    second = train(words, model=tmp_path / "first", output_dir=tmp_path / "second", max_steps=3)
+    assert type(second.model) is type(first.model)
+    assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 1  # not from scratch
+    assert "Fine-tuned from `first`" in (tmp_path / "second" / "README.md").read_text()
+
+
+def test_a_stream_is_trained_on_and_a_tokenizer_learned_from_it(tmp_path, inputs):
+    words = [*inputs, "--streaming", "--tokenizer", "train"]
+    result = train(words, output_dir=tmp_path / "out", max_steps=3)
+    assert result.summary["steps"] == 3
+    assert result.model.config.vocab_size == len(result.tokenizer) == 300
+
+
+def test_a_new_models_vocabulary_is_its_tokenizers(tmp_path, inputs):
+    config = train(inputs, output_dir=tmp_path / "out", max_steps=1).model.config
+    assert config.vocab_size == 257
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+
+
+def test_training_stops_at_the_time_limit_and_still_saves(tmp_path, inputs):
+    result = train(inputs, output_dir=tmp_path / "out", max_steps=10_000, max_train_minutes=0.01)
+    assert 0 < result.summary["steps"] < 10_000
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_pushing_goes_through_the_trainer_and_carries_our_card(tmp_path, inputs, monkeypatch):
+    uploads = []
+
+    def upload_folder(*args, repo_id, folder_path, **kwargs):
+        uploads.append((repo_id, os.listdir(folder_path)))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    url = RepoUrl("https://huggingface.co/someone/tiny-peer")
+    for place in (huggingface_hub.HfApi, transformers.trainer):  # the latter holds them in older versions
+        monkeypatch.setattr(place, "create_repo", lambda *args, **kwargs: url, raising=False)
+        monkeypatch.setattr(place, "upload_folder", upload_folder, raising=False)
+    words = [*inputs, "--push_to_hub", "--hub_model_id", "someone/tiny-peer", "--hub_token", "secret-token"]
+    train(words, output_dir=tmp_path / "out", max_steps=2)
+    repo_id, files = uploads[-1]
+    assert repo_id == "someone/tiny-peer"
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json", "modeling_peer.py"} <= set(files)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("someone/tiny-peer"' in card
+    assert "bits per byte" in card
+    assert "secret-token" not in card
+
+
+class NothingMayStart:
+    """Stands for Trainer where a run must have been refused before."""
+
+    def __init__(self, *args, **kwargs):
+        raise AssertionError("training began")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train_file=nope.txt"], "no such file or folder: nope.txt"),
+        (["--model=nope"], "cannot open 'nope'"),
+        (["--model=./nope"], r"cannot open './nope': no such folder"),
+        (["--model_overrides", "num_experts_per_head=9"], r"num_experts_per_head \(9\) exceeds num_sub_keys \(8\)"),
+        (["--model_overrides", "num_subkeys=9"], r"no field 'num_subkeys'. Did you mean 'num_sub_keys'"),
+        (["--model_overrides", "vocab_size=100"], "tokenizer has 257 tokens, the model 100 embeddings"),
+        (["--tokenizer=./nope"], r"cannot load a tokenizer from './nope': no such folder"),
+        (["--tokenizer=train", "--tokenizer_vocab_size=100"], r"tokenizer_vocab_size \(100\) must be at least 257"),
+        (["--block_size=65"], r"block_size \(65\) must be from 2 to max_position_embeddings \(64\)"),
+        (["--streaming"], "set --max_steps"),
+        (["--resume_from_checkpoint=last"], "nothing to resume: no checkpoint-"),
+        (["--resume_from_checkpoint=./nope"], "is no training checkpoint"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(tmp_path, inputs, monkeypatch, words, message):
+    monkeypatch.setattr(language_modeling, "CardWritingTrainer", NothingMayStart)
+    with pytest.raises(SettingsError, match=message):
+        train([*inputs, *words], output_dir=tmp_path / "out")
+
+
+def test_text_shorter_than_one_block_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_modeling, "CardWritingTrainer", NothingMayStart)
+    with pytest.raises(SettingsError, match="has 6 tokens, less than one block of 32"):
+        train(write_inputs(tmp_path, text="short"), output_dir=tmp_path / "out")
+
+
+def test_a_tokenizer_larger_than_the_checkpoint_is_refused(tmp_path, inputs):
+    train(inputs, output_dir=tmp_path / "first", max_steps=1)
+    with pytest.raises(SettingsError, match=r"tokenizer has \d+ tokens, the model 257.*Use the checkpoint's own"):
+        train(inputs, model=tmp_path / "first", tokenizer="train", tokenizer_vocab_size=300, output_dir=tmp_path / "b")
+
+
+def test_a_folder_that_holds_a_run_is_kept_unless_told(tmp_path, inputs):
+    out = tmp_path / "out"
+    train(inputs, output_dir=out, max_steps=2, save_steps=1)
+    with pytest.raises(SettingsError, match=r"already holds a run.*--resume_from_checkpoint last.*--overwrite_output"):
+        train(inputs, output_dir=out, max_steps=1)
+    assert (out / "checkpoint-2").is_dir()
+    train(inputs, output_dir=out, max_steps=1, overwrite_output_dir=True)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-1"]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, inputs):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match=r"is a file. Name a folder"):
+        train(inputs, output_dir=tmp_path / "file")
+    with pytest.raises(SettingsError, match=r"cannot write to --output_dir .*: Not a directory"):
+        train(inputs, output_dir=tmp_path / "file" / "below")
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o500)
+    if not os.access(tmp_path / "locked", os.W_OK):  # root may write anywhere
+        with pytest.raises(SettingsError, match=r"cannot write to --output_dir .*: Permission denied"):
+            train(inputs, output_dir=tmp_path / "locked")
+
+
+def test_wikitext_2_trains_from_its_local_files(tmp_path):
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2"
+    if not folder.is_dir():
+        pytest.skip("no WikiText-2 beside the repository (../shared/data/wikitext-2)")
+    words = write_inputs(tmp_path)
+    words += ["--train_file", str(folder / "valid.txt.xz"), "--validation_file", str(folder / "test.txt.xz")]
+    result = train(["wikitext2", *words], output_dir=tmp_path / "out", max_steps=1)
+    assert len(result.corpus.documents("train")) == 1
+    assert sum(len(text.encode("utf-8")) for text in result.corpus.documents("train")) == 1_121_681
