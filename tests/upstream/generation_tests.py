@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 
 PROMPT_LENGTH = 6
 NEW_TOKENS = 5
@@ -226,6 +226,10 @@ class GenerationTesterMixin:
             expected = self.generate(model, prompt)[:, PROMPT_LENGTH:].tolist()
             options = copy.deepcopy(model.generation_config)
             options.update(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
-            outputs = model.generate_batch(prompt.tolist(), generation_config=options)
+            # its cache takes most of the machine's memory unless told how much it needs
+            cache = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+            outputs = model.generate_batch(
+                prompt.tolist(), generation_config=options, continuous_batching_config=cache
+            )
             by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
             assert [by_prompt[tuple(row)] for row in prompt.tolist()] == expected

@@ -119,12 +119,16 @@ class PeerTester(DecoderTester):
 
 
 class PeerSharedTester(PeerTester):
-    """The options that change what is tied and stored: tied embeddings, one table for two layers, gated experts."""
+    """The options that change what is tied and stored: tied embeddings, one table for two layers, gated experts.
+
+    Queries are normalised one by one, so that splitting a batch changes nothing: `compare.py` says where it does.
+    """
 
     config_overrides = PeerTester.config_overrides | {
         "mlp_layer_types": ["sparse", "sparse"],
         "share_expert_tables": True,
         "gated_experts": True,
+        "query_norm": "rms_norm",
         "tie_word_embeddings": True,
     }
 

@@ -2,11 +2,15 @@
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# A test takes some twenty seconds on two cores. When one rank fails, the others may wait for it forever.
+SECONDS_PER_TEST = 300
 
 
 def _get_distributed_device_type():
@@ -26,11 +30,21 @@ def _set_rank_device(rank):
 
 
 def _start_rank_processes(function, args, nprocs):
-    """Call `function(rank, *args)` in `nprocs` new processes; the first that raises ends the others."""
+    """Call `function(rank, *args)` in `nprocs` new processes; the first that raises ends the others.
+
+    Raises:
+        TimeoutError: the ranks did not finish in `SECONDS_PER_TEST`; they are killed.
+    """
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # ranks share the cores; more threads each only slow them down
     try:
-        mp.spawn(function, args=args, nprocs=nprocs)
+        ranks = mp.spawn(function, args=args, nprocs=nprocs, join=False)
+        deadline = time.monotonic() + SECONDS_PER_TEST
+        while not ranks.join(timeout=1):
+            if time.monotonic() > deadline:
+                for process in ranks.processes:
+                    process.kill()
+                raise TimeoutError(f"{nprocs} ranks did not finish in {SECONDS_PER_TEST} s: one may have failed")
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]

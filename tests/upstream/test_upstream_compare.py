@@ -54,9 +54,9 @@ def test_a_skip_inside_a_sub_test_counts_although_the_whole_test_passes():
 def test_an_exception_holds_until_the_test_passes():
     skipped = outcomes_of((REFERENCE, "test_a", "passed"), ("PeerModelTest", "test_a", "skipped"))
     passed = outcomes_of((REFERENCE, "test_a", "passed"), ("PeerModelTest", "test_a", "passed"))
-    accepted = {"test_a": "PEER has none"}
+    accepted = {"PeerModelTest::test_a": "PEER has none"}
     assert shortfalls(skipped, accepted) == []
-    assert shortfalls(passed, accepted) == ["test_a passes: remove it from ACCEPTED"]
+    assert shortfalls(passed, accepted) == ["PeerModelTest::test_a passes: remove it from ACCEPTED"]
 
 
 def test_the_table_gives_every_outcome_and_the_reason_for_each_skip():
