@@ -3,6 +3,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
 STAGING_PREFIX = ".saving-"
 CONFIG_NAME = "config.json"
 
@@ -33,15 +35,28 @@ def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Ite
         raise NotADirectoryError(f"Cannot save a model to {directory}: it is a file. Give the path of a folder.")
     directory.mkdir(parents=True, exist_ok=True)
     # Inside the target, so that moving the files is a rename on the same file system.
-    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=directory))
+    prefix = f"{STAGING_PREFIX}{platform.node()}-{os.getpid()}-"
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
     try:
         yield staging
-        if any(staging.iterdir()):  # a process that is not the main one writes nothing
-            _replace_files(staging, directory, variant)
-            for leftover in directory.glob(f"{STAGING_PREFIX}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        _replace_files(staging, directory, variant)
+        for folder in directory.glob(f"{STAGING_PREFIX}{platform.node()}-*"):
+            if not _is_running(int(folder.name.split("-")[-2])):
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_running(process_id: int) -> bool:
+    if os.name == "nt":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process_id, 0)  # no signal: only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _replace_files(staging: Path, directory: Path, variant: str | None):

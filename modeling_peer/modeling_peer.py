@@ -178,14 +178,15 @@ class PeerPreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
         complete. The code to load the model travels along, for every Auto class."""
         self.config.auto_map = dict(AUTO_MAP)
-        if kwargs.get("distributed_checkpoint"):  # every rank writes into the same folder
+        # Staging is for the one process that writes all; in a distributed checkpoint every rank writes its part.
+        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         hub = {name: kwargs.pop(name) for name in ("commit_message", "create_pr", "revision") if name in kwargs}
         private = kwargs.pop("private", None)
         with staged_save(save_directory, kwargs.get("variant")) as staging:
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
-        if push_to_hub and is_main_process:
+        if push_to_hub:
             token = kwargs.get("token")
             repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             # The folder's own files, not the training checkpoints in folders below.

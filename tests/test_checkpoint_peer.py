@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -208,6 +209,27 @@ def test_pushing_uploads_what_was_saved(monkeypatch, model, tmp_path):
         "token": "t",
         "commit_message": "first",
     }
+
+
+def test_a_save_leaves_alone_what_other_processes_are_saving(model, tmp_path):
+    """Ranks and jobs that save into one folder: only what a dead process of this host left is removed."""
+    host = platform.node()
+    running = tmp_path / f"{STAGING_PREFIX}{host}-{os.getppid()}-abc"
+    elsewhere = tmp_path / f"{STAGING_PREFIX}another-host-1-abc"
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    abandoned = tmp_path / f"{STAGING_PREFIX}{host}-{process.pid}-abc"
+    for folder in (running, elsewhere, abandoned):
+        folder.mkdir()
+    model.save_pretrained(tmp_path)
+    assert running.exists()
+    assert elsewhere.exists()
+    assert not abandoned.exists()
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(model, tmp_path):
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
 
 
 class TestDamage:
