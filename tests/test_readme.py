@@ -1,0 +1,46 @@
+"""README.md: its Python runs as printed, its tree and commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["outputs"].expert_ids[0].shape == (2, 32, 8, 16)
+    assert (tmp_path / "my-peer" / "modeling_peer.py").exists()
+
+
+def test_every_place_in_the_tree_exists():
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+    parent, places = "", []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        if not indent:
+            parent = name
+        places.append(parent if not indent else parent + name)
+    assert len(places) > 10
+    missing = [place for place in places if not (REPOSITORY / place).exists()]
+    assert not missing
+    flat = {path.name for path in (REPOSITORY / "modeling_peer").glob("*_peer.py")}
+    assert flat <= {Path(place).name for place in places}
+
+
+@pytest.mark.parametrize("target", re.findall(r"\bmake ([a-z-]+)", README))
+def test_every_make_target_that_the_readme_names_exists(target):
+    assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_every_script_and_recipe_that_the_readme_names_exists():
+    named = re.findall(r"\b(?:scripts|configuration)/[\w/]+\.(?:py|yaml|json)", README)
+    assert named
+    assert not [name for name in named if not (REPOSITORY / name).exists()]
