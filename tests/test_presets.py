@@ -13,7 +13,7 @@ from modeling_peer.training.presets import as_markdown, count_parameters, descri
 
 # total, expert and active parameters; whoever changes a preset changes what the README quotes
 PARAMETERS = {
-    "peer_tiny": (3_889_600, 1_572_864, 2_329_024),
+    "peer_tiny": (2_017_152, 1_048_576, 976_768),
     "peer_mini": (14_914_304, 8_388_608, 6_558_464),
     "peer_small": (99_593_728, 67_108_864, 32_615_936),
     "peer_medium": (509_174_528, 402_653_184, 106_717_952),

@@ -1,10 +1,12 @@
 """Settings: dataclass, recipe, command line, and what is said when they are wrong."""
 
 import dataclasses
+import importlib
 
 import pytest
 from training_helpers import REPOSITORY
 
+import modeling_peer.training
 from modeling_peer.training.evaluation import EvaluationArguments
 from modeling_peer.training.generation import GenerationArguments
 from modeling_peer.training.models import load_preset
@@ -110,3 +112,9 @@ def test_every_recipe_of_the_repository_is_read(path):
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_field_has_a_help_text(group):
     assert [f.name for f in dataclasses.fields(group) if f.init and not f.metadata.get("help")] == []
+
+
+def test_training_without_its_packages_says_how_to_get_them(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "evaluate" else name)
+    with pytest.raises(ModuleNotFoundError, match=r"not installed: evaluate.*pip install 'modeling_peer\[train\]'"):
+        importlib.reload(modeling_peer.training)

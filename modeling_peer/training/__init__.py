@@ -1,1 +1,11 @@
 """Training: data, tokenizers, recipes and the run itself. Needs the `train` extra; checkpoints never do."""
+
+from importlib.util import find_spec
+
+_MISSING = [name for name in ("accelerate", "datasets", "evaluate", "yaml") if find_spec(name) is None]
+if _MISSING:
+    raise ModuleNotFoundError(
+        f"training needs packages that are not installed: {', '.join(_MISSING)}. "
+        "Install them with `pip install 'modeling_peer[train]'`.",
+        name=_MISSING[0],
+    )

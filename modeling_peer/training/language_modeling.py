@@ -103,11 +103,12 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
     trainer.save_model()
     trainer.save_state()
+    result.summary = summarize(trainer, recipe, corpus, block_size, started)
+    if corpus.validation is not None:
+        # on every process: a sharded model cannot run on one
+        result.summary |= final_evaluation(result, recipe, block_size)
+    result.summary["seconds"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        result.summary = summarize(trainer, recipe, corpus, block_size, started)
-        if corpus.validation is not None:
-            result.summary |= final_evaluation(result, recipe, block_size)
-        result.summary["seconds"] = round(time.monotonic() - started, 1)
         path = Path(run.output_dir, RESULTS_FILE)
         path.write_text(json.dumps(result.summary, indent=2) + "\n", encoding="utf-8")
         trainer.card_facts = {"recipe": recipe, "corpus": corpus, "summary": result.summary, "model": model}

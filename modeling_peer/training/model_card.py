@@ -57,7 +57,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         limits=LIMITS,
     )
     path = Path(folder, "README.md")
-    card.save(path)
+    path.write_text(card.content.rstrip() + "\n", encoding="utf-8")
     return path
 
 
