@@ -175,11 +175,14 @@ class PeerExperts(nn.Module):
         self.gate_embed = nn.Parameter(torch.empty(shape)) if config.gated_experts else None
 
     def reset_parameters(self):
-        """Our choice, the paper states none: tokens come in with unit variance per feature (RMSNorm), so readers
-        of standard deviation 1/sqrt(hidden_size) give pre-activations of variance one."""
-        std = self.config.hidden_size**-0.5
-        for table in self.parameters(recurse=False):
-            init.normal_(table, std=std)
+        """Our choice, the paper states none. Tokens come in with unit variance per feature (RMSNorm), so readers of
+        standard deviation `gain / sqrt(hidden_size)` give pre-activations of standard deviation `gain`; writers are
+        that much smaller than the other matrices, so that the first output is as large whatever the gain. The
+        stronger a neuron, the faster Adam, whose steps are as large for every weight, moves what it writes."""
+        gain = self.config.expert_init_gain
+        for table in _readers(self.down_embed, self.gate_embed):
+            init.normal_(table, std=gain * self.config.hidden_size**-0.5)
+        init.normal_(self.up_embed, std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`."""

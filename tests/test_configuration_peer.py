@@ -58,6 +58,7 @@ def test_default_config_warns_of_nothing(caplog):
         ({"num_sub_keys": 8.5}, r"num_sub_keys"),
         ({"num_sub_keys": "many"}, r"num_sub_keys"),
         ({"expert_dropout": 1.5}, r"expert_dropout"),
+        ({"expert_init_gain": 0.0}, r"expert_init_gain must be above 0, got 0.0"),
     ],
     ids=str,
 )

@@ -117,12 +117,15 @@ def test_one_training_step_on_one_token_leaves_everything_finite(tiny_config):
     assert all(torch.isfinite(b).all() for b in layer.buffers())
 
 
-def test_layer_output_is_neither_vanishing_nor_exploding_at_initialisation(tiny_config):
-    """Unit-variance tokens, as RMSNorm gives: PEER-pytorch's N(0, 1) tables would give 11 to 45."""
-    for hidden_size in (64, 512):
-        layer = PeerLayer(tiny_config(hidden_size=hidden_size, num_sub_keys=32, num_experts_per_head=16))
-        rms = layer(torch.randn(64, hidden_size)).square().mean().sqrt()
-        assert 1e-3 < rms < 1, f"{rms} at width {hidden_size}"
+@pytest.mark.parametrize("gain", [1.0, 4.0])
+@pytest.mark.parametrize("hidden_size", [64, 512])
+def test_layer_starts_with_the_promised_pre_activations_and_a_small_output(tiny_config, gain, hidden_size):
+    """On unit-variance tokens, as RMSNorm gives them: PEER-pytorch's N(0, 1) tables would put out 11 to 45."""
+    config = tiny_config(hidden_size=hidden_size, num_sub_keys=32, num_experts_per_head=16, expert_init_gain=gain)
+    layer, x = PeerLayer(config), torch.randn(64, hidden_size)
+    pre_activations = x @ layer.experts.down_embed.T
+    assert math.isclose(pre_activations.std().item(), gain, rel_tol=0.1)
+    assert 1e-3 < layer(x).square().mean().sqrt() < 0.1
 
 
 def test_expert_dropout_drops_experts_in_training_only(tiny_config):
