@@ -1,6 +1,7 @@
 # Every target makes the virtual environment it needs from a bare Python >= 3.10: `make test PYTHON=python3.12`.
 PYTHON ?= python3
 VENV ?= .venv
+# Test processes side by side, one thread each: threads of their own on top would fight over the cores.
 WORKERS ?= 2
 BIN = $(VENV)/bin
 # The oldest supported Transformers is stated in setup.cfg, and only there.
@@ -20,7 +21,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

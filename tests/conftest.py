@@ -1,15 +1,9 @@
 """Fixtures shared by the tests."""
 
-import os
-
 import pytest
 import torch
 
 from modeling_peer import PeerConfig
-
-# One process per core: threads of their own on top would fight over the cores.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
