@@ -22,7 +22,8 @@ RESTATED = {
         "upstream cannot read the annotations of the generic heads, Llama's or PEER's; test_attention_outputs runs"
     ),
     "This model has no sparse experts.": (
-        "test of router_logits, a score for every expert: PEER never forms them, it records expert_ids and _gates"
+        "test of router_logits, a score for every expert: PEER never forms them; "
+        "it records expert_ids and expert_gates instead"
     ),
     "Not an MoE model": "test of 3-D expert weights; PEER's tables are 2-D and replicated by its tensor-parallel plan",
 }

@@ -18,6 +18,7 @@ from transformers import (
     LlamaModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from modeling_peer import (
     PeerConfig,
@@ -163,5 +164,6 @@ def write_tiny_models(folder):
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     write_tiny_models(Path(sys.argv[1]))
