@@ -8,23 +8,30 @@ import unittest
 
 from transformers import set_seed
 
-from . import test_fsdp_mixin, test_modeling_common, test_pipeline_mixin, test_tensor_parallel_mixin
+from . import test_fsdp_mixin, test_modeling_common, test_tensor_parallel_mixin
 from .generation.test_utils import GenerationTesterMixin
 from .model_testers import LlamaTester, PeerSharedTester, PeerTester
 from .test_configuration_common import ConfigTester
 from .test_fsdp_mixin import FSDPTesterMixin
+from .test_pipeline_mixin import PipelineTesterMixin
 from .test_training_mixin import TrainingTesterMixin
 
-# Newer than the oldest Transformers that we support
+# Upstream's lists name the few models that its own CI spends processes on; None is its switch for "every model"
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+# Two mixins are newer than the oldest Transformers that we support
 try:
-    from . import test_expert_parallel_mixin
     from .test_expert_parallel_mixin import ExpertParallelTesterMixin
 except ModuleNotFoundError as error:
     if error.name != f"{__package__}.test_expert_parallel_mixin":
         raise
 
     class ExpertParallelTesterMixin: ...
+else:
+    from . import test_expert_parallel_mixin
 
+    test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 try:
     from .test_memory_cleanup_mixin import MemoryCleanupMixin
@@ -35,28 +42,11 @@ except ModuleNotFoundError as error:
     class MemoryCleanupMixin: ...
 
 
-# Upstream's lists name the few models that its own CI spends processes on; None is its switch for "every model"
-test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
-test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
-if ExpertParallelTesterMixin.__module__ != __name__:
-    test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
-
-TEXT_PIPELINES = {
-    "feature-extraction": "FeatureExtractionPipelineTests",
-    "text-classification": "TextClassificationPipelineTests",
-    "text-generation": "TextGenerationPipelineTests",
-    "token-classification": "TokenClassificationPipelineTests",
-    "zero-shot": "ZeroShotClassificationPipelineTests",
-}
-for task, class_name in TEXT_PIPELINES.items():
-    test_pipeline_mixin.pipeline_test_mapping[task] = {"test": f"{__package__}.pipelines.test_pipelines.{class_name}"}
-
-
 class CommonTests(
     MemoryCleanupMixin,
     test_modeling_common.ModelTesterMixin,
     GenerationTesterMixin,
-    test_pipeline_mixin.PipelineTesterMixin,
+    PipelineTesterMixin,
     TrainingTesterMixin,
     test_tensor_parallel_mixin.TensorParallelTesterMixin,
     ExpertParallelTesterMixin,
@@ -76,7 +66,7 @@ class CommonTests(
             "token-classification": tester.token_classification_class,
             "zero-shot": tester.sequence_classification_class,
         }
-        ours = {f"test_pipeline_{task.replace('-', '_')}" for task in TEXT_PIPELINES}
+        ours = {f"test_pipeline_{task.replace('-', '_')}" for task in cls.pipeline_model_mapping}
         for name in dir(cls):
             # images, sound, tables and masked text are not for a decoder: no test rather than forty skips
             if name.startswith("test_pipeline_") and name.removesuffix("_fp16") not in ours:
