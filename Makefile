@@ -30,10 +30,12 @@ lint: $(VENV)/installed
 upstream: $(VENV)/installed
 	$(BIN)/python tests/upstream/run.py
 
-test-oldest:
-	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' constraints.txt > constraints-oldest.txt
-	echo "transformers==$(OLDEST).*" >> constraints-oldest.txt
+test-oldest: constraints-oldest.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+
+constraints-oldest.txt: constraints.txt setup.cfg
+	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' constraints.txt > $@
+	echo "transformers==$(OLDEST).*" >> $@
 
 CONSTRAINTS ?= constraints.txt
 $(VENV)/installed: setup.cfg $(CONSTRAINTS)
@@ -45,4 +47,4 @@ $(VENV)/installed: setup.cfg $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build runs constraints-oldest.txt *.egg-info
+	rm -rf .venv .venv-oldest build runs/quickstart constraints-oldest.txt *.egg-info

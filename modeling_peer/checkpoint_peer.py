@@ -40,8 +40,9 @@ def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Ite
     try:
         yield staging
         _replace_files(staging, directory, variant)
-        for folder in directory.glob(f"{STAGING_PREFIX}{platform.node()}-*"):
-            if not _is_running(int(folder.name.split("-")[-2])):
+        for folder in directory.iterdir():
+            of_this_host = re.fullmatch(rf"{re.escape(STAGING_PREFIX + platform.node())}-(\d+)-[^-]+", folder.name)
+            if of_this_host and not _is_running(int(of_this_host[1])):
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

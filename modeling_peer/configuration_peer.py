@@ -109,7 +109,7 @@ class PeerConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
-    classifier_dropout: float = interval(min=0.0, max=1.0)(default=0.0)
+    classifier_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
 
     mlp_layer_types: list[str] | None = None
     sparse_mlp: str = "peer"
@@ -124,12 +124,12 @@ class PeerConfig(PreTrainedConfig):
     expert_act: str = "gelu"
     gated_experts: bool = False
     share_expert_tables: bool = False
-    expert_dropout: float = interval(min=0.0, max=1.0)(default=0.0)
-    expert_init_gain: float = 4.0
+    expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
+    expert_init_gain: int | float = 4.0
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)  # 0 heads: refused below
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mlp_layer_types is None:
@@ -180,9 +180,9 @@ class PeerConfig(PreTrainedConfig):
             )
         if self.sparse_mlp not in SPARSE_MLPS:
             raise ValueError(_unknown_name("sparse_mlp", self.sparse_mlp, SPARSE_MLPS))
-        activations = ("identity", *ACT2CLS)
-        if self.expert_act not in activations:
-            raise ValueError(_unknown_name("expert_act", self.expert_act, activations))
+        for field, activations in (("hidden_act", tuple(ACT2CLS)), ("expert_act", ("identity", *ACT2CLS))):
+            if getattr(self, field) not in activations:
+                raise ValueError(_unknown_name(field, getattr(self, field), activations))
 
     def _validate_retrieval(self):
         for name in ("num_sub_keys", "num_retrieval_heads", "num_experts_per_head"):

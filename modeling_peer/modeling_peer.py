@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backends_peer import check_experts_implementation
@@ -182,23 +183,24 @@ class PeerPreTrainedModel(PreTrainedModel):
         if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        hub = {name: kwargs.pop(name) for name in ("commit_message", "create_pr", "revision") if name in kwargs}
-        private = kwargs.pop("private", None)
+        private, token = kwargs.pop("private", None), kwargs.get("token")
+        commit = {name: kwargs.pop(name) for name in ("commit_message", "create_pr") if name in kwargs}
+        earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         with staged_save(save_directory, kwargs.get("variant")) as staging:
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
-        if push_to_hub:
-            token = kwargs.get("token")
+        if push_to_hub:  # what Transformers would do after its own save
             repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            # The folder's own files, not the training checkpoints in folders below.
-            huggingface_hub.upload_folder(
-                repo_id=repo_id, folder_path=save_directory, ignore_patterns="*/*", token=token, **hub
-            )
+            card = create_and_tag_model_card(repo_id, self.model_tags, token=token)
+            card.save(os.path.join(save_directory, "README.md"))
+            self._upload_modified_files(os.fspath(save_directory), repo_id, earlier, token=token, **commit)
 
 
 class PeerModel(PeerPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: PeerConfig):
+        # Once more: `from_pretrained(..., num_hidden_layers=2)` changes fields after the configuration was checked.
+        config.validate_architecture()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -4,6 +4,7 @@
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 from .backends_peer import RETRIEVAL_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
@@ -48,25 +49,52 @@ def _top_k_of_tile(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> t
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, sub_keys = query.to(dtype), sub_keys.to(dtype)
     codebooks = "hcnd" if sub_keys.dim() == 4 else "cnd"
-    with torch.autocast(query.device.type, enabled=False):
+    with maybe_autocast(query.device.type, enabled=False):
         halves = query.unflatten(-1, (2, -1))  # (t, h, 2, query_dim // 2)
         sub_scores = torch.einsum(f"thcd,{codebooks}->cthn", halves, sub_keys)  # (2, t, h, n)
     (row_scores, column_scores), (rows, columns) = sub_scores.topk(top_k, dim=-1)  # (2, t, h, k) each
 
-    pairs = [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
-    i, j = torch.tensor(pairs, device=query.device).unbind(1)
+    i, j = torch.tensor(_candidate_ranks(top_k), device=query.device).unbind(1)
     scores, best = (row_scores[..., i] + column_scores[..., j]).topk(top_k, dim=-1)
     expert_ids = (rows[..., i] * num_sub_keys + columns[..., j]).gather(-1, best)
     return scores, expert_ids
 
 
-class PeerBatchNorm(nn.Module):
+def _candidate_ranks(top_k: int) -> list[tuple[int, int]]:
+    """Pairs of ranks, row and column, of which the `top_k` best sums are some: 50 of 256 for `top_k` 16."""
+    return [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
+
+
+class Float32Module(nn.Module):
+    """Keeps its own parameters and buffers float32 in a half-precision model."""
+
+    def _apply(self, fn, recurse=True):
+        # `model.bfloat16()` and `.to(dtype)` come through here: move, but do not round.
+        def keep_precision(tensor):
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+# The names tell Transformers how to initialise them.
+class PeerRMSNorm(Float32Module, nn.RMSNorm):
+    """RMSNorm of one head's query."""
+
+
+class PeerLayerNorm(Float32Module, nn.LayerNorm):
+    """LayerNorm of one head's query."""
+
+
+class PeerBatchNorm(Float32Module):
     """BatchNorm of queries, made safe for language modelling (He 2024, section 3.3, enables it by default).
 
     Differences from `nn.BatchNorm1d`: padding does not enter the statistics; fewer than two tokens are normalised
     with the running statistics, which they leave alone; a forward recomputed by gradient checkpointing does not
-    count again; the statistics stay float32 in a half-precision model. In training a token's query depends, through
-    the batch's mean and variance, on the other tokens of the batch, later ones included; in evaluation on itself only.
+    count again; the statistics stay float32 in a half-precision model; frozen (`weight.requires_grad` false, as under
+    an adapter) it acts as in evaluation, since what it would learn is not saved. In training a token's query depends,
+    through the mean and variance of this process's micro-batch, on the other tokens there, later ones included; in
+    evaluation on itself only.
 
     Args:
         num_features: features of one token's query, all heads together.
@@ -96,7 +124,7 @@ class PeerBatchNorm(nn.Module):
         """Normalise each feature of `query` `(num_tokens, num_features)`; `token_mask` `(num_tokens,)` is true
         where a token is not padding."""
         mean, variance = self.running_mean, self.running_var
-        if self.training:
+        if self.training and self.weight.requires_grad:
             mean, variance = self._batch_statistics(query, token_mask)
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return query * scale + (self.bias - mean * scale)
@@ -119,14 +147,6 @@ class PeerBatchNorm(nn.Module):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
                 self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
         return mean, variance
-
-    def _apply(self, fn, recurse=True):
-        # `model.bfloat16()` and `.to(dtype)` come through here: move, but do not round statistics and scale.
-        def keep_precision(tensor):
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 def _is_recomputation() -> bool:
@@ -176,7 +196,7 @@ class PeerRetrieval(nn.Module):
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
-        if isinstance(self.query_norm, PeerBatchNorm):
+        if self.config.query_norm == "batch_norm":
             query = self.query_norm(query, None if token_mask is None else token_mask.flatten())
             query = query.unflatten(-1, (self.num_heads, self.query_dim))
         else:
@@ -193,7 +213,7 @@ def _query_norm(config: PeerConfig) -> nn.Module:
     if config.query_norm == "batch_norm":
         return PeerBatchNorm(config.num_retrieval_heads * config.query_dim)
     if config.query_norm == "rms_norm":
-        return nn.RMSNorm(config.query_dim, eps=config.rms_norm_eps)
+        return PeerRMSNorm(config.query_dim, eps=config.rms_norm_eps)
     if config.query_norm == "layer_norm":
-        return nn.LayerNorm(config.query_dim)
+        return PeerLayerNorm(config.query_dim)
     return nn.Identity()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils import logging
@@ -187,35 +188,45 @@ def test_a_killed_save_never_leaves_a_mixture_of_two_models(tmp_path):
     assert {"2 layers", "3 layers"} <= set(outcomes), f"the kills hit too few moments to show anything: {outcomes}"
 
 
-def test_pushing_uploads_what_was_saved(monkeypatch, model, tmp_path):
+def test_pushing_uploads_what_was_saved_and_a_card_and_nothing_else(monkeypatch, model, tmp_path):
     calls = {}
 
     def create_repo(repo_id, **options):
         calls["create_repo"] = {"repo_id": repo_id, **options}
         return types.SimpleNamespace(repo_id=f"someone/{repo_id}")
 
-    def upload_folder(folder_path, **options):
-        calls["upload_folder"] = {"files": {p.name for p in Path(folder_path).iterdir()}, **options}
+    class Hub:
+        def create_commit(self, operations, **options):
+            calls["create_commit"] = {"files": {operation.path_in_repo for operation in operations}, **options}
 
+    folder = tmp_path / "my-peer"
+    folder.mkdir()
+    (folder / "secret.env").write_text("not for the Hub")
     monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
-    monkeypatch.setattr("huggingface_hub.upload_folder", upload_folder)
-    model.save_pretrained(tmp_path / "my-peer", push_to_hub=True, private=True, token="t", commit_message="first")
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr(
+        "modeling_peer.modeling_peer.create_and_tag_model_card", lambda *args, **options: ModelCard("# A card")
+    )
+    model.save_pretrained(folder, push_to_hub=True, private=True, token="t", commit_message="first")
     assert calls["create_repo"] == {"repo_id": "my-peer", "private": True, "token": "t", "exist_ok": True}
-    upload = calls["upload_folder"]
-    assert upload.pop("files") >= TRAVELLING_FILES | {"config.json", "model.safetensors"}
-    assert upload == {
-        "repo_id": "someone/my-peer",
-        "ignore_patterns": "*/*",
-        "token": "t",
-        "commit_message": "first",
-    }
+    commit = calls["create_commit"]
+    saved = {"config.json", "generation_config.json", "model.safetensors", "README.md"} | TRAVELLING_FILES
+    assert commit["files"] == saved
+    assert commit["repo_id"] == "someone/my-peer"
+    assert commit["commit_message"] == "first"
+
+
+def test_a_checkpoint_is_not_loaded_with_fields_that_it_could_not_be_saved_with(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="names 3 layers, but num_hidden_layers is 2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2)
 
 
 def test_a_save_leaves_alone_what_other_processes_are_saving(model, tmp_path):
     """Ranks and jobs that save into one folder: only what a dead process of this host left is removed."""
     host = platform.node()
     running = tmp_path / f"{STAGING_PREFIX}{host}-{os.getppid()}-abc"
-    elsewhere = tmp_path / f"{STAGING_PREFIX}another-host-1-abc"
+    elsewhere = tmp_path / f"{STAGING_PREFIX}{host}-2-1-abc"  # process 1 of the host called {host}-2
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     abandoned = tmp_path / f"{STAGING_PREFIX}{host}-{process.pid}-abc"

@@ -2,6 +2,7 @@
 
 import math
 
+import PEER_pytorch
 import pytest
 import reference
 import torch
@@ -68,10 +69,9 @@ def test_one_expert_per_head_is_the_mlp_of_the_retrieved_neurons(tiny_config):
 
 def test_layer_agrees_with_peer_pytorch_on_copied_weights(tiny_config):
     """The independent implementation, in the paper's mode: per-head codebooks, no query norm and no query bias."""
-    peer_pytorch = pytest.importorskip("PEER_pytorch", reason="PEER-pytorch is a test extra, not installed here")
     config = tiny_config(share_sub_keys=False, query_norm="none", num_sub_keys=8)
     layer = PeerLayer(config)
-    theirs = peer_pytorch.PEER(
+    theirs = PEER_pytorch.PEER(
         dim=32,
         heads=2,
         num_experts=64,
@@ -128,12 +128,16 @@ def test_layer_starts_with_the_promised_pre_activations_and_a_small_output(tiny_
     assert 1e-3 < layer(x).square().mean().sqrt() < 0.1
 
 
-def test_expert_dropout_drops_experts_in_training_only(tiny_config):
-    layer = PeerLayer(tiny_config(expert_dropout=0.5, query_norm="none"))
-    x = torch.randn(50, 32)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
+def test_expert_dropout_drops_that_share_of_the_gates_and_scales_the_rest(tiny_config):
+    layer = PeerLayer(tiny_config(expert_dropout=0.25, query_norm="none", gate_activation="sigmoid"))
+    x, seen = torch.randn(500, 32), []
+    layer.experts.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
+    layer(x)
+    layer.eval()(x)
+    in_training, in_evaluation = seen
+    kept = in_training != 0
+    assert 0.72 < kept.float().mean() < 0.78
+    torch.testing.assert_close(in_training[kept], in_evaluation[kept] / 0.75)
 
 
 def test_a_million_experts_answer_one_token(tiny_config):

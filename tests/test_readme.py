@@ -20,6 +20,10 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch)
     assert (tmp_path / "my-peer" / "modeling_peer.py").exists()
 
 
+def test_no_figure_is_still_to_be_filled_in():
+    assert "@@" not in README
+
+
 def test_every_place_in_the_tree_exists():
     tree = re.search(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
     parent, places = "", []

@@ -29,6 +29,13 @@ def test_product_key_top_k_equals_exhaustive_search(num_sub_keys, top_k, shared)
     assert torch.equal(expert_ids, expected_ids)  # continuous scores: no ties
 
 
+@pytest.mark.parametrize(("top_k", "num_candidates"), [(1, 1), (8, 20), (16, 50), (32, 119)])
+def test_only_pairs_of_ranks_that_can_win_are_scored(top_k, num_candidates):
+    ranks = retrieval_peer._candidate_ranks(top_k)
+    assert len(set(ranks)) == len(ranks) == num_candidates
+    assert all((i + 1) * (j + 1) <= top_k for i, j in ranks)
+
+
 def test_product_key_top_k_with_ties_returns_scores_of_the_ids_it_returns():
     query = torch.randint(-1, 2, (6, 2, 8)).float()
     sub_keys = torch.randint(-1, 2, (2, 16, 4)).float()
@@ -170,6 +177,29 @@ def test_batch_norm_keeps_float32_statistics_when_the_module_is_cast(cast):
         assert tensor.dtype == torch.float32, name
         assert torch.equal(tensor, before[name]), name
     assert norm.double().running_mean.dtype == torch.float64  # more precision is welcome
+
+
+def test_a_frozen_batch_norm_acts_as_in_evaluation():
+    """Under an adapter its statistics would move, and not be saved with the adapter."""
+    norm, query = batch_norm(), torch.randn(9, 6)
+    norm.requires_grad_(False).train()
+    before = norm.running_mean.clone()
+    output = norm(query)
+    assert torch.equal(norm.running_mean, before)
+    assert torch.equal(output, norm.eval()(query))
+
+
+@pytest.mark.parametrize("query_norm", ["batch_norm", "rms_norm", "layer_norm", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_query_norm_works_in_a_model_cast_to_half_precision(tiny_config, query_norm, dtype):
+    retrieval = PeerRetrieval(tiny_config(query_norm=query_norm))
+    retrieval.reset_parameters()
+    hidden = torch.randn(3, 5, 32)
+    expected, _ = retrieval(hidden)
+    gates, _ = retrieval.to(dtype)(hidden.to(dtype))
+    assert all(tensor.dtype == torch.float32 for tensor in retrieval.query_norm.state_dict().values())
+    assert gates.dtype == torch.float32
+    torch.testing.assert_close(gates.sort().values, expected.sort().values, rtol=0, atol=0.05)  # inputs were rounded
 
 
 def test_batch_norm_is_causal_in_evaluation(tiny_config):
