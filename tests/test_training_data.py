@@ -133,6 +133,52 @@ def test_a_file_that_cannot_be_read_as_text_is_refused_with_the_way_out(tmp_path
         corpus_of(path.parent if "/" in name else path)
 
 
+LATER = 100_000  # bytes of good text before: past what is read when the file is opened
+GOOD = some_text(LATER // 5).encode("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("late.txt", GOOD + b"\xff", "not UTF-8 text: invalid start byte"),
+        ("cut.txt.xz", lzma.compress(os.urandom(LATER).hex().encode())[:LATER], "cannot be decompressed"),
+        ("cut.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:LATER], "cannot be decompressed"),
+        ("bad.txt.gz", gzip.compress(GOOD, 0)[:LATER] + b"\xff" * LATER, "cannot be decompressed"),  # zlib.error
+        ("late.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
+        ("null.jsonl", b'{"text": "x"}\n{"text": null}', "line 2 has no text under 'text' but null"),
+        ("half.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}', r"line 2 holds half a character, '.ud800'"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_wrong_further_down_a_file_is_said_as_plainly(tmp_path, name, content, message, streaming):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SettingsError, match=rf"{name}.*{message}"):
+        corpus_of(tmp_path / name, streaming=streaming).documents("train")
+
+
+def test_the_description_counts_the_files(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+    assert corpus_of(tmp_path / "a.txt").description == "local text: a.txt (1 file)"
+    held_out = corpus_of(tmp_path, validation_file=str(tmp_path / "a.txt"))
+    assert held_out.description == f"local text: {tmp_path.name} (2 files, 1 held out)"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("train", "validation", "message"),
+    [
+        (["a"], [""], "no text in column 'text' of split 'validation'"),
+        ([1], [2], "column 'text' of split 'train' .* holds int, not text. Set --text_column"),
+    ],
+)
+def test_a_split_without_text_is_refused(tmp_path, streaming, train, validation, message):
+    for split, texts in {"train": train, "validation": validation}.items():
+        datasets.Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{split}.parquet")
+    with pytest.raises(SettingsError, match=message):
+        load_corpus(DataArguments(dataset_name=str(tmp_path), streaming=streaming))
+
+
 def test_a_data_set_out_of_reach_is_named_with_the_cause():
     with pytest.raises(SettingsError, match="cannot open data set 'nobody/nothing'"):
         load_corpus(DataArguments(dataset_name="nobody/nothing"))

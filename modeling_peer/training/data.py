@@ -71,16 +71,24 @@ def _from_files(arguments: DataArguments, train: list[Path], validation: list[Pa
             continue
         require_text(files, arguments.text_column)
         parts.append(_open_files(files, arguments.text_column, arguments.streaming and files is train))
-    return Corpus(*parts, description=f"{description} ({len(train)} + {len(validation)} files)")
+    count = f"{len(train)} {'files' if train[1:] else 'file'}"
+    return Corpus(
+        *parts, description=f"{description} ({count}{f', {len(validation)} held out' if validation else ''})"
+    )
 
 
 def _open_files(files: list[Path], text_column: str, streaming: bool):
     # size and time are part of the cache's key: a file that changed is read again
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     kind = datasets.IterableDataset if streaming else datasets.Dataset
-    return kind.from_generator(
-        _generate_rows, features=FEATURES, gen_kwargs={"stamps": stamps, "text_column": text_column}
-    )
+    try:
+        return kind.from_generator(
+            _generate_rows, features=FEATURES, gen_kwargs={"stamps": stamps, "text_column": text_column}
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, SettingsError):
+            raise SettingsError(str(error.__cause__)) from error
+        raise
 
 
 def _generate_rows(stamps: list[tuple[str, int, int]], text_column: str) -> Iterator[dict]:
@@ -107,16 +115,28 @@ def _from_dataset(arguments: DataArguments) -> Corpus:
             f"data set {name!r} has no column {arguments.text_column!r}; it has: {', '.join(columns)}. "
             f"Set --text_column.{nearest(arguments.text_column, columns)}"
         )
-    if not any(row[arguments.text_column] for row in train):
-        raise SettingsError(f"no text in column {arguments.text_column!r} of data set {name!r}: empty.")
+    validation = splits.get(arguments.validation_split)
+    for split, rows in ((arguments.train_split, train), (arguments.validation_split, validation)):
+        if rows is not None:
+            _require_text(rows, arguments.text_column, f"split {split!r} of data set {name!r}")
     return Corpus(
         train,
-        splits.get(arguments.validation_split),
+        validation,
         description=f"data set {name}{f' ({arguments.dataset_config})' if arguments.dataset_config else ''}",
         text_column=arguments.text_column,
         rows_are_lines=arguments.rows_are_lines,
         dataset_id=None if Path(name).exists() else name,
     )
+
+
+def _require_text(rows: Iterable[dict], text_column: str, place: str) -> None:
+    first = next((row[text_column] for row in rows if row.get(text_column)), None)
+    if first is None:
+        raise SettingsError(f"no text in column {text_column!r} of {place}: empty.")
+    if not isinstance(first, str):
+        raise SettingsError(
+            f"column {text_column!r} of {place} holds {type(first).__name__}, not text. Set --text_column."
+        )
 
 
 def _hold_out(corpus: Corpus, percent: float) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def read_pieces(path: Path, text_column: str) -> Iterator[tuple[str, bool]]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise SettingsError(f"{path} is not UTF-8 text: {error.reason} (byte {byte:#x}).") from error
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise SettingsError(f"{path} cannot be decompressed: {error}.") from error
 
 
@@ -99,9 +100,15 @@ def _text_of_row(line: str, text_column: str, place: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise SettingsError(f"{place} is not JSON: {error}.") from error
-    if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+    if isinstance(row, dict) and text_column in row and not isinstance(row[text_column], str):
+        raise SettingsError(f"{place} has no text under {text_column!r} but {json.dumps(row[text_column])[:40]}.")
+    if not isinstance(row, dict) or text_column not in row:
         keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise SettingsError(f"{place} has no text under {text_column!r}; it has: {keys}. Set --text_column.")
+    try:
+        row[text_column].encode("utf-8")
+    except UnicodeEncodeError as error:  # \ud800 to \udfff: JSON can say them, UTF-8 cannot
+        raise SettingsError(f"{place} holds half a character, {error.object[error.start]!a}.") from error
     return row[text_column]
 
 
