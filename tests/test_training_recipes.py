@@ -44,6 +44,44 @@ def test_overrides_of_the_recipe_and_of_the_command_line_add_up(tmp_path):
     assert overrides == {"num_sub_keys": 32, "mlp_layer_types": ["dense", "sparse"], "expert_act": "relu"}
 
 
+def test_overrides_and_prompts_given_several_times_add_up(tmp_path):
+    path = write_recipe(tmp_path, "model_overrides: {query_dim: 8}\n")
+    recipe = parse_recipe([path, "--model_overrides", "a=1", "--seed", "2", "--model_overrides", "b=2", "c=3"])
+    assert parse_overrides(recipe.model.model_overrides) == {"query_dim": 8, "a": 1, "b": 2, "c": 3}
+    assert parse_arguments(GenerationArguments, ["--prompt", "a", "--prompt", "b", "c"]).prompt == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        (EvaluationArguments, "stride", 0, "at least 1"),
+        (EvaluationArguments, "context_length", -1, "at least 1"),
+        (EvaluationArguments, "batch_size", 0, "at least 1"),
+        (EvaluationArguments, "max_bytes", 0, "at least 1"),
+        (DataArguments, "max_evaluation_bytes", 0, "at least 1"),
+        (DataArguments, "validation_percent", 100.5, "from 0 to 100"),
+        (DataArguments, "validation_percent", -5.0, "from 0 to 100"),
+        (RunArguments, "per_device_train_batch_size", 0, "at least 1"),
+        (RunArguments, "max_train_minutes", 0.0, "more than 0"),
+        (GenerationArguments, "max_new_tokens", 0, "at least 1"),
+        (GenerationArguments, "temperature", -0.1, "at least 0"),
+        (GenerationArguments, "temperature", float("nan"), "at least 0"),
+        (GenerationArguments, "top_k", -1, "at least 0"),
+        (GenerationArguments, "top_p", 0.0, "more than 0 and at most 1"),
+        (GenerationArguments, "top_p", 2.0, "more than 0 and at most 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_any_work(group, field, value, message):
+    with pytest.raises(SettingsError, match=rf"--{field} \({value}\) must be {message}"):
+        group(**{field: value})
+
+
+def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_bytes(b"model: \xff")
+    with pytest.raises(SettingsError, match=r"recipe.yaml is not UTF-8 text: invalid start byte at byte 7"):
+        parse_recipe([str(tmp_path / "recipe.yaml")])
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -112,6 +150,11 @@ def test_every_recipe_of_the_repository_is_read(path):
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_field_has_a_help_text(group):
     assert [f.name for f in dataclasses.fields(group) if f.init and not f.metadata.get("help")] == []
+
+
+@pytest.mark.parametrize("group", [ModelArguments, EvaluationArguments, GenerationArguments])
+def test_the_help_offers_no_expert_code_that_does_not_exist(group):
+    assert "eager, or a registered name." in group.__dataclass_fields__["experts_implementation"].metadata["help"]
 
 
 def test_training_without_its_packages_says_how_to_get_them(monkeypatch):

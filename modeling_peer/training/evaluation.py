@@ -10,7 +10,7 @@ from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.models import load_checkpoint
 from modeling_peer.training.python_sources import PYTHON_STDLIB
-from modeling_peer.training.recipes import DataArguments, SettingsError
+from modeling_peer.training.recipes import DataArguments, SettingsError, require_at_least_one
 
 
 @dataclass
@@ -47,12 +47,15 @@ class EvaluationArguments:
     batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks."}
+        default=None, metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
     )
     output_file: str | None = field(default=None, metadata={"help": "Write the results here too, as JSON."})
+
+    def __post_init__(self):
+        require_at_least_one(self, "max_bytes", "context_length", "stride", "batch_size")
 
 
 def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
@@ -61,8 +64,8 @@ def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
     Raises:
         SettingsError: no such model or text, or a window that does not fit the model.
     """
-    if arguments.output_file and not Path(arguments.output_file).resolve().parent.is_dir():
-        raise SettingsError(f"--output_file {arguments.output_file}: its folder does not exist.")
+    if arguments.output_file:
+        _require_writable(Path(arguments.output_file))
     texts, description = _load_texts(arguments)
     model, tokenizer = load_checkpoint(
         arguments.model,
@@ -88,6 +91,17 @@ def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
     if arguments.output_file:
         Path(arguments.output_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
+
+
+def _require_writable(path: Path) -> None:
+    existed = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise SettingsError(f"cannot write to --output_file {path}: {error.strerror}.") from error
 
 
 def _load_texts(arguments: EvaluationArguments) -> tuple[list[str], str]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.models import load_checkpoint
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.recipes import SettingsError, require, require_at_least_one
 
 
 @dataclass
@@ -18,7 +18,8 @@ class GenerationArguments:
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     prompt: list[str] = field(
-        default_factory=list, metadata={"help": "One or more texts to continue. None: the start of a document."}
+        default_factory=list,
+        metadata={"action": "extend", "help": "One or more texts to continue. None: the start of a document."},
     )
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens to add, unless the text ends before."})
     temperature: float = field(
@@ -29,11 +30,17 @@ class GenerationArguments:
     seed: int = field(default=42, metadata={"help": "Same seed, same text."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks."}
+        default=None, metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."}
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
     )
+
+    def __post_init__(self):
+        require_at_least_one(self, "max_new_tokens")
+        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        require(self.top_k >= 0, "top_k", self.top_k, "at least 0; 0 draws from all tokens")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
 
 
 def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:
@@ -59,8 +66,6 @@ def continue_texts(
     arguments: GenerationArguments,
 ) -> list[str]:
     """Each prompt with its continuation. One prompt at a time: no padding, so neighbours change nothing."""
-    if arguments.max_new_tokens < 1:
-        raise SettingsError(f"max_new_tokens ({arguments.max_new_tokens}) must be at least 1.")
     was_training = model.training
     model.eval()
     set_seed(arguments.seed)

@@ -18,6 +18,19 @@ class SettingsError(ValueError):
     """The user's settings or files cannot work; the message has the numbers and the way out, no traceback needed."""
 
 
+def require(holds: bool, name: str, value: Any, words: str) -> None:
+    """Raise SettingsError unless `holds`: the field, its value, and in words what it must be."""
+    if not holds:
+        raise SettingsError(f"--{name} ({value}) must be {words}.")
+
+
+def require_at_least_one(arguments: Any, *names: str) -> None:
+    """Raise SettingsError when one of these fields is set and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, name, value, "at least 1")
+
+
 @dataclass
 class ModelArguments:
     """Which network and which tokenizer."""
@@ -32,8 +45,9 @@ class ModelArguments:
     model_overrides: list[str] = field(
         default_factory=list,
         metadata={
+            "action": "extend",  # several times on the command line, or in the recipe as well: they add up
             "help": "Configuration fields to change, as key=value pairs or one JSON object: "
-            'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.'
+            'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.',
         },
     )
     tokenizer: str | None = field(
@@ -49,7 +63,7 @@ class ModelArguments:
     )
     experts_implementation: str | None = field(
         default=None,
-        metadata={"help": "Which code runs the experts (eager, cpu, triton). Unset: PEER picks for the device."},
+        metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."},
     )
     dtype: str = field(
         default="float32",
@@ -112,6 +126,11 @@ class DataArguments:
         metadata={"help": "Final perplexity and bits per byte use this much validation text. Unset: all of it."},
     )
 
+    def __post_init__(self):
+        require_at_least_one(self, "max_evaluation_bytes", "preprocessing_workers")
+        percent = self.validation_percent
+        require(0 <= percent <= 100, "validation_percent", percent, "from 0 to 100")
+
 
 @dataclass
 class RunArguments(TrainingArguments):
@@ -126,12 +145,22 @@ class RunArguments(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Steps between two logged losses; below 1, a share of the whole run."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not numbers out of the log, and train on."}
+    )
     max_train_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after this many minutes, wherever it is. Unset: no limit."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew in an output_dir that holds a run; its checkpoints are deleted."}
+        default=False,
+        metadata={"help": "Start anew in an output_dir that holds a run; its model and checkpoints are deleted."},
     )
+
+    def __post_init__(self):
+        require_at_least_one(self, "per_device_train_batch_size", "per_device_eval_batch_size")
+        minutes = self.max_train_minutes
+        require(minutes is None or minutes > 0, "max_train_minutes", minutes, "more than 0")
+        super().__post_init__()
 
 
 @dataclass
@@ -169,17 +198,15 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     recipe.setdefault("output_dir", f"runs/{recipe_path.stem if recipe_path else 'train_lm'}")
     namespace, unknown = parser.parse_known_args(_as_command_line(recipe) + arguments)
     _refuse_unknown(unknown, known)
-    # argparse keeps the last of two lists; overrides of the recipe and of the command line add up instead
-    inherited = _as_strings(recipe.get("model_overrides"))
-    if namespace.model_overrides != inherited:
-        namespace.model_overrides = inherited + namespace.model_overrides
-
     values = vars(namespace)
     settings = {n: v for n, v in sorted(values.items()) if v != defaults[n] and n != "hub_token"}
-    model, data, run = (
-        group(**{n: values[n] for n in group.__dataclass_fields__ if group.__dataclass_fields__[n].init})
-        for group in groups
-    )
+    try:
+        model, data, run = (
+            group(**{n: values[n] for n in group.__dataclass_fields__ if group.__dataclass_fields__[n].init})
+            for group in groups
+        )
+    except (ValueError, ImportError) as error:  # of Trainer: settings that exclude each other, or this machine
+        raise SettingsError(str(error)) from error
     return Recipe(model, data, run, settings)
 
 
@@ -226,7 +253,9 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
         if path.is_file():
             return path
     known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
-    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known) or 'nothing'}.")
+    if not known:
+        raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
+    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -235,6 +264,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
     if not isinstance(recipe, dict):
         raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
     return recipe
