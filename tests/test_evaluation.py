@@ -106,6 +106,9 @@ def test_without_a_start_token_the_first_token_and_its_bytes_are_not_counted():
         ({"stride": 9, "context_length": 8}, r"stride \(9\) must be from 1 to context_length \(8\)"),
         ({"stride": -1}, r"stride \(-1\) must be from 1"),
         ({"context_length": 65}, r"context_length \(65\) exceeds the model's 64 positions"),
+        ({"context_length": 0}, r"context_length \(0\) must be at least 1"),
+        ({"stride": 0}, r"stride \(0\) must be from 1"),
+        ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
         ({"data": [""]}, "nothing to score in 1 texts"),
         ({"tokenizer": None}, "needs its tokenizer too"),
     ],
@@ -114,6 +117,23 @@ def test_what_cannot_be_scored_is_refused_with_the_numbers(settings, message):
     defaults = {"data": TEXTS, "model": build("llama"), "tokenizer": byte_tokenizer()}
     with pytest.raises(ValueError, match=message):
         CausalPerplexity().compute(**{**defaults, **settings})
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf, 1e30])
+def test_a_model_that_diverged_has_no_perplexity(logit):
+    model = build("llama")
+    torch.nn.init.constant_(model.lm_head.weight, logit)
+    model.lm_head.weight.data[1::2].neg_()
+    with pytest.raises(ValueError, match="nats per token: the model diverged"):
+        CausalPerplexity().compute(data=["abcdefgh"], model=model, tokenizer=byte_tokenizer())
+
+
+def test_a_model_without_a_number_of_positions_takes_any_context():
+    model = build("llama")
+    del model.config.max_position_embeddings
+    settings = {"data": ["abc"], "model": model, "tokenizer": byte_tokenizer()}
+    assert CausalPerplexity().compute(**settings)["context_length"] == 1024
+    assert CausalPerplexity().compute(**settings, context_length=2000)["context_length"] == 2000
 
 
 def test_unigram_bits_per_byte_is_the_entropy_of_the_counts():

@@ -77,11 +77,15 @@ class CausalPerplexity(evaluate.Measurement):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         if tokenizer is None:
             raise ValueError("a model object needs its tokenizer too: compute(data=..., model=..., tokenizer=...).")
-        longest = getattr(model.config, "max_position_embeddings", None) or 1024
-        context_length = context_length or min(longest, 1024)
-        stride = stride or max(1, context_length // 2)
+        # not every model has the field; one without it takes any length
+        longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+        context_length = min(longest, 1024) if context_length is None else context_length
+        stride = max(1, context_length // 2) if stride is None else stride
         if context_length > longest:
             raise ValueError(f"context_length ({context_length}) exceeds the model's {longest} positions.")
+        for name, value in (("context_length", context_length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1.")
         if not 1 <= stride <= context_length:
             raise ValueError(f"stride ({stride}) must be from 1 to context_length ({context_length}).")
 
@@ -106,8 +110,13 @@ class CausalPerplexity(evaluate.Measurement):
                     progress.update(batch_tokens)
         finally:
             model.train(was_training)
+        # nan < 700 is False too; exp(700) is close to the largest float
+        if not nats / num_tokens < 700:
+            raise ValueError(
+                f"{nats / num_tokens} nats per token: the model diverged, or its type of number is too narrow."
+            )
         return {
-            "perplexity": math.exp(nats / num_tokens) if nats / num_tokens < 700 else math.inf,
+            "perplexity": math.exp(nats / num_tokens),
             "bits_per_byte": nats / math.log(2) / num_bytes,
             "num_tokens": num_tokens,
             "num_bytes": num_bytes,
