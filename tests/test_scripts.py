@@ -1,6 +1,7 @@
 """The scripts as a user runs them: each in a process of its own."""
 
 import json
+import shutil
 
 import pytest
 from training_helpers import (
@@ -15,11 +16,12 @@ from training_helpers import (
     write_inputs,
 )
 
-from modeling_peer.training import console
+from modeling_peer.training import console, quickstart
 from modeling_peer.training.evaluation import EvaluationArguments, evaluate_checkpoint
 from modeling_peer.training.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
 from modeling_peer.training.recipes import SettingsError, parse_arguments, parse_recipe
+from modeling_peer.training.tokenizers import train_byte_level_bpe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 TRAINING_SCRIPTS = ("train_lm", "evaluate_lm", "generate_text", "quickstart", "list_presets")
@@ -66,6 +68,49 @@ def test_a_mistake_is_one_line_and_exit_status_two(capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == "error: unknown argument '--learning-rat'. Did you mean 'learning_rate'?\n"
+
+
+def test_only_the_first_process_prints_the_result_and_never_nan(capsys, monkeypatch):
+    console.run_script(lambda: {"a": 1})
+    monkeypatch.setenv("RANK", "1")  # as torchrun sets it
+    console.run_script(lambda: {"a": 2})
+    assert capsys.readouterr().out == '{"a": 1}\n'
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        console.run_script(lambda: {"a": float("nan")})
+
+
+def test_what_cannot_be_evaluated_is_refused_before_it_is_scored(tmp_path):
+    train(write_inputs(tmp_path), output_dir=tmp_path / "out", max_steps=1)
+    settings = {"model": str(tmp_path / "out"), "file": str(tmp_path / "text.txt"), "max_bytes": 50}
+    (tmp_path / "large").mkdir()
+    train_byte_level_bpe([some_text()], 300).save_pretrained(tmp_path / "large")
+    cases = {
+        r"'bfloat61' is none of auto, .*Did you mean 'bfloat16'\?": {"dtype": "bfloat61"},
+        r"--output_file .*: Is a directory": {"output_file": str(tmp_path)},
+        r"--output_file .*: No such file": {"output_file": str(tmp_path / "no" / "such")},
+        r"has 300 tokens, the one of .* 257; 43 differ": {"tokenizer": str(tmp_path / "large")},
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(SettingsError, match=message):
+            evaluate_checkpoint(EvaluationArguments(**{**settings, **wrong}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the checkpoint's own does not fit it either
+        shutil.copy(tmp_path / "large" / name, tmp_path / "out" / name)
+    with pytest.raises(SettingsError, match="tokenizer has 300 tokens, the model 257 embeddings"):
+        evaluate_checkpoint(EvaluationArguments(**settings))
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(SettingsError, match=r"cannot load .*out'"):
+        evaluate_checkpoint(EvaluationArguments(**settings))
+
+
+def test_a_quickstart_that_is_resumed_overwrites_nothing(monkeypatch):
+    monkeypatch.setattr(quickstart, "train_language_model", lambda recipe: recipes.append(recipe) or 1 / 0)
+    recipes = []
+    for words in ([], ["--resume_from_checkpoint", "last"]):
+        with pytest.raises(ZeroDivisionError):
+            run_quickstart(words)
+    assert [recipe.run.overwrite_output_dir for recipe in recipes] == [True, False]
 
 
 def test_the_quickstart_goes_through_and_fails_when_a_baseline_is_not_beaten(tmp_path):

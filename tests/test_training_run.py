@@ -2,8 +2,11 @@
 
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -19,10 +22,11 @@ from training_helpers import (
     train,
     write_inputs,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainingArguments
 
-from modeling_peer.training import language_modeling
+from modeling_peer.training import language_modeling, model_card
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.trainer import LanguageModelTrainer, TimeLimit
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 
@@ -173,21 +177,101 @@ class NothingMayStart:
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, inputs, monkeypatch, words, message):
-    monkeypatch.setattr(language_modeling, "CardWritingTrainer", NothingMayStart)
+    monkeypatch.setattr(language_modeling, "LanguageModelTrainer", NothingMayStart)
     with pytest.raises(SettingsError, match=message):
         train([*inputs, *words], output_dir=tmp_path / "out")
 
 
 def test_text_shorter_than_one_block_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_modeling, "CardWritingTrainer", NothingMayStart)
+    monkeypatch.setattr(language_modeling, "LanguageModelTrainer", NothingMayStart)
     with pytest.raises(SettingsError, match="has 6 tokens, less than one block of 32"):
         train(write_inputs(tmp_path, text="short"), output_dir=tmp_path / "out")
 
 
-def test_a_tokenizer_larger_than_the_checkpoint_is_refused(tmp_path, inputs):
+def test_another_vocabulary_than_the_checkpoints_is_refused(tmp_path, inputs):
+    train(inputs, output_dir=tmp_path / "first", max_steps=1, tokenizer="train")
+    settings = {"model": tmp_path / "first", "max_steps": 1}
+    with pytest.raises(SettingsError, match=r"'bytes' has 257 tokens, .* 300; 43 differ, such as .*own: leave"):
+        train(inputs, output_dir=tmp_path / "second", **settings)
+    train(inputs, output_dir=tmp_path / "second", tokenizer=tmp_path / "first", **settings)
+
+
+def test_an_override_that_a_checkpoints_weights_do_not_fit_is_refused(tmp_path, inputs):
     train(inputs, output_dir=tmp_path / "first", max_steps=1)
-    with pytest.raises(SettingsError, match=r"tokenizer has \d+ tokens, the model 257.*Use the checkpoint's own"):
-        train(inputs, model=tmp_path / "first", tokenizer="train", tokenizer_vocab_size=300, output_dir=tmp_path / "b")
+    words = ["--model_overrides", "num_sub_keys=16"]
+    with pytest.raises(SettingsError, match=r"'num_sub_keys': 16.* the weights do not fit") as refused:
+        train([*inputs, *words], model=tmp_path / "first", output_dir=tmp_path / "second")
+    assert "ignore_mismatched_sizes" not in str(refused.value)
+
+
+CARD_SNIPPET = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_peer":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_the_cards_own_snippet_runs_where_the_package_is_not_installed(tmp_path, inputs):
+    train(inputs, output_dir=tmp_path / "out", max_steps=1)
+    snippet = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert 'from_pretrained("out"' in snippet
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    snippet = CARD_SNIPPET + snippet.replace("max_new_tokens=50", "max_new_tokens=5")
+    command = [sys.executable, "-c", snippet]
+    process = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.startswith("The ")
+
+
+def test_without_the_cards_template_nothing_is_trained(tmp_path, inputs, monkeypatch):
+    monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "TEMPLATE.md")  # as where the package is not editable
+    with pytest.raises(SettingsError, match=r"no model card template.*Run from a clone"):
+        train(inputs, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e30},  # the weights overflow: the next loss is no number
+        {"learning_rate": 1e30, "logging_steps": 100, "save_steps": 1},  # seen before it is saved
+    ],
+)
+def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_saved(tmp_path, inputs, settings):
+    out = tmp_path / "out"
+    with pytest.raises(SettingsError, match=r"training diverged: .*Lower --learning_rate"):
+        train(inputs, output_dir=out, max_steps=5, **settings)
+    assert not (out / "model.safetensors").exists()
+    for folder in out.glob("checkpoint-*"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_weight_decay_leaves_the_experts_that_no_token_retrieves(tmp_path, inputs):
+    model = train(inputs, output_dir=tmp_path / "out", max_steps=1).model
+    arguments = TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    decayed = LanguageModelTrainer(model, arguments).get_decay_parameter_names(model)
+    assert [name for name in decayed if "embed" in name] == ["model.embed_tokens.weight"]
+    assert not [name for name in decayed if "sub_keys" in name]
+    assert any(name.endswith("query_proj.weight") for name in decayed)
+
+
+@pytest.mark.parametrize("first_says", [False, True])
+def test_the_first_processs_clock_ends_training_for_all(monkeypatch, first_says):
+    limit, control = TimeLimit(seconds=-1 if not first_says else 1000), TrainerControl()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda decision, src: decision.fill_(first_says))
+    arguments = SimpleNamespace(device="cpu")
+    limit.on_train_begin(arguments, None, control)
+    limit.on_step_end(arguments, None, control)
+    assert control.should_training_stop == first_says
 
 
 def test_a_folder_that_holds_a_run_is_kept_unless_told(tmp_path, inputs):

@@ -1,6 +1,7 @@
 """What every script does around its work: plain messages for what the user can mend, one line of JSON at the end."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +18,9 @@ def run_script(main: Callable[[], dict[str, Any]]) -> None:
         result = main()
     except SettingsError as error:
         sys.exit(_fail(error))
-    if result:
-        print(json.dumps(result), flush=True)
+    # torchrun starts the script once for every process; the first one speaks for all
+    if result and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result, allow_nan=False), flush=True)
 
 
 def _fail(error: SettingsError) -> int:

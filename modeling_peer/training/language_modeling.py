@@ -1,8 +1,8 @@
 """One run of training: from a recipe to a saved, measured model with its card."""
 
 import json
+import math
 import platform
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,18 +11,24 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.data import Corpus, load_corpus
-from modeling_peer.training.model_card import write_model_card
+from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.packing import PackedBlocks, pack
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
-
-RESULTS_FILE = "train_lm_results.json"
+from modeling_peer.training.run_folder import (
+    RESULTS_FILE,
+    SETTINGS_FILE,
+    announce_changes,
+    clear_output_dir,
+    prepare_output_dir,
+    require_same_architecture,
+)
+from modeling_peer.training.trainer import LanguageModelTrainer, TimeLimit
 
 
 @dataclass
@@ -34,31 +40,6 @@ class TrainingResult:
     corpus: Corpus
     training_blocks: PackedBlocks | datasets.IterableDataset
     summary: dict[str, Any] = field(default_factory=dict)
-
-
-class CardWritingTrainer(Trainer):
-    """Trainer whose model card is ours, also in `push_to_hub`."""
-
-    card_facts: dict[str, Any] | None = None  # set once there are results
-
-    def create_model_card(self, *args, **kwargs):
-        """Write README.md into output_dir, with the results measured so far."""
-        if self.is_world_process_zero() and self.card_facts:
-            write_model_card(self.args.output_dir, self.card_facts)
-
-
-class TimeLimit(TrainerCallback):
-    """Ends training after `seconds`, so that a slow machine gives a worse model rather than a late one."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if time.monotonic() - self.began > self.seconds:
-            control.should_training_stop = True
 
 
 def train_language_model(recipe: Recipe) -> TrainingResult:
@@ -75,7 +56,8 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
 
     if data_arguments.streaming and run.max_steps <= 0:
         raise SettingsError("--streaming has no known length: set --max_steps.")
-    checkpoint = prepare_output_dir(run)
+    require_template()
+    checkpoint = prepare_output_dir(recipe)
     require_loggers(run)
     config = load_config(model_arguments)
     block_size = choose_block_size(data_arguments.block_size, config)
@@ -86,10 +68,16 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         announce(f"tokenizer: {origin}, {len(tokenizer)} tokens")
         set_seed(run.seed)
         model = build_model(model_arguments, config, tokenizer)
+        if checkpoint:
+            require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
         train_blocks, validation_blocks = pack_corpus(corpus, tokenizer, block_size, recipe)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
 
-    trainer = CardWritingTrainer(
+    settings = resumable_settings(recipe, corpus, block_size, train_blocks)
+    if checkpoint:
+        announce_changes(checkpoint, settings, announce)
+
+    trainer = LanguageModelTrainer(
         model=model,
         args=run,
         train_dataset=train_blocks,
@@ -98,7 +86,10 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         callbacks=[TimeLimit(60 * run.max_train_minutes)] if run.max_train_minutes else None,
     )
     if trainer.is_world_process_zero():
+        if run.overwrite_output_dir:
+            clear_output_dir(Path(run.output_dir))
         tokenizer.save_pretrained(run.output_dir)  # before training: a resumed run must find the same tokens
+        write_json(run, SETTINGS_FILE, settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
     trainer.save_model()
@@ -109,8 +100,7 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         result.summary |= final_evaluation(result, recipe, block_size)
     result.summary["seconds"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        path = Path(run.output_dir, RESULTS_FILE)
-        path.write_text(json.dumps(result.summary, indent=2) + "\n", encoding="utf-8")
+        write_json(run, RESULTS_FILE, result.summary)
         trainer.card_facts = {"recipe": recipe, "corpus": corpus, "summary": result.summary, "model": model}
         write_model_card(run.output_dir, trainer.card_facts)
     if run.push_to_hub:
@@ -118,45 +108,21 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
     return result
 
 
-def prepare_output_dir(run: RunArguments) -> str | None:
-    """Check output_dir, and find the checkpoint to resume from: its path, or None to start anew."""
-    output_dir = Path(run.output_dir)
-    checkpoint = None
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SettingsError(f"--output_dir {output_dir} is a file. Name a folder.")
-    wanted = run.resume_from_checkpoint
-    if wanted and wanted.lower() not in ("false", "no", "0"):
-        if wanted.lower() in ("true", "yes", "1", "last"):
-            checkpoint = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-            if checkpoint is None:
-                raise SettingsError(f"nothing to resume: no checkpoint-* in {output_dir}. See --save_steps.")
-        elif not Path(wanted, "trainer_state.json").is_file():
-            raise SettingsError(f"{wanted} is no training checkpoint: it has no trainer_state.json.")
-        else:
-            checkpoint = wanted
-    elif holds_run(output_dir):
-        if not run.overwrite_output_dir:
-            raise SettingsError(
-                f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, start anew with "
-                "--overwrite_output_dir, or name another --output_dir."
-            )
-        if run.process_index == 0:
-            for old in output_dir.glob("checkpoint-*"):
-                shutil.rmtree(old)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".writable-{run.process_index}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SettingsError(f"cannot write to --output_dir {output_dir}: {error.strerror}.") from error
-    return checkpoint
+def write_json(run: RunArguments, name: str, content: dict[str, Any]) -> None:
+    """Write one file of output_dir."""
+    Path(run.output_dir, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def holds_run(output_dir: Path) -> bool:
-    """Whether an earlier run has saved weights or checkpoints here."""
-    names = ("checkpoint-*", "*.safetensors", "trainer_state.json")
-    return any(True for name in names for _ in output_dir.glob(name))
+def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_blocks) -> dict[str, Any]:
+    """What decides which tokens a step sees: stored at the start, compared when the run is resumed."""
+    run = recipe.run
+    return {
+        "data": corpus.description,
+        "examples": len(train_blocks) if isinstance(train_blocks, PackedBlocks) else None,
+        "block_size": block_size,
+        "examples_per_step": run.train_batch_size * run.gradient_accumulation_steps * run.world_size,
+        "seed": run.seed,
+    }
 
 
 def require_loggers(run: RunArguments) -> None:
@@ -167,7 +133,7 @@ def require_loggers(run: RunArguments) -> None:
 
 def choose_block_size(block_size: int | None, config) -> int:
     """Tokens per example, checked against the positions that the model has."""
-    longest = getattr(config, "max_position_embeddings", None) or 1024
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
     if block_size is None:
         return min(longest, 1024)
     if not 2 <= block_size <= longest:
@@ -210,7 +176,9 @@ def describe(announce, model, run: RunArguments, block_size: int, train_blocks, 
         announce("no evaluation during training: none asked for, or no validation text")
 
 
-def summarize(trainer: Trainer, recipe: Recipe, corpus: Corpus, block_size: int, started: float) -> dict[str, Any]:
+def summarize(
+    trainer: LanguageModelTrainer, recipe: Recipe, corpus: Corpus, block_size: int, started: float
+) -> dict[str, Any]:
     """The facts of a finished run that need no further measurement."""
     run, state = recipe.run, trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -232,14 +200,17 @@ def summarize(trainer: Trainer, recipe: Recipe, corpus: Corpus, block_size: int,
 def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) -> dict[str, Any]:
     """Sliding-window perplexity and bits per byte of the validation documents, under `validation_` names."""
     texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
-    measured = CausalPerplexity().compute(
-        data=texts,
-        model=result.model,
-        tokenizer=result.tokenizer,
-        context_length=block_size,
-        batch_size=recipe.run.per_device_eval_batch_size,
-        show_progress=not recipe.run.disable_tqdm,
-    )
+    try:
+        measured = CausalPerplexity().compute(
+            data=texts,
+            model=result.model,
+            tokenizer=result.tokenizer,
+            context_length=block_size,
+            batch_size=recipe.run.per_device_eval_batch_size,
+            show_progress=not recipe.run.disable_tqdm,
+        )
+    except ValueError as error:
+        raise SettingsError(f"the model saved in {recipe.run.output_dir} cannot be scored: {error}") from error
     return {f"validation_{name}": value for name, value in measured.items()}
 
 

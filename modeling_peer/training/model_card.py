@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_peer.training.recipes import REPOSITORY
+from modeling_peer.training.recipes import REPOSITORY, SettingsError
 
 TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
@@ -17,6 +17,15 @@ LIMITS = (
     "Trained for research on sparse experts. Not aligned or filtered: it repeats what its training text says, and "
     "invents the rest."
 )
+
+
+def require_template() -> None:
+    """Raise SettingsError where there is no template, hence before training and not after."""
+    if not TEMPLATE.is_file():
+        raise SettingsError(
+            f"no model card template at {TEMPLATE}: it is not installed with the package. Run from a clone of the "
+            "repository, installed with `pip install -e '.[train]'`."
+        )
 
 
 def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
@@ -48,6 +57,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         repository=recipe.run.hub_model_id or title,
         base_model=base_model and _without_folders(base_model),
         peer=_peer_facts(model.config),
+        custom_code=model.config.model_type == "peer",  # ours travels with the checkpoint
         summary=summary,
         results=results,
         num_tokens=f"{model.config.vocab_size:,}",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -19,9 +20,17 @@ from modeling_peer.training.recipes import (
     nearest,
     parse_overrides,
 )
-from modeling_peer.training.tokenizers import byte_tokenizer, train_byte_level_bpe
+from modeling_peer.training.tokenizers import (
+    byte_tokenizer,
+    require_embeddings,
+    require_own_vocabulary,
+    train_byte_level_bpe,
+)
 
 PRESETS_FOLDER = "configuration/models"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 
 
 def is_new_model(model: str | None) -> bool:
@@ -101,6 +110,13 @@ def load_tokenizer(
     return _load_tokenizer(wanted, arguments.trust_remote_code), wanted
 
 
+def check_dtype(name: str) -> str:
+    """`name` if it is a type that weights can have, else SettingsError."""
+    if name not in DTYPES:
+        raise SettingsError(f"--dtype {name!r} is none of {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
+    return name
+
+
 def build_model(
     arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
@@ -110,18 +126,19 @@ def build_model(
         SettingsError: the tokenizer has more tokens than the model has embeddings, or the weights cannot be loaded.
     """
     new = is_new_model(arguments.model)
-    if new and "vocab_size" not in parse_overrides(arguments.model_overrides):
+    overrides = parse_overrides(arguments.model_overrides)
+    if new and "vocab_size" not in overrides:
         config.vocab_size = len(tokenizer)
-    if len(tokenizer) > config.vocab_size:
-        raise SettingsError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embeddings. "
-            + (f"Set --model_overrides vocab_size={len(tokenizer)}." if new else "Use the checkpoint's own tokenizer.")
-        )
     if new:
+        require_embeddings(tokenizer, config.vocab_size, f"Set --model_overrides vocab_size={len(tokenizer)}.")
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
-    options = {"dtype": getattr(torch, arguments.dtype, arguments.dtype)}
+    else:
+        name = arguments.tokenizer or arguments.model
+        require_own_vocabulary(tokenizer, name, arguments.model, arguments.trust_remote_code)
+        require_embeddings(tokenizer, config.vocab_size, "Use the checkpoint's own tokenizer.")
+    options = {"dtype": check_dtype(arguments.dtype)}
     if arguments.experts_implementation:
         options["experts_implementation"] = arguments.experts_implementation
     try:
@@ -130,8 +147,13 @@ def build_model(
         return AutoModelForCausalLM.from_pretrained(
             arguments.model, config=config, trust_remote_code=arguments.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot build {arguments.model!r}: {error}") from error
+    except LOADING_ERRORS as error:
+        if new and isinstance(error, RuntimeError):
+            raise  # nothing was loaded: not the user's doing
+        raise SettingsError(
+            f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: "
+            f"{_cause(arguments.model, error)}"
+        ) from error
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -142,6 +164,11 @@ def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def _cause(source: str, error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # advice for a program, not for a command line
+        return (
+            "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
+            "cannot change the size of a weight."
+        )
     # of a path that is not there, the libraries say that it is no valid Hub id
     is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
     return "no such folder." if is_path and not Path(source).exists() else str(error)
@@ -169,12 +196,15 @@ def load_checkpoint(
     """
     if not model:
         raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options = {"dtype": check_dtype(dtype), "trust_remote_code": trust_remote_code}
     if experts_implementation:
         options["experts_implementation"] = experts_implementation
     try:
         network = AutoModelForCausalLM.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise SettingsError(f"cannot load {model!r}: {_cause(model, error)}") from error
-    network.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    return network, _load_tokenizer(tokenizer or model, trust_remote_code)
+    words = _load_tokenizer(tokenizer or model, trust_remote_code)
+    if tokenizer:
+        require_own_vocabulary(words, tokenizer, model, trust_remote_code)
+    require_embeddings(words, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), words

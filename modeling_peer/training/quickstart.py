@@ -39,7 +39,8 @@ def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
         QuickstartFailed: a baseline was not beaten, or the saved model is not the trained one.
     """
     started = time.monotonic()
-    recipe = parse_recipe([RECIPE, "--overwrite_output_dir", *arguments])
+    resumed = any(word.startswith("--resume_from_checkpoint") for word in arguments)
+    recipe = parse_recipe([RECIPE, *([] if resumed else ["--overwrite_output_dir"]), *arguments])
     result = train_language_model(recipe)
     print("baselines: the same model before training, and token frequencies")
     bits_per_byte = {"trained": result.summary["validation_bits_per_byte"], **measure_baselines(result, recipe)}

@@ -1,9 +1,11 @@
-"""Tokenizers learned from the training text: byte-level BPE, or one token a byte."""
+"""Tokenizers learned from the training text, byte-level BPE or one token a byte, and whether one fits a model."""
 
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modeling_peer.training.recipes import SettingsError
 
 END_OF_TEXT = "<|endoftext|>"
 NUM_BYTES = 256
@@ -45,6 +47,28 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([], trainer)
     return _wrap(tokenizer)
+
+
+def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: str, trust_remote_code: bool) -> None:
+    """Raise SettingsError unless `tokenizer` has the tokens of the one saved with the checkpoint, if there is one."""
+    try:
+        own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab()
+    except (OSError, ValueError):
+        return
+    given = tokenizer.get_vocab()
+    if differing := sorted(token for token in own.keys() | given.keys() if own.get(token) != given.get(token)):
+        raise SettingsError(
+            f"tokenizer {name!r} has {len(given)} tokens, the one of {model!r} {len(own)}; {len(differing)} differ, "
+            f"such as {', '.join(map(repr, differing[:3]))}. Use the checkpoint's own: leave --tokenizer unset."
+        )
+
+
+def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, way_out: str) -> None:
+    """Raise SettingsError when some token has no embedding."""
+    if len(tokenizer) > num_embeddings:
+        raise SettingsError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings} embeddings. {way_out}"
+        )
 
 
 def _empty_tokenizer() -> Tokenizer:

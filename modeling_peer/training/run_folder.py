@@ -1,0 +1,158 @@
+"""The folder of a run: whether it can be written, which checkpoint continues it, what starting anew clears."""
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
+
+RESULTS_FILE = "train_lm_results.json"
+SETTINGS_FILE = "run_settings.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# of a run that is overwritten: its weights must never stand beside the next run's tokenizer
+CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
+CLEARED += (RESULTS_FILE, SETTINGS_FILE, "trainer_state.json")
+# FSDP and DeepSpeed keep weights and optimizer in files of their own
+SHARDED = ("pytorch_model_fsdp*", "global_step*")
+NOT_ARCHITECTURE = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
+
+
+def prepare_output_dir(recipe: Recipe) -> str | None:
+    """Check output_dir, deleting nothing, and find the checkpoint to resume from: its path, or None to start anew."""
+    run = recipe.run
+    output_dir = Path(run.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SettingsError(f"--output_dir {output_dir} is a file. Name a folder.")
+    checkpoint = find_checkpoint(run)
+    if run.overwrite_output_dir:
+        model = recipe.model
+        sources = [("model", model.model), ("tokenizer", model.tokenizer), ("resume_from_checkpoint", checkpoint)]
+        for name, source in sources:
+            if source and Path(source).exists() and Path(source).resolve().is_relative_to(output_dir.resolve()):
+                raise SettingsError(
+                    f"--{name} {source} lies in --output_dir {output_dir}, which --overwrite_output_dir clears. "
+                    "Name another --output_dir, or leave --overwrite_output_dir out."
+                )
+    elif checkpoint is None and holds_run(output_dir):
+        raise SettingsError(
+            f"{output_dir} already holds a run. Continue it with --resume_from_checkpoint last, start anew with "
+            "--overwrite_output_dir, or name another --output_dir."
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".writable-{run.process_index}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingsError(f"cannot write to --output_dir {output_dir}: {error.strerror}.") from error
+    return checkpoint
+
+
+def holds_run(output_dir: Path) -> bool:
+    """Whether an earlier run has saved weights or checkpoints here."""
+    names = ("checkpoint-*", "*.safetensors", "trainer_state.json")
+    return any(True for name in names for _ in output_dir.glob(name))
+
+
+def clear_output_dir(output_dir: Path) -> None:
+    """Delete the checkpoints, the model and the results of an earlier run, and nothing else."""
+    if not holds_run(output_dir):
+        return
+    for path in output_dir.glob("checkpoint-*"):
+        if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    for name in CLEARED:
+        for path in output_dir.glob(name):
+            path.unlink()
+
+
+def find_checkpoint(run: RunArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest complete one of output_dir."""
+    wanted = run.resume_from_checkpoint
+    if not wanted or wanted.lower() in ("false", "no", "0"):
+        return None
+    if wanted.lower() not in ("true", "yes", "1", "last"):
+        if damage := find_damage(Path(wanted)):
+            raise SettingsError(f"{wanted} is no training checkpoint that can be resumed: {damage}.")
+        return wanted
+    folders = [p for p in Path(run.output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(p.name)]
+    skipped = []
+    for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        damage = find_damage(folder)
+        if damage is None:
+            if skipped and run.process_index == 0:
+                print(f"not resumed, being incomplete: {'; '.join(skipped)}")
+            return str(folder)
+        skipped.append(f"{folder.name} ({damage})")
+    found = f"no complete one: {'; '.join(skipped)}" if skipped else f"no checkpoint-* in {run.output_dir}"
+    raise SettingsError(f"nothing to resume: {found}. See --save_steps.")
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What a training checkpoint lacks or has only in part, in words; None when it can be resumed."""
+    for name in ("trainer_state.json", "config.json", "tokenizer_config.json"):
+        if not (checkpoint / name).is_file():
+            return f"it has no {name}"
+    if not any(True for name in ("tokenizer.json", "vocab.*", "*.model") for _ in checkpoint.glob(name)):
+        return "it has no tokenizer.json"
+    for path in checkpoint.glob("*.json"):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{path.name} is damaged"
+    if any(True for name in SHARDED for _ in checkpoint.glob(name)):
+        return None
+    index = checkpoint / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in (*sorted(weights), "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            return f"it has no {name}"
+        if not _is_whole(checkpoint / name):
+            return f"{name} is damaged or cut short"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    if path.suffix == ".pt":
+        return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
+    try:
+        with safe_open(path, framework="pt"):  # compares the header with the length
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raise SettingsError when the run that is resumed had another network than the one now asked for."""
+    saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
+    wanted = json.loads(json.dumps(config.to_dict(), default=str))
+    saved = json.loads(json.dumps(saved, default=str))
+    changes = [
+        f"{name} was {saved[name]!r}, is {wanted[name]!r}"
+        for name in sorted(saved.keys() & wanted.keys() - NOT_ARCHITECTURE)
+        if saved[name] != wanted[name] and not name.startswith("_") and not name.endswith("_token_id")
+    ]
+    if changes:
+        raise SettingsError(
+            f"{checkpoint} is of another model: {'; '.join(changes)}. Resume with the settings it began with."
+        )
+
+
+def announce_changes(checkpoint: str, settings: dict[str, Any], announce) -> None:
+    """Say which of `settings` differ from those that the resumed run stored; they are allowed to."""
+    path = Path(checkpoint).parent / SETTINGS_FILE
+    if not path.is_file():
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    for name in settings:
+        if name in stored and stored[name] != settings[name]:
+            announce(f"other than in the resumed run: {name} was {stored[name]!r}, is {settings[name]!r}")
