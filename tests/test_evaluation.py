@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from training_helpers import REPOSITORY, TINY_LLAMA, TINY_PEER
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_peer import PeerConfig
 from modeling_peer.analysis.perplexity import CausalPerplexity
@@ -129,8 +129,7 @@ def test_a_model_that_diverged_has_no_perplexity(logit):
 
 
 def test_a_model_without_a_number_of_positions_takes_any_context():
-    model = build("llama")
-    del model.config.max_position_embeddings
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2))
     settings = {"data": ["abc"], "model": model, "tokenizer": byte_tokenizer()}
     assert CausalPerplexity().compute(**settings)["context_length"] == 1024
     assert CausalPerplexity().compute(**settings, context_length=2000)["context_length"] == 2000

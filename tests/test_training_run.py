@@ -228,6 +228,7 @@ def test_the_cards_own_snippet_runs_where_the_package_is_not_installed(tmp_path,
         command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr[-2000:]
+    assert "[y/N]" not in process.stdout  # nobody is asked anything
     assert process.stdout.startswith("The ")
 
 
