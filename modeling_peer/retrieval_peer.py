@@ -77,6 +77,11 @@ class Float32Module(nn.Module):
         return super()._apply(keep_precision, recurse)
 
 
+def _norm_dtype() -> torch.dtype:
+    """float32 also while `from_config(dtype=torch.bfloat16)` builds a model in another default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 # The names tell Transformers how to initialise them.
 class PeerRMSNorm(Float32Module, nn.RMSNorm):
     """RMSNorm of one head's query."""
@@ -106,10 +111,11 @@ class PeerBatchNorm(Float32Module):
         super().__init__()
         self.eps = eps
         self.momentum = momentum
-        self.weight = nn.Parameter(torch.empty(num_features))
-        self.bias = nn.Parameter(torch.empty(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
+        dtype = _norm_dtype()
+        self.weight = nn.Parameter(torch.empty(num_features, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_features, dtype=dtype))
+        self.register_buffer("running_mean", torch.zeros(num_features, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_features, dtype=dtype))
 
     def reset_parameters(self):
         for ones in (self.weight, self.running_var):
@@ -213,7 +219,7 @@ def _query_norm(config: PeerConfig) -> nn.Module:
     if config.query_norm == "batch_norm":
         return PeerBatchNorm(config.num_retrieval_heads * config.query_dim)
     if config.query_norm == "rms_norm":
-        return PeerRMSNorm(config.query_dim, eps=config.rms_norm_eps)
+        return PeerRMSNorm(config.query_dim, eps=config.rms_norm_eps, dtype=_norm_dtype())
     if config.query_norm == "layer_norm":
-        return PeerLayerNorm(config.query_dim)
+        return PeerLayerNorm(config.query_dim, dtype=_norm_dtype())
     return nn.Identity()

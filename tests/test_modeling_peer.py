@@ -391,6 +391,15 @@ class TestPrecision:
         assert logits.dtype == dtype
         torch.testing.assert_close(logits.float(), model.eval()(tokens).logits, rtol=0.1, atol=0.05)
 
+    @pytest.mark.parametrize("query_norm", ["batch_norm", "rms_norm", "layer_norm", "none"])
+    def test_a_model_built_in_half_precision_has_its_query_norm_in_float32(self, tiny_config, tokens, query_norm):
+        config = tiny_config(query_norm=query_norm)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        assert model.dtype == torch.bfloat16
+        norm = model.model.layers[1].mlp.retrieval.query_norm
+        assert all(tensor.dtype == torch.float32 for tensor in norm.state_dict().values())
+        model(tokens, labels=tokens).loss.backward()
+
     def test_half_precision_training_step(self, tiny_config, tokens):
         model = PeerForCausalLM(tiny_config()).bfloat16().train()
         hidden = model.model(tokens).last_hidden_state
