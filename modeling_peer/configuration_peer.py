@@ -55,7 +55,7 @@ class PeerConfig(PreTrainedConfig):
             Probability of dropping a retrieved expert of a token in training.
         expert_init_gain (`float`, *optional*, defaults to 4.0):
             Standard deviation of the pre-activations at initialisation; the paper states no initialisation. 4 learned
-            faster than 1 in short runs (README, "What the paper says, and where we chose").
+            slightly better than 1 in a short run (README, "Train your own").
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 

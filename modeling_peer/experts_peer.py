@@ -36,7 +36,7 @@ def expert_mixture(
     `down` reads the token and `up` writes it back: the reverse of the names in Llama's MLP. Rows are gathered tile by
     tile, forward and backward, so at most `MAX_TILE_ELEMENTS` of a table's values are held at a time whatever the
     number of tokens; the backward adds one float32 gradient of each table. Sums run in float32 (float64 for float64
-    input). A compiler gets the plain formula: it fuses the gathers into the sums.
+    input). A compiler gets the plain formula, and plans memory itself.
 
     Args:
         hidden_states: `(num_tokens, hidden_size)`.
