@@ -1,10 +1,20 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which implementation of retrieval and expert mixture runs, and why."""
+"""Which implementation of retrieval and expert mixture runs, and why; the only door to `modeling_peer.kernels`."""
 
 from collections.abc import Callable
+from functools import cache, partial
 
+import torch
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
+
+# Kernels stay home when these files travel with a checkpoint: there, eager is all there is.
+try:
+    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, obstacle, operators
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "modeling_peer":
+        raise
+    IMPLEMENTATION_OF_DEVICE, obstacle, operators = {}, None, None
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +32,12 @@ class PeerExpertsInterface(ExpertsInterface):
 
 RETRIEVAL_FUNCTIONS = PeerExpertsInterface()
 EXPERT_MIXTURE_FUNCTIONS = PeerExpertsInterface()
+ADAMW_ROWS_FUNCTIONS = PeerExpertsInterface()
+for _name in IMPLEMENTATION_OF_DEVICE.values():
+    RETRIEVAL_FUNCTIONS[_name] = partial(operators.product_key_top_k, implementation=_name)
+    EXPERT_MIXTURE_FUNCTIONS[_name] = partial(operators.expert_mixture, implementation=_name)
+if operators is not None:
+    ADAMW_ROWS_FUNCTIONS["cpu"] = partial(operators.adamw_rows_, implementation="cpu")
 
 
 def check_experts_implementation(name: str | None) -> str | None:
@@ -30,8 +46,9 @@ def check_experts_implementation(name: str | None) -> str | None:
     Raises:
         ValueError: `name` is not registered here.
     """
-    available = ["eager", *sorted({*RETRIEVAL_FUNCTIONS, *EXPERT_MIXTURE_FUNCTIONS})]
-    if name is not None and name not in available:
+    known = name is None or name == "eager" or name in RETRIEVAL_FUNCTIONS or name in EXPERT_MIXTURE_FUNCTIONS
+    if not known:
+        available = ["eager", *sorted({*RETRIEVAL_FUNCTIONS, *EXPERT_MIXTURE_FUNCTIONS})]
         raise ValueError(
             f'experts_implementation="{name}" is not available here (available: {", ".join(available)}). '
             'Use "eager", or leave it unset to let PEER choose.'
@@ -39,6 +56,44 @@ def check_experts_implementation(name: str | None) -> str | None:
     return name
 
 
-def choose(functions: PeerExpertsInterface, name: str | None, eager: Callable) -> Callable:
-    """The function called `name`, or `eager` when it is unset or has no faster form of this operation."""
-    return functions.get(check_experts_implementation(name) or "eager", eager)
+def choose(functions: PeerExpertsInterface, name: str | None, eager: Callable, table: torch.Tensor) -> Callable:
+    """The function called `name`, or `eager` where this operation has no faster form of that name.
+
+    Args:
+        name: `None` takes the best implementation for `table`'s device and dtype, and logs it once.
+        table: the parameter that the function will read.
+
+    Raises:
+        ValueError: `name` is not registered, or can't compute with such a table.
+    """
+    return functions.get(_implementation(name, table.device.type, table.dtype), eager)
+
+
+# While a model is compiled or exported the choice is made once, at that time.
+@torch.compiler.assume_constant_result
+def _implementation(name: str | None, device_type: str, dtype: torch.dtype) -> str:
+    if name is None:
+        return _best_implementation(device_type, dtype)
+    cause = _obstacle(check_experts_implementation(name), device_type, dtype)
+    if cause is not None:
+        raise ValueError(
+            f'experts_implementation="{name}" {cause}. Use "eager", or leave it unset to let PEER choose.'
+        )
+    return name
+
+
+@cache
+def _obstacle(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Only our own kernels know theirs; a function that someone else registered answers for itself."""
+    return obstacle(name, device_type, dtype) if name in IMPLEMENTATION_OF_DEVICE.values() else None
+
+
+@cache
+def _best_implementation(device_type: str, dtype: torch.dtype) -> str:
+    name = IMPLEMENTATION_OF_DEVICE.get(device_type, "eager")
+    cause = _obstacle(name, device_type, dtype)
+    if cause is not None:
+        logger.warning(f'PEER runs experts_implementation="eager": "{name}", which is faster here, {cause}.')
+        return "eager"
+    logger.info(f'PEER chose experts_implementation="{name}" for {dtype} tables on {device_type}.')
+    return name

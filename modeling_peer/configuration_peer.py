@@ -56,6 +56,10 @@ class PeerConfig(PreTrainedConfig):
         expert_init_gain (`float`, *optional*, defaults to 4.0):
             Standard deviation of the pre-activations at initialisation; the paper states no initialisation. 4 learned
             slightly better than 1 in a short run (README, "Train your own").
+        row_sparse_gradients (`bool`, *optional*, defaults to `False`):
+            Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved, so that its
+            memory and time depend on those and not on the size of the pool. The optimizer must take them:
+            [`modeling_peer.training.RowSparseAdamW`].
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 
@@ -126,6 +130,7 @@ class PeerConfig(PreTrainedConfig):
     share_expert_tables: bool = False
     expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
     expert_init_gain: int | float = 4.0
+    row_sparse_gradients: bool = False
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:

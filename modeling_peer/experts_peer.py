@@ -1,11 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What the retrieved experts compute: two tables of single neurons, and their gated sum."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -26,6 +28,7 @@ def expert_mixture(
     up_embed: torch.Tensor,
     gate_embed: torch.Tensor | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
+    row_sparse_gradients: bool = False,
 ) -> torch.Tensor:
     """Sum of the retrieved single-neuron experts (He 2024, eqs. 3 and 6; arXiv:2407.04153).
 
@@ -35,8 +38,8 @@ def expert_mixture(
 
     `down` reads the token and `up` writes it back: the reverse of the names in Llama's MLP. Rows are gathered tile by
     tile, forward and backward, so at most `MAX_TILE_ELEMENTS` of a table's values are held at a time whatever the
-    number of tokens; the backward adds one float32 gradient of each table. Sums run in float32 (float64 for float64
-    input). A compiler gets the plain formula, and plans memory itself.
+    number of tokens; the backward adds one float32 gradient of each table, or of its touched rows. Sums run in float32
+    (float64 for float64 input). A compiler gets the plain formula, and plans memory itself.
 
     Args:
         hidden_states: `(num_tokens, hidden_size)`.
@@ -44,20 +47,24 @@ def expert_mixture(
         gates: `(num_tokens, num_active)`.
         down_embed, up_embed, gate_embed: `(num_peer_experts, hidden_size)`.
         activation: elementwise function of the pre-activations.
+        row_sparse_gradients: whether gradients of the tables are sparse COO tensors of the rows that were retrieved,
+            coalesced, rather than as large as the tables.
 
     Returns:
         `(num_tokens, hidden_size)`, dtype of `hidden_states`.
     """
     if torch.compiler.is_compiling():
-        pre_activations = [_read(hidden_states, table, expert_ids) for table in _readers(down_embed, gate_embed)]
-        neurons = _neurons(pre_activations, activation)
-        return _write(gates * neurons, up_embed, expert_ids).to(hidden_states.dtype)
-    return _TiledExpertMixture.apply(hidden_states, expert_ids, gates, activation, down_embed, up_embed, gate_embed)[0]
-
-
-def _readers(down_embed: torch.Tensor, gate_embed: torch.Tensor | None) -> list[torch.Tensor]:
-    """The tables that read a token, in the order of a neuron's pre-activations."""
-    return [down_embed] if gate_embed is None else [down_embed, gate_embed]
+        read, write = _read, _write
+    else:
+        read = partial(_apply, _ReadExperts, row_sparse_gradients)
+        write = partial(_apply, _WriteExperts, row_sparse_gradients)
+    neurons = read(hidden_states, down_embed, expert_ids)
+    neurons = (
+        activation(neurons)
+        if gate_embed is None
+        else activation(read(hidden_states, gate_embed, expert_ids)) * neurons
+    )
+    return write(gates * neurons, up_embed, expert_ids).to(hidden_states.dtype)
 
 
 def _read(hidden_states: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -73,91 +80,92 @@ def _write(weights: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor)
     return (weights.unsqueeze(-1) * rows).sum(1)
 
 
-def _neurons(pre_activations: Sequence[torch.Tensor], activation: Callable) -> torch.Tensor:
-    """Value of each neuron from its one or two pre-activations (`down`, then `gate`): `(num_tokens, num_active)`."""
-    if len(pre_activations) == 1:
-        return activation(pre_activations[0])
-    down, gate = pre_activations
-    return activation(gate) * down
-
-
-class _TiledExpertMixture(torch.autograd.Function):
-    """`expert_mixture` that keeps pre-activations, one number per retrieved expert, and gathers rows again when the
-    backward needs them: autograd would keep every row."""
-
-    @staticmethod
-    def forward(hidden_states, expert_ids, gates, activation, down_embed, up_embed, gate_embed):
-        readers = _readers(down_embed, gate_embed)
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        pre_activations = [torch.empty(expert_ids.shape, dtype=dtype, device=gates.device) for _ in readers]
-        output = torch.empty_like(hidden_states)
-        for tile in _tiles(expert_ids, hidden_states):
-            for pre_activation, table in zip(pre_activations, readers, strict=True):
-                pre_activation[tile] = _read(hidden_states[tile], table, expert_ids[tile])
-            neurons = _neurons([pre_activation[tile] for pre_activation in pre_activations], activation)
-            output[tile] = _write(gates[tile] * neurons, up_embed, expert_ids[tile]).to(output.dtype)
-        return output, *pre_activations
+class _TiledRows(torch.autograd.Function):
+    """`_read` or `_write` tile by tile: the backward gathers rows again, where autograd would keep every one."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        hidden_states, expert_ids, gates, ctx.activation, *tables = inputs
-        _, *pre_activations = output
-        ctx.mark_non_differentiable(*pre_activations)
-        ctx.save_for_backward(hidden_states, expert_ids, gates, *tables, *pre_activations)
+        values, table, expert_ids, ctx.row_sparse = inputs
+        ctx.save_for_backward(values, table, expert_ids)
+
+    @classmethod
+    def _backward(cls, ctx, grad_output, gradient_of_values, weights_and_tokens):
+        values, table, expert_ids = ctx.saved_tensors
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        grad_values = torch.empty_like(values) if ctx.needs_input_grad[0] else None
+        grad_table = _TableGradient(table, expert_ids, dtype, ctx.row_sparse) if ctx.needs_input_grad[1] else None
+        for tile in _tiles(expert_ids, table):
+            grad = grad_output[tile].to(dtype)
+            if grad_values is not None:
+                grad_values[tile] = gradient_of_values(grad, table, expert_ids[tile]).to(values.dtype)
+            if grad_table is not None:
+                grad_table.add(tile, *weights_and_tokens(grad, values[tile].to(dtype)))
+        return grad_values, grad_table and grad_table.result(), None, None
+
+
+class _ReadExperts(_TiledRows):
+    @staticmethod
+    def forward(hidden_states, table, expert_ids, row_sparse):
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        products = torch.empty(expert_ids.shape, dtype=dtype, device=hidden_states.device)
+        for tile in _tiles(expert_ids, table):
+            products[tile] = _read(hidden_states[tile], table, expert_ids[tile])
+        return products
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output, *_):
-        hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed, *pre_activations = ctx.saved_tensors
-        readers = _readers(down_embed, gate_embed)
-        needs_hidden, _, needs_gates, _, needs_down, needs_up, needs_gate = ctx.needs_input_grad
-        dtype = pre_activations[0].dtype
-
-        grad_hidden = torch.empty_like(hidden_states) if needs_hidden else None
-        grad_gates = torch.empty_like(gates) if needs_gates else None
-        grad_up = torch.zeros_like(up_embed, dtype=dtype) if needs_up else None
-        grad_readers = [
-            torch.zeros_like(table, dtype=dtype) if needed else None
-            for table, needed in zip(readers, [needs_down, needs_gate], strict=False)
-        ]
-        for tile in _tiles(expert_ids, hidden_states):
-            ids, grad = expert_ids[tile], grad_output[tile].to(dtype)
-            neurons, neurons_vjp = torch.func.vjp(
-                lambda *tile_pre_activations: _neurons(tile_pre_activations, ctx.activation),
-                *(pre_activation[tile] for pre_activation in pre_activations),
-            )
-            grad_weights = _read(grad, up_embed, ids)  # (t, a): of gates * neurons
-            if needs_gates:
-                grad_gates[tile] = (grad_weights * neurons).to(gates.dtype)
-            if needs_up:
-                _add_rows(grad_up, ids, gates[tile] * neurons, grad)
-            grad_pre_activations = neurons_vjp(grad_weights * gates[tile].to(dtype))
-            if needs_hidden:
-                parts = [_write(g, table, ids) for g, table in zip(grad_pre_activations, readers, strict=True)]
-                grad_hidden[tile] = sum(parts).to(hidden_states.dtype)
-            for grad_table, g in zip(grad_readers, grad_pre_activations, strict=True):
-                if grad_table is not None:
-                    _add_rows(grad_table, ids, g, hidden_states[tile].to(dtype))
-
-        grad_down, grad_gate = (*grad_readers, None)[:2]
-        grad_tables = [
-            None if grad is None else grad.to(table.dtype)
-            for grad, table in ((grad_down, down_embed), (grad_up, up_embed), (grad_gate, gate_embed))
-        ]
-        return grad_hidden, None, grad_gates, None, *grad_tables
+    @once_differentiable
+    def backward(ctx, grad_products):
+        return _ReadExperts._backward(ctx, grad_products, _write, lambda grad, tokens: (grad, tokens))
 
 
-def _add_rows(grad_table: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor):
-    """Add `weights[t, a] * tokens[t]` to row `ids[t, a]` of `grad_table`, in place."""
-    rows = weights.unsqueeze(-1) * tokens.unsqueeze(1)  # (t, a, d)
-    grad_table.index_add_(0, ids.flatten(), rows.flatten(0, 1).to(grad_table.dtype))
+class _WriteExperts(_TiledRows):
+    @staticmethod
+    def forward(weights, table, expert_ids, row_sparse):
+        output = torch.empty(len(weights), table.shape[1], dtype=weights.dtype, device=weights.device)
+        for tile in _tiles(expert_ids, table):
+            output[tile] = _write(weights[tile], table, expert_ids[tile])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        return _WriteExperts._backward(ctx, grad_output, _read, lambda grad, weights: (weights, grad))
 
 
-def _tiles(expert_ids: torch.Tensor, hidden_states: torch.Tensor) -> Iterator[slice]:
+def _apply(function, row_sparse, values, table, expert_ids):
+    return function.apply(values, table, expert_ids, row_sparse)
+
+
+class _TableGradient:
+    """Adds up a table's gradient: all of its rows, or, `row_sparse`, those that `expert_ids` name."""
+
+    def __init__(self, table, expert_ids, dtype, row_sparse):
+        self.table, self.rows = table, None
+        self.slots, num_rows = expert_ids, len(table)
+        if row_sparse:
+            self.rows, self.slots = expert_ids.unique(return_inverse=True)
+            num_rows = len(self.rows)
+        self.values = table.new_zeros(num_rows, table.shape[1], dtype=dtype)
+
+    def add(self, tile, weights, tokens):
+        """Add `weights[t, a] * tokens[t]` to the row of assignment `[t, a]` of `tile`."""
+        rows = weights.unsqueeze(-1) * tokens.unsqueeze(1)  # (t, a, d)
+        self.values.index_add_(0, self.slots[tile].flatten(), rows.flatten(0, 1))
+
+    def result(self):
+        values = self.values.to(self.table.dtype)
+        if self.rows is None:
+            return values
+        return torch.sparse_coo_tensor(
+            self.rows.unsqueeze(0), values, self.table.shape, is_coalesced=True, check_invariants=False
+        )
+
+
+def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
     """Slices of tokens whose gathered rows stay within the bound; at least one token each."""
     num_tokens, num_active = expert_ids.shape
-    bound = MAX_TILE_ELEMENTS.get(hidden_states.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
-    size = max(1, bound // (num_active * hidden_states.shape[-1]))
+    bound = MAX_TILE_ELEMENTS.get(table.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
+    size = max(1, bound // (num_active * table.shape[-1]))
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
@@ -180,13 +188,22 @@ class PeerExperts(nn.Module):
         that much smaller than the other matrices, so that the first output is as large whatever the gain. The
         stronger a neuron, the faster Adam, whose steps are as large for every weight, moves what it writes."""
         gain = self.config.expert_init_gain
-        for table in _readers(self.down_embed, self.gate_embed):
-            init.normal_(table, std=gain * self.config.hidden_size**-0.5)
+        for reader in filter(lambda table: table is not None, (self.down_embed, self.gate_embed)):
+            init.normal_(reader, std=gain * self.config.hidden_size**-0.5)
         init.normal_(self.up_embed, std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`."""
-        mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture)
-        return mixture(
-            hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation
+        mixture = choose(
+            EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.down_embed
         )
+        inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
+        if self.config.row_sparse_gradients and torch.is_grad_enabled():
+            return _with_row_sparse_gradients(mixture, *inputs)
+        return mixture(*inputs)
+
+
+# The compiler knows no sparse gradients: around this call it breaks the graph, or says that it can't (fullgraph=True).
+@torch.compiler.disable
+def _with_row_sparse_gradients(mixture: Callable, *inputs) -> torch.Tensor:
+    return mixture(*inputs, row_sparse_gradients=True)

@@ -2,6 +2,7 @@
 """Which experts a token gets: the query network, the product keys, and their exact top-k."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
@@ -129,11 +130,11 @@ class PeerBatchNorm(Float32Module):
     def forward(self, query: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Normalise each feature of `query` `(num_tokens, num_features)`; `token_mask` `(num_tokens,)` is true
         where a token is not padding."""
-        mean, variance = self.running_mean, self.running_var
-        if self.training and self.weight.requires_grad:
-            mean, variance = self._batch_statistics(query, token_mask)
+        if not (self.training and self.weight.requires_grad):
+            return F.batch_norm(query, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        mean, variance = self._batch_statistics(query, token_mask)
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        return query * scale + (self.bias - mean * scale)
+        return torch.addcmul(self.bias - mean * scale, query, scale)
 
     def _batch_statistics(self, query, token_mask):
         """Mean and variance of the real tokens, `(num_features,)` each; updates the running ones."""
@@ -174,6 +175,7 @@ class PeerRetrieval(nn.Module):
         self.num_heads = config.num_retrieval_heads
         self.top_k = config.num_experts_per_head
         self.query_dim = config.query_dim
+        self.gate_activation = config.gate_activation
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_dim)
         self.query_norm = _query_norm(config)
         codebooks = (2, config.num_sub_keys, self.query_dim // 2)
@@ -202,15 +204,15 @@ class PeerRetrieval(nn.Module):
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
-        if self.config.query_norm == "batch_norm":
+        if isinstance(self.query_norm, PeerBatchNorm):
             query = self.query_norm(query, None if token_mask is None else token_mask.flatten())
             query = query.unflatten(-1, (self.num_heads, self.query_dim))
         else:
             query = self.query_norm(query.unflatten(-1, (self.num_heads, self.query_dim)))
 
-        retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k)
+        retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k, self.sub_keys)
         scores, expert_ids = retrieve(query, self.sub_keys, self.top_k)
-        gates = scores.sigmoid() if self.config.gate_activation == "sigmoid" else scores.softmax(dim=-1)
+        gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
         return gates.view(shape), expert_ids.view(shape)
 

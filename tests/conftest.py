@@ -1,7 +1,13 @@
 """Fixtures shared by the tests."""
 
+import os
+
 import pytest
 import torch
+
+# Without a GPU its kernels run in Triton's interpreter; Triton looks here when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from modeling_peer import PeerConfig
 
@@ -33,3 +39,11 @@ def tiny_config():
         return PeerConfig(**{**sizes, **overrides})
 
     return build
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Whatever a kernel forgets to write is NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -23,9 +23,8 @@ def _codebooks(sub_keys, head):
 
 def _all_scores(query, codebooks):
     half = query.shape[-1] // 2
-    return torch.stack(
-        [query[:half] @ row_key + query[half:] @ column_key for row_key in codebooks[0] for column_key in codebooks[1]]
-    )
+    row_scores, column_scores = codebooks[0] @ query[:half], codebooks[1] @ query[half:]
+    return torch.cat([row_score + column_scores for row_score in row_scores])
 
 
 def score_of(query, sub_keys, expert_ids):

@@ -9,3 +9,7 @@ if _MISSING:
         "Install them with `pip install 'modeling_peer[train]'`.",
         name=_MISSING[0],
     )
+
+from modeling_peer.training.row_sparse_adamw import RowSparseAdamW  # noqa: E402
+
+__all__ = ["RowSparseAdamW"]

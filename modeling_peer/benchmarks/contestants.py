@@ -1,0 +1,162 @@
+"""Who is compared: PEER in its implementations, PEER-pytorch, and dense MLPs."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modeling_peer import PeerConfig, PeerLayer
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, check_experts_implementation, choose
+from modeling_peer.benchmarks.settings import BenchmarkArguments, Case, LayerArguments
+from modeling_peer.experts_peer import expert_mixture
+
+EAGER, COMPILED, PEER_PYTORCH = "eager", "compiled eager", "PEER-pytorch"
+DENSE_ACTIVE, DENSE_WIDE = "dense h·k", "dense 4·d"
+FAST = {"cpu": "cpu", "cuda": "triton"}  # implementation by device; also the contestant's name
+
+
+@dataclass
+class Contestant:
+    """A layer to measure, and what its traffic is counted from."""
+
+    name: str
+    module: nn.Module
+    tables: tuple[nn.Parameter, ...] = ()  # expert tables, one row an expert
+    find_experts: Callable[[torch.Tensor], torch.Tensor] | None = None  # tokens to the ids of their experts
+
+
+def row_sparse(device: str) -> str:
+    """Name of the fast implementation when gradients are the touched rows only."""
+    return f"{FAST[device]}, row-sparse"
+
+
+def all_names(device: str) -> list[str]:
+    """Everyone, in the order in which they are measured and printed."""
+    return [EAGER, COMPILED, FAST[device], row_sparse(device), PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE]
+
+
+def takes_part(name: str, case: Case, settings: LayerArguments) -> bool:
+    """Whether a contestant differs from the others in this case."""
+    if name == row_sparse(settings.device):
+        return case.trains  # its forward is that of the fast implementation
+    return name != COMPILED or case.task in settings.compile_tasks
+
+
+def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
+    """Why a contestant cannot run on this machine, in words; None if it can."""
+    device = settings.device
+    if name == PEER_PYTORCH and importlib.util.find_spec("PEER_pytorch") is None:
+        return "PEER-pytorch is not installed"
+    if name == COMPILED and device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "torch.compile needs a C++ compiler, and there is no g++ here"
+    if name == COMPILED and device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton, which is not installed"
+    if name in (FAST[device], row_sparse(device)):
+        try:
+            table = torch.empty(0, device=device, dtype=settings.torch_dtype)
+            choose(EXPERT_MIXTURE_FUNCTIONS, FAST[device], expert_mixture, table)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def weights_owner(name: str) -> str:
+    """Whose weights a contestant uses: PEER's own implementations have those of eager."""
+    return name if name in (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE) else EAGER
+
+
+def state_owner(name: str) -> str:
+    """Whose optimizer state it updates: the same, but for the one with an optimizer of its own."""
+    return name if name in map(row_sparse, FAST) else weights_owner(name)
+
+
+def build_contestants(names: list[str], case: Case, settings: LayerArguments) -> dict[str, Contestant]:
+    """Build layers of the case's sizes. PEER's own implementations share one set of weights: a million experts once.
+
+    Nothing is shared with PEER-pytorch, whose sub-keys have another shape, but the values are drawn alike.
+    """
+    torch.manual_seed(settings.seed)
+    contestants, layer = {}, None
+    for name in names:
+        if name == PEER_PYTORCH:
+            contestants[name] = _peer_pytorch(case, settings)
+        elif name in (DENSE_ACTIVE, DENSE_WIDE):
+            active = settings.num_retrieval_heads * settings.num_experts_per_head
+            width = active if name == DENSE_ACTIVE else 4 * case.hidden_size
+            contestants[name] = Contestant(name, _dense(case.hidden_size, width, settings))
+        else:
+            layer = _peer_layer(name, case, settings, layer)
+            contestants[name] = _peer_contestant(name, layer)
+    return contestants
+
+
+def _peer_layer(name: str, case: Case, settings: LayerArguments, weights_of: PeerLayer | None) -> PeerLayer:
+    config = PeerConfig(
+        hidden_size=case.hidden_size,
+        num_attention_heads=1,
+        num_sub_keys=case.num_sub_keys,
+        num_retrieval_heads=settings.num_retrieval_heads,
+        num_experts_per_head=settings.num_experts_per_head,
+        query_dim=settings.query_dim,
+        row_sparse_gradients=name == row_sparse(settings.device),
+    )
+    fast = name in (FAST[settings.device], row_sparse(settings.device))
+    config._experts_implementation = check_experts_implementation(FAST[settings.device] if fast else "eager")
+    with torch.device(settings.device):
+        layer = PeerLayer(config, initialize=False).to(settings.torch_dtype)
+    if weights_of is None:
+        layer.retrieval.reset_parameters()
+        layer.experts.reset_parameters()
+    else:
+        share_weights(layer, weights_of)
+    return layer
+
+
+def share_weights(module: nn.Module, other: nn.Module) -> None:
+    """Let `module` use the very parameters and buffers of `other`."""
+    module.load_state_dict(other.state_dict(keep_vars=True), assign=True)
+
+
+def _peer_contestant(name: str, layer: PeerLayer) -> Contestant:
+    module = torch.compile(layer, dynamic=False, fullgraph=True) if name == COMPILED else layer
+    tables = tuple(layer.experts.parameters())
+    return Contestant(name, module, tables, lambda tokens: layer.retrieval(tokens)[1])
+
+
+def _peer_pytorch(case: Case, settings: LayerArguments) -> Contestant:
+    """PEER-pytorch in the paper's mode: its defaults retrieve one expert a head, gated by ReLU."""
+    from PEER_pytorch import PEER
+
+    with torch.device("meta"):  # its constructor draws every number of the tables from N(0, 1)
+        module = PEER(
+            dim=case.hidden_size,
+            heads=settings.num_retrieval_heads,
+            num_experts=case.num_experts,
+            num_experts_per_head=settings.num_experts_per_head,
+            product_key_topk=settings.num_experts_per_head,
+            dim_key=settings.query_dim // 2,
+            pre_rmsnorm=False,
+            non_competing_scores=False,
+        ).to(settings.torch_dtype)
+    module.to_empty(device=settings.device)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    tables = (module.weight_down_embed.weight, module.weight_up_embed.weight)
+
+    def find_experts(tokens):
+        seen = []
+        hook = module.weight_down_embed.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        module(tokens)
+        hook.remove()
+        return seen[0]
+
+    return Contestant(PEER_PYTORCH, module, tables, find_experts)
+
+
+def _dense(hidden_size: int, width: int, settings: LayerArguments) -> nn.Module:
+    layers = (nn.Linear(hidden_size, width, bias=False), nn.GELU(), nn.Linear(width, hidden_size, bias=False))
+    return nn.Sequential(*layers).to(settings.device, settings.torch_dtype)

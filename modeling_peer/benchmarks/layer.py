@@ -1,0 +1,176 @@
+"""One layer against its rivals: what `scripts/bench_layer.py` runs."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from modeling_peer.benchmarks.calls import make_call, make_tokens
+from modeling_peer.benchmarks.contestants import (
+    COMPILED,
+    EAGER,
+    PEER_PYTORCH,
+    Contestant,
+    all_names,
+    build_contestants,
+    state_owner,
+    takes_part,
+    weights_owner,
+    why_missing,
+)
+from modeling_peer.benchmarks.machine import KERNEL_TESTS, announce, describe_run, require_green_tests
+from modeling_peer.benchmarks.memory import available_bytes, call_bytes, fit, in_new_process, peak_bytes, weight_bytes
+from modeling_peer.benchmarks.report import publish, scaling_of
+from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
+from modeling_peer.benchmarks.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads
+from modeling_peer.benchmarks.traffic import count_rows, measure_traffic
+
+
+def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:
+    """Test the kernels, measure every case, print the tables, and write the files asked for.
+
+    Raises:
+        SettingsError: red kernel tests, among others.
+    """
+    names = select(settings.contestants, all_names(settings.device))
+    missing = {name: why for name in names if (why := why_missing(name, settings))}
+    for name, why in missing.items():
+        announce(f"{name} is left out: {why}")
+    names = [name for name in names if name not in missing]
+    announce("kernel tests ...")
+    tests = require_green_tests(kernel_tests)
+    announce(f"kernel tests: {tests}")
+    set_threads(settings.threads)
+    bandwidth = copy_bandwidth(settings.torch_device)
+    announce(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s, read and written")
+
+    cases = parse_cases(settings.cases, settings.hidden_size)
+    results = []
+    for _, group in groupby(cases, key=lambda case: (case.num_sub_keys, case.hidden_size)):
+        results += _measure_group(list(group), names, settings, bandwidth)
+    result = {
+        "benchmark": "layer",
+        **describe_run(settings),
+        "kernel_tests": tests,
+        "missing": missing,
+        "copy_gb_per_s": round(bandwidth / 1e9, 3),
+        "cases": results,
+        "memory": _memory_in_new_processes(names, settings) if settings.device == "cpu" else [],
+    }
+    result["scaling"] = scaling_of(result["cases"])
+    publish(result, settings.output_file)
+    if settings.plot_file:
+        from modeling_peer.benchmarks.plots import plot_scaling  # matplotlib is optional
+
+        plot_scaling(result, settings.plot_file)
+    return result
+
+
+def _measure_group(cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float) -> list[dict]:
+    """Cases that have the same weights."""
+    names = [name for name in names if any(takes_part(name, case, settings) for case in cases)]
+    available = available_bytes(settings.torch_device)
+    names, too_large = fit(names, lambda name: (weight_bytes(name, cases[0], settings), 0), available, weights_owner)
+    contestants = build_contestants(names, cases[0], settings)
+    results = [_measure_case(case, contestants, too_large, settings, bandwidth) for case in cases]
+    torch.compiler.reset()  # compiled code holds on to the tables
+    del contestants
+    gc.collect()
+    return results
+
+
+def _measure_case(
+    case: Case, contestants: dict[str, Contestant], too_large: dict, settings: LayerArguments, bandwidth: float
+) -> dict[str, Any]:
+    device = settings.torch_device
+    names = [name for name in contestants if takes_part(name, case, settings)]
+    names, skipped = fit(names, lambda name: call_bytes(name, case, settings), available_bytes(device), state_owner)
+    skipped |= too_large
+    optimizers = {}
+    calls = {name: make_call(contestants[name], case, settings, optimizers) for name in names}
+    torch.compiler.reset()  # after eight shapes PyTorch would stop compiling, and say so nowhere
+
+    def new_input(number):
+        return make_tokens(case, settings, number)
+
+    if device.type == "cuda":
+        skipped |= _drop_out_of_memory(calls, new_input(0))
+
+    for name, why in skipped.items():
+        announce(f"{case}: without {name}, which {why}")
+    budget = (settings.repeats, settings.max_seconds, MIN_SECONDS[settings.device])
+    summaries = interleave(calls, new_input, Clock(device), *budget)
+    measured = {}
+    for name, summary in summaries.items():
+        rows = count_rows(contestants[name], new_input(0))
+        measured[name] = summary.as_dict() | {
+            "vs_peer_pytorch": _ratio(summaries, PEER_PYTORCH, name),
+            "vs_eager": _ratio(summaries, EAGER, name),
+            **measure_traffic(contestants[name], case, rows, summary.median_ms, bandwidth),
+        }
+        if device.type == "cuda":
+            measured[name]["peak_bytes"] = peak_bytes(lambda name=name: calls[name](new_input(0)), device)[0]
+    announce(f"{case}: " + ", ".join(f"{name} {summary.median_ms:.3g} ms" for name, summary in summaries.items()))
+    return asdict(case) | {"num_experts": case.num_experts, "contestants": measured, "skipped": skipped}
+
+
+def _drop_out_of_memory(calls: dict[str, Callable], tokens: torch.Tensor) -> dict[str, str]:
+    """Take out the calls that the estimate let in and the GPU does not; the reasons."""
+    reasons = {}
+    for name in list(calls):
+        try:
+            calls[name](tokens)
+        except torch.OutOfMemoryError:
+            del calls[name]
+            reasons[name] = "ran out of GPU memory"
+    return reasons
+
+
+def _ratio(summaries: dict, other: str, name: str) -> float | None:
+    """How many times as fast as `other`."""
+    return round(summaries[other].median_ms / summaries[name].median_ms, 3) if other in summaries else None
+
+
+def _memory_in_new_processes(names: list[str], settings: LayerArguments) -> list[dict[str, Any]]:
+    results = []
+    for case in parse_cases(settings.memory_cases, settings.hidden_size):
+        peaks, skipped = {}, {}
+        for name in names:
+            if name == COMPILED or not takes_part(name, case, settings):
+                continue  # a compiler at work in the process takes more than what it compiles
+            held, during = call_bytes(name, case, settings)
+            needs = (held + weight_bytes(name, case, settings), during)
+            _, too_large = fit([name], lambda _, needs=needs: needs, available_bytes(settings.torch_device), str)
+            if too_large:
+                skipped |= too_large
+                continue
+            answer = in_new_process(
+                "modeling_peer.benchmarks.layer:probe_memory", settings.as_arguments(), asdict(case), name
+            )
+            peaks[name] = answer.get("peak_bytes")
+            if answer.get("why"):
+                skipped[name] = answer["why"]
+        known = ", ".join(f"{name} {peak / 2**20:.0f} MiB" for name, peak in peaks.items() if peak is not None)
+        announce(f"memory of {case}: {known}")
+        for name, why in skipped.items():
+            announce(f"memory of {case}: {name} {why}")
+        results.append(asdict(case) | {"num_experts": case.num_experts, "peak_bytes": peaks, "skipped": skipped})
+    return results
+
+
+def probe_memory(arguments: dict[str, Any], case: dict[str, Any], name: str) -> dict[str, Any]:
+    """Peak memory of one contestant in one case, measured in this process, which should be a fresh one.
+
+    Its parameters, its optimizer's state, and whatever a first call with a single token loads are there before.
+    """
+    settings, case = LayerArguments(**arguments), Case(**case)
+    set_threads(settings.threads)
+    contestant = build_contestants([name], case, settings)[name]
+    call = make_call(contestant, case, settings, {})
+    call(make_tokens(case, settings, 0)[:, :1])
+    tokens = make_tokens(case, settings, 1)
+    peak, why = peak_bytes(lambda: call(tokens), settings.torch_device)
+    return {"peak_bytes": peak, "why": why}

@@ -1,0 +1,142 @@
+"""Peak memory of a call, what would not fit, and processes of their own to measure in."""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from modeling_peer.benchmarks.contestants import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
+from modeling_peer.benchmarks.settings import Case, LayerArguments
+from modeling_peer.training.recipes import REPOSITORY
+
+# of what is free; the rest is for other programs and for what the estimate does not know
+USABLE = 0.85
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str | None]:
+    """Most memory that `call` holds beyond what was there before it; or None, and why that cannot be told.
+
+    On CUDA, PyTorch's allocator counts it. On Linux the kernel does, as the resident memory of this process, so that
+    Numba and the compilers' code are included; pages that were freed but not yet returned are returned first.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, None
+    if sys.platform != "linux":
+        return None, f"peak resident memory is read from /proc, which {sys.platform} does not have"
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the high-water mark starts anew
+    except OSError as error:
+        return None, f"the kernel does not reset its high-water mark here: {error}"
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before), None
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+def in_new_process(function: str, *arguments: Any) -> Any:
+    """Call `package.module:function` in a fresh process: arguments and result travel as JSON.
+
+    A process that dies, for want of memory for example, gives `{"why": ...}`.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "modeling_peer.benchmarks.memory", function, json.dumps(arguments)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+    if process.returncode:
+        return {"why": f"its process ended with status {process.returncode}"}
+    return json.loads(process.stdout.strip().splitlines()[-1])
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available
+
+
+def weight_bytes(name: str, case: Case, settings: LayerArguments) -> int:
+    """Of a contestant's expert tables; PEER's own implementations share those of the first."""
+    if name in (DENSE_ACTIVE, DENSE_WIDE):
+        return 0
+    return 2 * case.num_experts * case.hidden_size * settings.torch_dtype.itemsize
+
+
+def call_bytes(name: str, case: Case, settings: LayerArguments) -> tuple[int, int]:
+    """Estimate what a case needs beside the weights: bytes held between calls (optimizer state), and during one."""
+    if name in (DENSE_ACTIVE, DENSE_WIDE):
+        return 0, 0
+    itemsize = settings.torch_dtype.itemsize
+    requested = case.num_tokens * settings.num_retrieval_heads * settings.num_experts_per_head
+    tables = weight_bytes(name, case, settings)
+    during = 0
+    if name in (COMPILED, PEER_PYTORCH):  # gather every row of both tables, the compiled formula in float32
+        gathered = 2 * requested * case.hidden_size * (4 if name == COMPILED else itemsize)
+        during += gathered * (2 if case.trains else 1)
+    if case.trains and name == row_sparse(settings.device):
+        during += 2 * 2 * min(requested, case.num_experts) * case.hidden_size * itemsize
+    elif case.trains:
+        # eager sums in float32 first; an update makes temporaries, on CUDA as large as all tables together
+        during += tables + (tables // itemsize * 4 if name == EAGER else 0)
+        during += tables if case.task == "step" else 0
+    # RowSparseAdamW's two moments are float32, AdamW's are of the weights' type
+    moments = 2 * tables // itemsize * (4 if name == row_sparse(settings.device) else itemsize)
+    return (moments if case.task == "step" else 0), during
+
+
+def fit(
+    names: list[str], needs: Callable[[str], tuple[int, int]], available: int, shares: Callable[[str], Any]
+) -> tuple[list[str], dict[str, str]]:
+    """Choose, in order, the contestants that fit in memory together, and say why the others do not.
+
+    Args:
+        needs: bytes held between the calls of a contestant, and during one.
+        available: bytes.
+        shares: contestants with the same value hold one thing together.
+    """
+    held, largest_call = {}, 0
+    fitting, reasons = [], {}
+    for name in names:
+        own, during = needs(name)
+        total = sum((held | {shares(name): own}).values()) + max(largest_call, during)
+        if total > USABLE * available:
+            reasons[name] = (
+                f"would need {total / 2**30:.1f} GiB with the others, of {available / 2**30:.1f} GiB available"
+            )
+            continue
+        held[shares(name)] = own
+        largest_call = max(largest_call, during)
+        fitting.append(name)
+    return fitting, reasons
+
+
+def _main():
+    function, arguments = sys.argv[1:]
+    module, _, name = function.partition(":")
+    print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    _main()

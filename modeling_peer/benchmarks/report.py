@@ -1,0 +1,186 @@
+"""Tables of a result, to paste into a README.
+
+python -m modeling_peer.benchmarks.report benchmarks/layer_cpu.json
+"""
+
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from modeling_peer.benchmarks.settings import TASKS
+from modeling_peer.training.presets import as_markdown
+
+
+def publish(result: dict[str, Any], output_file: str | None) -> None:
+    """Print the tables, and write the result as JSON if asked to."""
+    print(as_tables(result), flush=True)
+    if output_file:
+        Path(output_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def as_tables(result: dict[str, Any]) -> str:
+    """Markdown of a result, whichever benchmark's it is."""
+    return layer_markdown(result) if result["benchmark"] == "layer" else model_markdown(result)
+
+
+def layer_markdown(result: dict[str, Any]) -> str:
+    """Times, traffic, memory and growth of one layer benchmark."""
+    cases = sorted(result["cases"], key=lambda case: TASKS.index(case["task"]))
+    parts = [headline(result), "**medians**, milliseconds", medians_table(cases)]
+    for task, group in groupby(cases, key=lambda case: case["task"]):
+        rows = [_sizes(case) | {n: _time(m) for n, m in case["contestants"].items()} for case in group]
+        parts.append(f"**{task}**, milliseconds (lower to upper quartile), how many times as fast as PEER-pytorch")
+        parts.append(table(rows))
+    rows = [
+        {"task": case["task"], **_sizes(case), "": name, **_traffic(m)} for case in cases for name, m in _peers(case)
+    ]
+    parts.append(f"**bytes**, against {result['copy_gb_per_s']:.1f} GB/s of copying in the same run")
+    parts.append(table(rows))
+    if memory := _memory_rows(result):
+        parts.append("**peak memory** beyond parameters and optimizer state, MiB")
+        parts.append(table(memory))
+    parts += _growth(result["scaling"])
+    return "\n\n".join(parts)
+
+
+def medians_table(cases: list[dict[str, Any]]) -> str:
+    """The table for a README: a row for each case, a column for each contestant, medians in milliseconds."""
+    rows = []
+    for case in cases:
+        medians = {name: f"{measured['median_ms']:.3g}" for name, measured in case["contestants"].items()}
+        rows.append({"task": case["task"], **_sizes(case), **medians})
+    return table(rows)
+
+
+def model_markdown(result: dict[str, Any]) -> str:
+    """Tokens per second and peak memory of one model benchmark."""
+    rows = []
+    for task in result["tasks"]:
+        for name, measured in task["contestants"].items():
+            peak = measured.get("peak_bytes")
+            rows.append(
+                {
+                    "task": f"{task['task']}, {task['shape']}",
+                    "model": name,
+                    "tokens per second": f"{measured['tokens_per_second']:,.0f}",
+                    "milliseconds": _quartiles(measured),
+                    "peak memory, MiB": "-" if peak is None else f"{peak / 2**20:,.0f}",
+                }
+            )
+    return f"{headline(result)}\n\n{table(rows)}"
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One sentence: machine, versions, commit, command."""
+    machine, versions = result["machine"], result["versions"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    commit = (versions["modeling_peer"] or "unknown")[:10] + (
+        " with changes" if versions["uncommitted_changes"] else ""
+    )
+    return (
+        f"{where}, {result['settings']['dtype']}, torch {versions['torch']}, Transformers {versions['transformers']}, "
+        f"commit {commit}, kernel tests: {result['kernel_tests']}. `{result['command']}`"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; a row that lacks a column gets a dash."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return as_markdown([{name: row.get(name, "-") for name in columns} for row in rows]) if rows else "(none)"
+
+
+def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How the cost of a forward pass, per token, grows with experts (tokens fixed) and with tokens (experts fixed).
+
+    Returns:
+        One entry per contestant and series of at least two sizes: `along` ("num_experts" or "num_tokens"), its
+        sizes, microseconds per token at each, and `ratio`, cost at the largest size over cost at the smallest.
+    """
+    points = {}
+    for case in cases:
+        if case["task"] not in ("decode", "forward"):
+            continue
+        for along, fixed in (("num_experts", "num_tokens"), ("num_tokens", "num_experts")):
+            for name, measured in case["contestants"].items():
+                if along == "num_experts" and name.startswith("dense"):
+                    continue  # has no experts
+                series = points.setdefault((along, fixed, case[fixed], case["hidden_size"], name), {})
+                series[case[along]] = 1000 * measured["median_ms"] / case["num_tokens"]
+    entries = []
+    for (along, fixed, size, hidden_size, name), series in points.items():
+        if len(series) > 1:
+            series = dict(sorted(series.items()))
+            costs = list(series.values())
+            entries.append(
+                {
+                    "along": along,
+                    fixed: size,
+                    "hidden_size": hidden_size,
+                    "contestant": name,
+                    "sizes": list(series),
+                    "microseconds_per_token": [round(cost, 4) for cost in costs],
+                    "ratio": round(costs[-1] / costs[0], 4),
+                }
+            )
+    return entries
+
+
+def _sizes(case: dict[str, Any]) -> dict[str, int]:
+    return {"tokens": case["num_tokens"], "experts": case["num_experts"], "width": case["hidden_size"]}
+
+
+def _quartiles(measured: dict[str, Any]) -> str:
+    return f"{measured['median_ms']:.3g} ({measured['lower_quartile_ms']:.3g} to {measured['upper_quartile_ms']:.3g})"
+
+
+def _time(measured: dict[str, Any]) -> str:
+    ratio = measured["vs_peer_pytorch"]
+    return _quartiles(measured) + ("" if ratio is None else f", {ratio:.2f}x")
+
+
+def _peers(case: dict[str, Any]) -> list[tuple[str, dict]]:
+    return [(name, m) for name, m in case["contestants"].items() if not name.startswith("dense")]
+
+
+def _traffic(measured: dict[str, Any]) -> dict[str, str]:
+    return {
+        "must move, MiB": f"{measured['must_move_bytes'] / 2**20:,.2f}",
+        "GB/s": f"{measured['must_move_gb_per_s']:,.2f}",
+        "of copy bandwidth": f"{measured['percent_of_copy_bandwidth']:.1f} %",
+        "rows as requested, GB/s": f"{measured['requested_gb_per_s']:,.2f}",
+    }
+
+
+def _memory_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    measured = [(case, case["peak_bytes"]) for case in result["memory"]]
+    for case in result["cases"]:
+        peaks = {name: m["peak_bytes"] for name, m in case["contestants"].items() if "peak_bytes" in m}
+        measured += [(case, peaks)] if peaks else []
+    return [
+        {"task": case["task"], **_sizes(case)}
+        | {name: "-" if peak is None else f"{peak / 2**20:,.1f}" for name, peak in peaks.items()}
+        for case, peaks in measured
+    ]
+
+
+def _growth(scaling: list[dict[str, Any]]) -> list[str]:
+    parts = []
+    titles = {"num_experts": ("experts", "num_tokens", "tokens"), "num_tokens": ("tokens", "num_experts", "experts")}
+    for along, (words, fixed, fixed_words) in titles.items():
+        entries = [entry for entry in scaling if entry["along"] == along]
+        for size in sorted({entry[fixed] for entry in entries}):
+            parts.append(f"**growth with {words}**, forward at {size:,} {fixed_words}, microseconds per token")
+            parts.append(table([_series(entry) for entry in entries if entry[fixed] == size]))
+    return parts
+
+
+def _series(entry: dict[str, Any]) -> dict[str, Any]:
+    costs = zip(entry["sizes"], entry["microseconds_per_token"], strict=True)
+    cells = {f"{size:,}": f"{cost:.3g}" for size, cost in costs}
+    return {"": entry["contestant"], "width": entry["hidden_size"]} | cells | {"last / first": f"{entry['ratio']:.3g}"}
+
+
+if __name__ == "__main__":
+    print(as_tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,201 @@
+"""What to measure: dataclass defaults, then a file of configuration/benchmarks, then the command line."""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_peer.training.recipes import (
+    SettingsError,
+    find_file,
+    nearest,
+    parse_arguments,
+    read_yaml,
+    require_at_least_one,
+)
+
+FOLDER = "configuration/benchmarks"
+DTYPES = ("float32", "bfloat16", "float16")
+# decode is a forward of one token; forward runs as in prefill; a step is forward, backward, update, gradients freed
+TASKS = ("decode", "forward", "forward_backward", "step")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure, for every contestant."""
+
+    task: str
+    num_tokens: int
+    num_sub_keys: int
+    hidden_size: int
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_sub_keys**2
+
+    @property
+    def trains(self) -> bool:
+        return self.task in ("forward_backward", "step")
+
+    def __str__(self):
+        return f"{self.task}: {self.num_tokens:,} tokens, {self.num_experts:,} experts of width {self.hidden_size:,}"
+
+
+@dataclass
+class BenchmarkArguments:
+    """Where and how often; the same for a layer and for a model."""
+
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    dtype: str = field(default="float32", metadata={"help": "Type of weights and activations."})
+    threads: int | None = field(default=None, metadata={"help": "CPU threads. Unset: PyTorch's own choice."})
+    repeats: int = field(default=15, metadata={"help": "Rounds; in each, every contestant is measured once."})
+    max_seconds: float = field(
+        default=20.0,
+        metadata={"help": "Time for one case, all contestants together. Slow ones get fewer repeats, but at least 3."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the weights and of the tokens."})
+    commit: str | None = field(
+        default=None, metadata={"help": "What is measured, on a machine that has the files without git."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    command: str = field(init=False, default="")
+
+    def __post_init__(self):
+        require_at_least_one(self, "threads", "repeats")
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"--dtype {self.dtype!r} is none of {', '.join(DTYPES)}.{nearest(self.dtype, DTYPES)}")
+        if self.device not in ("cpu", "cuda"):
+            raise SettingsError(f"--device {self.device!r} is neither cpu nor cuda.")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise SettingsError("--device cuda, but PyTorch sees no CUDA device here. Use --device cpu.")
+        if self.output_file and not Path(self.output_file).parent.is_dir():
+            raise SettingsError(f"--output_file {self.output_file}: no such folder.")
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Keywords that make the same settings in another process."""
+        return {name: value for name, value in vars(self).items() if name != "command"}
+
+
+@dataclass
+class LayerArguments(BenchmarkArguments):
+    """Sizes of the layer and the cases to measure."""
+
+    hidden_size: int = field(default=256, metadata={"help": "Width d, in cases that name none."})
+    num_retrieval_heads: int = field(default=8, metadata={"help": "h."})
+    num_experts_per_head: int = field(default=16, metadata={"help": "k."})
+    query_dim: int = field(default=256, metadata={"help": "Per head, both halves together."})
+    cases: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Of which time is measured: one of {', '.join(TASKS)}, then sizes, several joined by commas: "
+            "'forward num_tokens=16,256 num_sub_keys=1024'; hidden_size= too."
+        },
+    )
+    memory_cases: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of which peak memory is measured on a CPU, in a process each; on a GPU all cases are."},
+    )
+    compile_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Tasks in which eager under torch.compile takes part."}
+    )
+    contestants: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
+    plot_file: str | None = field(default=None, metadata={"help": "Draw how cost grows, as a PNG (needs matplotlib)."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least_one(self, "hidden_size", "num_retrieval_heads", "num_experts_per_head", "query_dim")
+        parse_cases([*self.cases, *self.memory_cases], self.hidden_size)
+        for task in self.compile_tasks:
+            _require_task(task)
+        require_plotting(self.plot_file)
+
+
+def parse_settings(group: type, section: str, words: Sequence[str] | None = None) -> Any:
+    """Read `<file of configuration/benchmarks> --field value ...`.
+
+    Args:
+        group: a dataclass of `BenchmarkArguments`.
+        section: which part of the file is meant, `layer` or `model`.
+        words: the command line without the program's name; `sys.argv[1:]` by default.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if words[:1] in (["-h"], ["--help"]):
+        return parse_arguments(group, words)
+    if not words or words[0].startswith("-"):
+        known = sorted(path.stem for path in find_file("cpu", FOLDER, ".yaml").parent.glob("*.yaml"))
+        raise SettingsError(f"name the sizes to measure first: {', '.join(known)}, or a file like those in {FOLDER}.")
+    path = find_file(words[0], FOLDER, ".yaml")
+    sizes = read_yaml(path).get(section)
+    if not isinstance(sizes, dict):
+        raise SettingsError(f"{path} has no section {section!r}.")
+    settings = parse_arguments(group, _as_words(sizes) + words[1:])
+    settings.command = shlex.join(["python", f"scripts/bench_{section}.py", *words])
+    return settings
+
+
+def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:
+    """Turn lines such as `forward num_tokens=16,256 num_sub_keys=1024` into cases, one for each combination."""
+    cases = []
+    for line in lines:
+        task, *words = line.split()
+        _require_task(task)
+        sizes = {"hidden_size": [hidden_size]} | ({"num_tokens": [1]} if task == "decode" else {})
+        for word in words:
+            name, _, values = word.partition("=")
+            if name not in ("num_tokens", "num_sub_keys", "hidden_size"):
+                raise SettingsError(f"case {line!r}: {word!r} is none of num_tokens=, num_sub_keys=, hidden_size=.")
+            if not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
+                raise SettingsError(f"case {line!r}: {name} takes positive numbers joined by commas, got {values!r}.")
+            sizes[name] = [int(value) for value in values.split(",")]
+        missing = {"num_tokens", "num_sub_keys"} - set(sizes)
+        if missing:
+            raise SettingsError(f"case {line!r} does not say {' and '.join(sorted(missing))}.")
+        if task == "decode" and sizes["num_tokens"] != [1]:
+            raise SettingsError(f"case {line!r}: decode is one token at a time; use forward for more.")
+        names = list(sizes)
+        combinations = product(*sizes.values())
+        cases += [Case(task, **dict(zip(names, values, strict=True))) for values in combinations]
+    return list(dict.fromkeys(cases))
+
+
+def select(asked_for: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The contestants asked for, or all of them, in the order in which they are known."""
+    for name in asked_for:
+        if name not in known:
+            raise SettingsError(f"contestant {name!r} is none of: {', '.join(known)}.{nearest(name, known)}")
+    return [name for name in known if name in (asked_for or known)]
+
+
+def require_plotting(plot_file: str | None) -> None:
+    """Raise SettingsError now rather than after ten minutes of measuring."""
+    if plot_file and importlib.util.find_spec("matplotlib") is None:
+        raise SettingsError('--plot_file needs matplotlib, which is not installed: pip install -e ".[bench]".')
+    if plot_file and not Path(plot_file).parent.is_dir():
+        raise SettingsError(f"--plot_file {plot_file}: no such folder.")
+
+
+def _require_task(task: str) -> None:
+    if task not in TASKS:
+        raise SettingsError(f"task {task!r} is none of {', '.join(TASKS)}.{nearest(task, TASKS)}")
+
+
+def _as_words(fields: dict[str, Any]) -> list[str]:
+    # through the command line's parser, so that a file's fields get the same types and errors
+    words = []
+    for name, value in fields.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return words

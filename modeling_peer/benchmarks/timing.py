@@ -1,0 +1,132 @@
+"""How long calls take: interleaved, on inputs they have not seen, as medians."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+EVICTION_BYTES = 2**28  # larger than the cache of any GPU
+MIN_REPEATS = 3
+# Shorter calls are measured several in a row: a decoding loop, too, finds its code and its weights in the cache.
+# On CUDA one event pair encloses one call.
+MIN_SECONDS = {"cpu": 0.004, "cuda": 0.0}
+MAX_CALLS_IN_A_ROW = 32
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one contestant's times, in milliseconds."""
+
+    median_ms: float
+    lower_quartile_ms: float
+    upper_quartile_ms: float
+    repeats: int
+
+    def as_dict(self) -> dict[str, float]:
+        return {name: round(value, 5) for name, value in asdict(self).items()}
+
+
+def summarize(seconds: list[float]) -> Summary:
+    """Median and quartiles, interpolated linearly between measurements."""
+    quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+    lower, median, upper = (1000 * quartiles).tolist()
+    return Summary(median, lower, upper, len(seconds))
+
+
+def interleave(
+    calls: dict[str, Callable[[Any], Any]],
+    new_input: Callable[[int], Any],
+    clock: Callable[[Callable[[], Any]], float],
+    repeats: int,
+    max_seconds: float,
+    min_seconds: float = 0.0,
+) -> dict[str, Summary]:
+    """Measure each contestant in turn, round after round, so that a slower minute slows them all.
+
+    Every call has an input of its own, drawn alike for all: on the input of another contestant it would find the rows
+    of the tables they share in the cache. The first calls of each are not counted. Each contestant may use an equal
+    share of `max_seconds`; one that would need more is left out of some rounds, spread evenly, but measured
+    `MIN_REPEATS` times at least (or `repeats`, if fewer).
+
+    Args:
+        calls: by contestant; each takes an input.
+        new_input: makes an input from its number, 0, 1, 2, ...
+        clock: seconds that a call takes.
+        min_seconds: calls shorter than this are measured several in a row, and their mean counts once.
+    """
+    numbers = itertools.count()
+
+    def measure(call, num_calls=1):
+        inputs = [new_input(next(numbers)) for _ in range(num_calls)]
+        return clock(lambda: [call(one) for one in inputs]) / num_calls
+
+    num_calls = {}
+    for name, call in calls.items():
+        measure(call)  # may compile
+        num_calls[name] = min(MAX_CALLS_IN_A_ROW, max(1, math.ceil(min_seconds / max(measure(call), 1e-9))))
+    seconds = {name: [] for name in calls}
+    for round_number in range(repeats):
+        for name, call in calls.items():
+            if _is_due(seconds[name], round_number, repeats, max_seconds / len(calls) / num_calls[name]):
+                seconds[name].append(measure(call, num_calls[name]))
+    return {name: summarize(times) for name, times in seconds.items()}
+
+
+def _is_due(times: list[float], round_number: int, repeats: int, share: float) -> bool:
+    if not times:
+        return True
+    affordable = int(share / max(summarize(times).median_ms / 1000, 1e-9))
+    return len(times) * repeats <= round_number * min(repeats, max(MIN_REPEATS, affordable))
+
+
+class Clock:
+    """Seconds that a call takes on a device.
+
+    On CUDA between two events, from an idle device whose cache was swept: launching is included, and weights come from
+    memory, as in a deep model whose other layers used the cache. On a CPU a sweep would take the interpreter out of
+    the cache too; there, inputs not seen before make sure that rows come from memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.eviction = torch.ones(EVICTION_BYTES // 4, device=device) if device.type == "cuda" else None
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if self.device.type == "cuda":
+            return self._seconds_on_cuda(call)
+        time.sleep(
+            0.002
+        )  # OpenMP's threads spin for a while after the contestant before, and would take this call's core
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def _seconds_on_cuda(self, call: Callable[[], Any]) -> float:
+        self.eviction.sum()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
+    """Bytes per second of copying a buffer much larger than the caches, counting what is read and what is written."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    seconds = [clock(lambda: target.copy_(source)) for _ in range(repeats + 2)][2:]
+    return 2000 * source.nbytes / summarize(seconds).median_ms
+
+
+def set_threads(threads: int | None) -> None:
+    """Use so many CPU threads; PEER's CPU kernels follow PyTorch's number."""
+    if threads is not None:
+        torch.set_num_threads(threads)

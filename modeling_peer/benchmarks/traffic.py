@@ -1,0 +1,76 @@
+"""Bytes that must move between memory and processor: the floor under the time of a layer bound by memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from modeling_peer.benchmarks.contestants import Contestant
+from modeling_peer.benchmarks.settings import Case
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of expert tables that one call uses, all tables together."""
+
+    requested: int  # num_tokens * h * k in each table
+    distinct: int  # those of them that differ
+
+
+def count_rows(contestant: Contestant, tokens: torch.Tensor) -> Rows:
+    """Count on the contestant's own retrieval of `tokens` `(1, num_tokens, hidden_size)`; zero for a dense MLP."""
+    if contestant.find_experts is None:
+        return Rows(0, 0)
+    with torch.no_grad():
+        expert_ids = contestant.find_experts(tokens)
+    num_tables = len(contestant.tables)
+    return Rows(num_tables * expert_ids.numel(), num_tables * expert_ids.unique().numel())
+
+
+def bytes_to_move(
+    task: str, rows_read: int, rows_touched: int, row_bytes: int, token_bytes: int, weight_bytes: int
+) -> int:
+    """Bytes of one call, counting each tensor once per pass that needs it; what lives in between may stay in cache.
+
+        forward            rows read + tokens in and out + weights
+        backward           rows read again, their gradients written; tokens and the output's gradient in, the tokens'
+                           gradient out; weights in, their gradients out
+        update (AdamW)     gradient in; weight and two moments in and out: 7 values of the weights' type for each
+                           parameter touched
+
+    With `rows_read = rows_touched = distinct rows` it is the least that any implementation moves. With requested rows
+    it is what one moves that reuses no row. Queries, scores, ids and gates are not counted, nor are dense gradients
+    and dense updates of whole tables: these are what an implementation adds.
+
+    Args:
+        task: one of `TASKS`.
+        rows_read, rows_touched: table rows, all tables together.
+        row_bytes: of one row, `hidden_size` values.
+        token_bytes: of all tokens of the call, `num_tokens * hidden_size` values.
+        weight_bytes: of the parameters that are used whole: query network and sub-keys, or a dense MLP.
+    """
+    total = rows_read * row_bytes + 2 * token_bytes + weight_bytes
+    if task in ("forward_backward", "step"):
+        total += 2 * rows_read * row_bytes + 3 * token_bytes + 2 * weight_bytes
+    if task == "step":
+        total += 7 * (rows_touched * row_bytes + weight_bytes)
+    return total
+
+
+def measure_traffic(
+    contestant: Contestant, case: Case, rows: Rows, median_ms: float, copy_bytes_per_second: float
+) -> dict[str, float]:
+    """Bytes, GB/s and the percentage of the machine's copy bandwidth of one measured contestant."""
+    itemsize = next(contestant.module.parameters()).element_size()
+    tables = {id(table) for table in contestant.tables}
+    weight_bytes = sum(p.nbytes for p in contestant.module.parameters() if id(p) not in tables)
+    sizes = (case.hidden_size * itemsize, case.num_tokens * case.hidden_size * itemsize, weight_bytes)
+    must_move = bytes_to_move(case.task, rows.distinct, rows.distinct, *sizes)
+    requested = bytes_to_move(case.task, rows.requested, rows.distinct, *sizes)
+    seconds = median_ms / 1000
+    return {
+        "must_move_bytes": must_move,
+        "must_move_gb_per_s": round(must_move / seconds / 1e9, 3),
+        "requested_bytes": requested,
+        "requested_gb_per_s": round(requested / seconds / 1e9, 3),
+        "percent_of_copy_bandwidth": round(100 * must_move / seconds / copy_bytes_per_second, 2),
+    }

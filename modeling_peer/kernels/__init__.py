@@ -1,0 +1,43 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Fast implementations of retrieval and expert mixture: tensors in, tensors out; nothing here knows the model.
+
+operators.py                        the operators of PyTorch, their backward, and the public functions
+cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the names "cpu" runs
+triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"
+"""
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+# Implementation of each type of device, and the dtypes of tables and sub-keys it reads.
+IMPLEMENTATION_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+_COMPILERS = {"cpu": "numba", "triton": "triton"}
+
+
+def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `implementation` ("cpu" or "triton") can't use tables of `dtype` on such a device; `None` if it can.
+
+    Triton's interpreter (`TRITON_INTERPRET=1`), which runs GPU kernels slowly for tests, counts as a GPU.
+    """
+    compiler = _COMPILERS[implementation]
+    if not _is_installed(compiler):
+        return f"needs {compiler}, which is not installed: pip install modeling_peer[{implementation}]"
+    interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if IMPLEMENTATION_OF_DEVICE.get(device_type) != implementation and not interpreted:
+        return f"needs {'CPU' if implementation == 'cpu' else 'CUDA'} tensors; got {device_type}"
+    if dtype not in _DTYPES[implementation]:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[implementation])
+        return f"needs tables of {names}; got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+@cache
+def _is_installed(module: str) -> bool:
+    return find_spec(module) is not None

@@ -1,0 +1,252 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Reading and writing experts on CPU, as fast as rows come from memory, and the gradients of their tables.
+
+    read    pre[t, a] = tokens[t] · table[id]                     one pass over the rows of each token
+    write   out[t]    = Σ_a weights[t, a] · table[id]             the same
+    rows    grad[id]  = Σ_(t, a) weights[t, a] · tokens[t]        one pass over assignments sorted by expert
+
+A row comes from anywhere in a table of gigabytes, so the rows to come are prefetched while one is used; nothing is
+gathered into a tensor of its own. Sums run in float32, tables are float32 or bfloat16. Every element is computed by
+one thread in a fixed order: results are bit-identical from run to run, whatever the number of threads.
+"""
+
+import numpy as np
+import torch
+
+from . import cpu_threads
+from .cpu_memory import array, floats, in_huge_pages, move_to_huge_pages
+from .cpu_simd import compiled, narrow, prefetch_row, widen
+
+# Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
+PREFETCHED_ROWS = 8
+# Rows of 1 KiB come at about 0.1 us each: see `cpu_threads.run`.
+MIN_ASSIGNMENTS_PER_THREAD = 1024
+RADIX_BITS = 11
+
+
+def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
+    """Positions in flattened `expert_ids` (t, a), int64, in stable order of expert: (t * a,), int64."""
+    ids = expert_ids.flatten()
+    order = torch.empty_like(ids)
+    if len(ids):
+        _radix_argsort(array(ids), int(ids.max()), array(order))
+    return order
+
+
+@compiled
+def _radix_argsort(ids, largest, order):
+    """Stable, by `RADIX_BITS` a pass from the lowest: two passes for a million experts."""
+    mask = np.int64((1 << RADIX_BITS) - 1)
+    other = np.empty_like(order)
+    for i in range(len(ids)):
+        order[i] = i
+    shift = 0
+    while shift == 0 or largest >> shift:
+        starts = np.zeros((1 << RADIX_BITS) + 1, np.int64)
+        for i in range(len(ids)):
+            starts[((ids[i] >> shift) & mask) + 1] += 1
+        for digit in range(1 << RADIX_BITS):
+            starts[digit + 1] += starts[digit]
+        for i in range(len(ids)):
+            position = order[i]
+            digit = (ids[position] >> shift) & mask
+            other[starts[digit]] = position
+            starts[digit] += 1
+        order[:] = other
+        shift += RADIX_BITS
+
+
+def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Products (t, a), float32, of `tokens` (t, d) with their rows of `table` (N, d)."""
+    _prepare(expert_ids, table)
+    products = torch.empty(expert_ids.shape, dtype=torch.float32)
+    _for_assignments(_read, expert_ids.numel(), floats(tokens), array(expert_ids), array(table), array(products))
+    return products
+
+
+@compiled
+def _read(tokens, expert_ids, table, products, chunk, num_chunks):
+    num_active = expert_ids.shape[1]
+    ids, out = expert_ids.reshape(-1), products.reshape(-1)
+    stop = len(ids) * (chunk + 1) // num_chunks
+    for slot in range(len(ids) * chunk // num_chunks, stop):
+        prefetch_row(table, ids[min(slot + PREFETCHED_ROWS, stop - 1)])
+        out[slot] = _dot(tokens[slot // num_active], table[ids[slot]])
+
+
+def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
+    _prepare(expert_ids, table)
+    outputs = torch.empty(len(expert_ids), table.shape[1])
+    arguments = (floats(weights), array(expert_ids), array(table), array(outputs))
+    _for_assignments(_write, expert_ids.numel(), *arguments)
+    return outputs
+
+
+@compiled
+def _write(weights, expert_ids, table, outputs, chunk, num_chunks):
+    num_tokens, num_active = expert_ids.shape
+    ids = expert_ids.reshape(-1)
+    last = num_tokens * num_active - 1
+    for token in range(num_tokens * chunk // num_chunks, num_tokens * (chunk + 1) // num_chunks):
+        output = outputs[token]
+        output[:] = 0
+        first = token * num_active
+        for a in range(0, num_active - 1, 2):  # by two: the output is then loaded and stored half as often
+            prefetch_row(table, ids[min(first + a + PREFETCHED_ROWS, last)])
+            prefetch_row(table, ids[min(first + a + PREFETCHED_ROWS + 1, last)])
+            _add_two(
+                output, weights[token, a], table[ids[first + a]], weights[token, a + 1], table[ids[first + a + 1]]
+            )
+        if num_active % 2:
+            _add(output, weights[token, num_active - 1], table[ids[first + num_active - 1]])
+
+
+def row_gradients(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    expert_ids: torch.Tensor,
+    order: torch.Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    row_sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of `weights` (t, a) times `tokens` (t, d) over the assignments of each expert, in `dtype`.
+
+    Returns:
+        rows: ascending experts that were assigned to, `(u,)`; empty when not `row_sparse`.
+        values: their gradients, `(u, d)`; or of all experts, `(num_experts, d)`.
+    """
+    segments = _segments(expert_ids, order)
+    rows, values, targets = _gradient(segments, num_experts, tokens.shape[1], dtype, row_sparse)
+    arguments = (
+        floats(weights),
+        floats(tokens),
+        array(order),
+        array(segments[1]),
+        array(targets),
+        array(values),
+    )
+    _for_assignments(_sum_rows, expert_ids.numel(), *arguments)
+    return rows, values
+
+
+@compiled
+def _sum_rows(weights, tokens, order, starts, targets, values, chunk, num_chunks):
+    num_active = weights.shape[1]
+    flat_weights = weights.reshape(-1)
+    total = np.empty(tokens.shape[1], np.float32)
+    for segment in range(len(targets) * chunk // num_chunks, len(targets) * (chunk + 1) // num_chunks):
+        total[:] = 0
+        for i in range(starts[segment], starts[segment + 1]):
+            _add(total, flat_weights[order[i]], tokens[order[i] // num_active])
+        _store(total, values[targets[segment]])
+
+
+def write_experts_gradients(
+    grad_outputs: torch.Tensor,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    order: torch.Tensor,
+    table: torch.Tensor,
+    row_sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `write_experts` for `grad_outputs` (t, d): of `weights`, (t, a), and of `table`, as
+    `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
+    segments = _segments(expert_ids, order)
+    rows, values, targets = _gradient(segments, *table.shape, table.dtype, row_sparse)
+    grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32)
+    arguments = (floats(weights), floats(grad_outputs), array(order), array(segments[1]), array(targets))
+    arguments += (array(values), array(segments[0]), array(table), array(grad_weights))
+    _for_assignments(_sum_rows_and_read, expert_ids.numel(), *arguments)
+    return grad_weights, rows, values
+
+
+@compiled
+def _sum_rows_and_read(weights, tokens, order, starts, targets, values, rows, table, products, chunk, num_chunks):
+    num_active = weights.shape[1]
+    flat_weights, flat_products = weights.reshape(-1), products.reshape(-1)
+    total = np.empty(tokens.shape[1], np.float32)
+    stop = len(rows) * (chunk + 1) // num_chunks
+    for segment in range(len(rows) * chunk // num_chunks, stop):
+        prefetch_row(table, rows[min(segment + PREFETCHED_ROWS, stop - 1)])
+        row = table[rows[segment]]
+        total[:] = 0
+        for i in range(starts[segment], starts[segment + 1]):
+            token = tokens[order[i] // num_active]
+            flat_products[order[i]] = _dot(token, row)
+            _add(total, flat_weights[order[i]], token)
+        _store(total, values[targets[segment]])
+
+
+def _segments(expert_ids: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`."""
+    rows, starts = torch.empty_like(order), torch.empty(len(order) + 1, dtype=torch.int64)
+    count = _find_segments(array(expert_ids.flatten()), array(order), array(rows), array(starts))
+    # Clones: the full-length buffers would stay alive as long as the gradient.
+    return rows[:count].clone(), starts[: count + 1].clone()
+
+
+@compiled
+def _find_segments(ids, order, rows, starts):
+    count = 0
+    for i in range(len(order)):
+        expert_id = ids[order[i]]
+        if count == 0 or rows[count - 1] != expert_id:
+            rows[count], starts[count] = expert_id, i
+            count += 1
+    starts[count] = len(order)
+    return count
+
+
+def _gradient(segments, num_experts, width, dtype, row_sparse):
+    """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each segment."""
+    touched, _ = segments
+    if row_sparse:
+        return touched, in_huge_pages(torch.empty(len(touched), width, dtype=dtype)), torch.arange(len(touched))
+    return touched.new_empty(0), in_huge_pages(torch.empty(num_experts, width, dtype=dtype)).zero_(), touched
+
+
+def _prepare(expert_ids: torch.Tensor, table: torch.Tensor) -> None:
+    if not _all_below(array(expert_ids.view(-1)), len(table)):
+        lowest, highest = (int(bound) for bound in expert_ids.aminmax())
+        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {len(table)} experts.")
+    move_to_huge_pages(table)
+
+
+@compiled
+def _all_below(ids, num_experts):
+    outside = 0
+    for expert_id in ids:
+        outside += (expert_id < 0) | (expert_id >= num_experts)
+    return outside == 0
+
+
+def _for_assignments(kernel, num_assignments, *arguments):
+    cpu_threads.run(kernel, num_assignments, MIN_ASSIGNMENTS_PER_THREAD, *arguments)
+
+
+@compiled
+def _dot(token, row):
+    total = np.float32(0)
+    for i in range(len(row)):
+        total += token[i] * widen(row[i])
+    return total
+
+
+@compiled
+def _add(total, weight, row):
+    for i in range(len(total)):
+        total[i] += weight * widen(row[i])
+
+
+@compiled
+def _add_two(total, weight, row, other_weight, other_row):
+    for i in range(len(total)):
+        total[i] += weight * widen(row[i]) + other_weight * widen(other_row[i])
+
+
+@compiled
+def _store(total, row):
+    for i in range(len(row)):
+        row[i] = narrow(total[i], row[i])

@@ -1,0 +1,52 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Tensors as Numba's kernels see them: NumPy arrays on the same memory, large fresh ones in large pages."""
+
+import ctypes
+import sys
+
+import numpy as np
+import torch
+
+HUGE_PAGE = 2**21  # bytes
+MIN_MOVED_BYTES = 2**26  # below, the caches of address translation do
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # <sys/mman.h>, Linux; the second since 6.1
+
+_moved: set[tuple[int, int]] = set()
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory for NumPy, which has no bfloat16: its bits, that `cpu_simd.widen` and `narrow` understand."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def floats(tensor: torch.Tensor) -> np.ndarray:
+    """Values of any floating-point type as float32; the same memory if they are."""
+    return array(tensor.to(torch.float32))
+
+
+def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, not yet touched, in huge pages where Linux grants them (`transparent_hugepage` set to `madvise` or
+    `always`): touching pages of 4 KiB first would cost more than what is then written to them. Elsewhere, and where it
+    is small, nothing happens."""
+    _advise(tensor, MADV_HUGEPAGE)
+    return tensor
+
+
+def move_to_huge_pages(table: torch.Tensor) -> None:
+    """Move a large `table` to huge pages, once, about a second for 1 GiB: rows from all over it then need no walk
+    through the page tables (36 against 26 ms for 256 MiB of rows)."""
+    memory = (table.data_ptr(), table.nbytes)
+    if table.nbytes >= MIN_MOVED_BYTES and memory not in _moved:
+        _moved.add(memory)
+        _advise(table, MADV_HUGEPAGE)
+        _advise(table, MADV_COLLAPSE)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Give Linux `advice` on the huge pages that lie within `tensor`. Whether it is taken changes speed only."""
+    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
+    if sys.platform == "linux" and end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -1,0 +1,314 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Exact product-key retrieval on CPU: scores and top-k together, one tile of queries at a time, in cache.
+
+    scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache
+    best k of each row    a bound first: at least k scores reach the k-th largest of the GROUPS groups' maxima; the few
+                          that do (18 of 1024 at k = 16) are then sorted by counting
+    best k pairs          both lists are sorted: walk the pairs with (i + 1)(j + 1) <= k, and leave a row at the first
+                          pair that is too small
+
+A query is summed in the same order whatever its neighbours and the number of threads: results are bit-identical from
+run to run.
+"""
+
+import numpy as np
+import torch
+
+from . import cpu_threads
+from .cpu_memory import array
+from .cpu_simd import (
+    BLOCK_KEYS,
+    BLOCK_ROWS,
+    FEW_KEYS,
+    FEW_ROWS,
+    GROUPS,
+    at_least,
+    compiled,
+    lowest_bit,
+    score_block,
+    score_few_block,
+)
+
+TILE_ROWS = 48  # a multiple of every BLOCK_ROWS; 24 to 192 are as fast
+MAX_COUNTED = GROUPS  # survivors of a row that are sorted by counting; more of them, as when many tie, by insertion
+PADDING = np.float32(np.finfo(np.float32).min)  # finite: PADDING * 0 must not look like an overflow
+# With fewer queries, laying the sub-keys out in blocks costs more than it saves.
+MIN_BLOCKED_ROWS = 64
+MIN_ROWS_PER_THREAD = 64
+
+
+def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `operators.product_key_top_k`; `query` is float32. A row of scores that is not finite (a NaN in the query or
+    in a sub-key) gives NaN scores and ids that exist."""
+    num_tokens, num_heads, query_dim = query.shape
+    num_sub_keys = sub_keys.shape[-2]
+    half = query_dim // 2
+    scores = torch.empty(num_tokens, num_heads, top_k)
+    expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+    # Heads with codebooks of their own search apart, each through every num_heads-th row of the queries.
+    codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
+    num_rows, num_searches = num_tokens * num_heads, len(codebooks)
+    arguments = (array(query).reshape(num_rows, 2, half), array(codebooks))
+    results = (array(scores).reshape(num_rows, top_k), array(expert_ids).reshape(num_rows, top_k))
+    if num_rows // num_searches < MIN_BLOCKED_ROWS:
+        cpu_threads.run(_search_few, num_rows // FEW_ROWS, MIN_BLOCKED_ROWS // FEW_ROWS, *arguments, *results)
+    else:
+        blocks, finite = _blocks(arguments[1])
+        cpu_threads.run(_search, num_rows, TILE_ROWS, arguments[0], blocks, num_sub_keys, finite, *results)
+    return scores, expert_ids
+
+
+@compiled
+def _blocks(codebooks):
+    """Sub-keys side by side, feature by feature, as `score_block` reads them, whole groups of them: (searches, 2,
+    blocks, q / 2, BLOCK_KEYS). And zero, or NaN if a sub-key is not finite."""
+    num_searches, _, num_sub_keys, half = codebooks.shape
+    num_blocks = -(-num_sub_keys // GROUPS) * GROUPS // BLOCK_KEYS
+    blocks = np.zeros((num_searches, 2, num_blocks, half, BLOCK_KEYS), np.float32)
+    finite = np.float32(0)
+    for search in range(num_searches):
+        for codebook in range(2):
+            for key in range(num_sub_keys):
+                finite += _copy(
+                    codebooks[search, codebook, key], blocks[search, codebook, key // BLOCK_KEYS, :, key % BLOCK_KEYS]
+                )
+    return blocks, finite
+
+
+@compiled
+def _search(queries, blocks, num_sub_keys, finite_keys, out_scores, out_ids, chunk, num_chunks):
+    """Queries (rows, 2, q / 2) against blocks (searches, 2, blocks, q / 2, BLOCK_KEYS), tile by tile."""
+    num_searches, _, num_blocks, half, _ = blocks.shape
+    top_k = out_scores.shape[1]
+    rows_per_search = queries.shape[0] // num_searches
+    tiles_per_search = -(-rows_per_search // TILE_ROWS)
+    num_tiles = num_searches * tiles_per_search
+
+    # Rows beyond the last query are computed too, and not looked at.
+    tile_queries = np.zeros((TILE_ROWS, half), np.float32)
+    scores = np.empty((TILE_ROWS, num_blocks * BLOCK_KEYS), np.float32)
+    best = np.empty((2, TILE_ROWS, top_k), np.float32)
+    best_keys = np.empty((2, TILE_ROWS, top_k), np.int64)
+    scratch = _scratch(scores.shape[1])
+    finite = np.empty(TILE_ROWS, np.float32)
+    for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
+        search = tile // tiles_per_search
+        start = (tile % tiles_per_search) * TILE_ROWS
+        num_rows = min(TILE_ROWS, rows_per_search - start)
+        finite[:] = finite_keys
+        for codebook in range(2):
+            for i in range(num_rows):
+                finite[i] += _copy(queries[(start + i) * num_searches + search, codebook], tile_queries[i])
+            for block in range(num_blocks):
+                for i in range(0, num_rows, BLOCK_ROWS):
+                    score_block(tile_queries, i, blocks[search, codebook, block], scores, block * BLOCK_KEYS)
+            for i in range(num_rows):
+                scores[i, num_sub_keys:] = PADDING
+                _top_k(scores[i], best[codebook, i], best_keys[codebook, i], scratch)
+        for i in range(num_rows):
+            row = (start + i) * num_searches + search
+            _best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
+
+
+@compiled
+def _search_few(queries, codebooks, out_scores, out_ids, chunk, num_chunks):
+    """Queries (rows, 2, q / 2) against codebooks (searches, 2, n, q / 2) as they lie, FEW_ROWS queries at a time."""
+    num_searches, _, num_sub_keys, half = codebooks.shape
+    top_k = out_scores.shape[1]
+    rows_per_search = queries.shape[0] // num_searches
+    tiles_per_search = -(-rows_per_search // FEW_ROWS)
+    num_tiles = num_searches * tiles_per_search
+    num_blocked = num_sub_keys // FEW_KEYS * FEW_KEYS
+
+    columns = np.zeros((half, FEW_ROWS), np.float32)  # queries side by side
+    products = np.empty((num_sub_keys, FEW_ROWS), np.float32)
+    scores = np.empty(-(-num_sub_keys // GROUPS) * GROUPS, np.float32)
+    scores[num_sub_keys:] = PADDING
+    best, best_keys = np.empty((2, FEW_ROWS, top_k), np.float32), np.empty((2, FEW_ROWS, top_k), np.int64)
+    scratch = _scratch(len(scores))
+    finite = np.empty(FEW_ROWS, np.float32)
+    for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
+        search = tile // tiles_per_search
+        start = (tile % tiles_per_search) * FEW_ROWS
+        num_rows = min(FEW_ROWS, rows_per_search - start)
+        finite[:] = 0
+        for codebook in range(2):
+            sub_keys = codebooks[search, codebook]
+            for i in range(num_rows):
+                columns[:, i] = queries[(start + i) * num_searches + search, codebook]
+            for key in range(0, num_blocked, FEW_KEYS):
+                score_few_block(sub_keys, key, columns, products, 0)
+            for key in range(num_blocked, num_sub_keys):
+                products[key] = 0
+                for feature in range(half):
+                    products[key] += sub_keys[key, feature] * columns[feature]
+            for i in range(num_rows):
+                finite[i] += _copy(products[:, i], scores)
+                _top_k(scores, best[codebook, i], best_keys[codebook, i], scratch)
+        for i in range(num_rows):
+            row = (start + i) * num_searches + search
+            _best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
+
+
+@compiled
+def _copy(values, target):
+    """Copy `values` to the beginning of `target`; the result is zero, or NaN if one of them is not finite."""
+    finite = np.float32(0)
+    for i in range(len(values)):
+        target[i] = values[i]
+        finite += values[i] * np.float32(0)
+    return finite
+
+
+@compiled
+def _top_k(scores, best, best_keys, scratch):
+    """The `len(best)` best of `scores`, whole groups of it, in falling order."""
+    top_k = len(best)
+    maxima, ranks, survivors, survivor_keys = scratch
+    bound = _lower_bound(scores, top_k, maxima, ranks) if top_k <= GROUPS else PADDING
+    count = 0
+    for first in range(0, len(scores), GROUPS):
+        mask = at_least(scores, first, bound)
+        while mask != 0:
+            key = first + lowest_bit(mask)
+            mask &= mask - np.uint64(1)
+            survivors[count], survivor_keys[count] = scores[key], key
+            count += 1
+
+    if count <= MAX_COUNTED:
+        for i in range(count):
+            value, rank = survivors[i], np.int32(0)
+            for j in range(count):
+                rank += np.int32((survivors[j] > value) | ((survivors[j] == value) & (j < i)))
+            ranks[i] = rank
+        for i in range(count):
+            if ranks[i] < top_k:
+                best[ranks[i]], best_keys[ranks[i]] = survivors[i], survivor_keys[i]
+    else:
+        for i in range(count):
+            if i < top_k or survivors[i] > best[top_k - 1]:
+                _insert(survivors[i], survivor_keys[i], best, best_keys, min(i, top_k - 1))
+
+
+@compiled
+def _lower_bound(scores, top_k, maxima, ranks):
+    """The `top_k`-th largest of the groups' maxima: at least `top_k` scores reach it."""
+    maxima[:] = PADDING
+    num_unrolled = len(scores) // (4 * GROUPS) * (4 * GROUPS)
+    for first in range(0, num_unrolled, 4 * GROUPS):  # by four: the maxima are then loaded and stored less often
+        for group in range(GROUPS):
+            i = first + group
+            left, right = (
+                _larger(scores[i], scores[i + GROUPS]),
+                _larger(scores[i + 2 * GROUPS], scores[i + 3 * GROUPS]),
+            )
+            maxima[group] = _larger(maxima[group], _larger(left, right))
+    for first in range(num_unrolled, len(scores), GROUPS):
+        for group in range(GROUPS):
+            maxima[group] = _larger(maxima[group], scores[first + group])
+
+    for i in range(GROUPS):
+        value, num_larger = maxima[i], np.int32(0)
+        for j in range(GROUPS):
+            num_larger += np.int32(1) if maxima[j] > value else np.int32(0)
+        ranks[i] = num_larger
+    bound = np.float32(np.inf)
+    for i in range(GROUPS):
+        bound = maxima[i] if ranks[i] < top_k and maxima[i] < bound else bound
+    return bound
+
+
+@compiled
+def _larger(a, b):
+    return a if a > b else b  # one instruction, where max() would look after NaN
+
+
+@compiled
+def _insert(value, key, best, best_keys, position):
+    """Put `value` where it belongs in the falling list that ends at `position`, whose last entry it replaces."""
+    while position > 0 and best[position - 1] < value:
+        best[position], best_keys[position] = best[position - 1], best_keys[position - 1]
+        position -= 1
+    best[position], best_keys[position] = value, key
+
+
+@compiled
+def _scratch(num_scores):
+    """What `_top_k` of that many scores works in."""
+    return (
+        np.empty(GROUPS, np.float32),
+        np.empty(MAX_COUNTED, np.int32),
+        np.empty(num_scores, np.float32),
+        np.empty(num_scores, np.int64),
+    )
+
+
+@compiled
+def _insert(value, key, best, best_keys, position):
+    """Put `value` where it belongs in the falling list that ends at `position`, whose last entry it replaces."""
+    while position > 0 and best[position - 1] < value:
+        best[position], best_keys[position] = best[position - 1], best_keys[position - 1]
+        position -= 1
+    best[position], best_keys[position] = value, key
+
+
+@compiled
+def _best_pairs(best, best_keys, num_sub_keys, finite, out_scores, out_ids):
+    """The best sums of a row's and a column's score, from both falling lists, (2, k) each; NaN if `finite` is."""
+    top_k = len(out_scores)
+    if finite != 0:
+        out_scores[:] = np.nan
+        out_ids[:] = np.arange(top_k)
+        return
+    count = 0
+    for i in range(top_k):
+        for j in range(top_k // (i + 1)):
+            score = best[0, i] + best[1, j]
+            if count >= top_k and not score > out_scores[top_k - 1]:
+                break  # the rest of this row of pairs is no better
+            expert_id = best_keys[0, i] * num_sub_keys + best_keys[1, j]
+            _insert(score, expert_id, out_scores, out_ids, min(count, top_k - 1))
+            count += 1
+
+
+def product_key_top_k_backward(
+    grad_scores: torch.Tensor, expert_ids: torch.Tensor, query: torch.Tensor, sub_keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `query` and `sub_keys`, float32. Bit-identical from run to run for one number of threads."""
+    num_tokens, num_heads, top_k = expert_ids.shape
+    num_sub_keys, half = sub_keys.shape[-2:]
+    codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
+    grad_query = torch.empty(num_tokens, num_heads, 2 * half)
+    # Threads add up gradients of sub-keys apart, which stays small: as many values as sub-keys.
+    grad_sub_keys = torch.zeros(torch.get_num_threads(), *codebooks.shape)
+    cpu_threads.run(
+        _search_backward,
+        num_tokens * num_heads,
+        MIN_ROWS_PER_THREAD,
+        array(grad_scores.view(-1, top_k)),
+        array(expert_ids.view(-1, top_k)),
+        array(query.view(-1, 2, half)),
+        array(codebooks),
+        array(grad_query.view(-1, 2, half)),
+        array(grad_sub_keys),
+    )
+    return grad_query, grad_sub_keys.sum(0).view(sub_keys.shape)
+
+
+@compiled
+def _search_backward(grad_scores, expert_ids, queries, codebooks, grad_queries, grad_codebooks, chunk, num_chunks):
+    num_rows, _, half = queries.shape
+    num_searches, _, num_sub_keys, _ = codebooks.shape
+    for row in range(num_rows * chunk // num_chunks, num_rows * (chunk + 1) // num_chunks):
+        search = row % num_searches
+        grad_queries[row] = 0
+        for slot in range(expert_ids.shape[1]):
+            grad = grad_scores[row, slot]
+            keys = divmod(expert_ids[row, slot], num_sub_keys)
+            for codebook in range(2):
+                sub_key = codebooks[search, codebook, keys[codebook]]
+                grad_sub_key = grad_codebooks[chunk, search, codebook, keys[codebook]]
+                query, grad_query = queries[row, codebook], grad_queries[row, codebook]
+                for feature in range(half):
+                    grad_query[feature] += grad * sub_key[feature]
+                    grad_sub_key[feature] += grad * query[feature]

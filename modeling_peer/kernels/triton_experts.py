@@ -1,0 +1,362 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""The expert tables on a GPU: read and write them, and the gradients of both.
+
+    pre[t, a] = tokens[t] · table[expert_ids[t, a]]                        read_experts
+    out[t]    = Σ_a weights[t, a] · table[expert_ids[t, a]]                write_experts
+    grad_table[e] = Σ weights[t, a] · tokens[t]   over expert_ids[t, a] = e        row_gradients
+
+t tokens, a active experts of a token, d width, N rows of the table. Gathered rows never reach memory: a program holds
+those it works on. Sums run in float32, in an order that the shapes fix, without atomics: the same bits from run to
+run, and what a token reads and writes does not depend on its batch. Ids meet the width in int64: 1024**2 rows of width
+2048 are 2**31 elements. Grids are one-dimensional, since CUDA ends the other axes at 65535. Width and active experts
+are compiled in: a model has one of each, and most divisions and masks vanish.
+
+Tensors in, tensors out, all contiguous; shapes are checked by the operators that call these functions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Elements of table rows that a program of 4 warps loads at a time: 64 a thread, in bfloat16 eight loads of 16 bytes in
+# flight. Reading wants long pieces of few rows, so that sums over the width stay few; writing the reverse. Smaller
+# blocks give a lone token more programs. Not swept yet: 2048 to 16384 elements, blocks of half and twice as many, 2 to
+# 8 warps; at 1, 64 and 8192 tokens of width 256 to 4096.
+TILE_ELEMENTS = 8192
+READ_BLOCK_A = 16
+READ_BLOCK_D = 1024
+WRITE_BLOCK_A = 64
+WRITE_BLOCK_D = 128
+# Longest run of assignments that one program sums. It is part of the result's bits, and bounds the buffer of pieces to
+# 2 * d * t * a / MAX_RUN float32 values: two tokens' width a token at 128 active experts. Not swept yet: 64 to 512.
+MAX_RUN = 128
+# Programs that look for runs, each among at most MAX_WINDOW positions: a program for each position of a large batch
+# would mostly start in vain. No result depends on either. Not swept yet: 2048 to 65536 programs, windows of 1 to 64.
+RUN_PROGRAMS = 8192
+MAX_WINDOW = 16
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def read_experts_kernel(
+    tokens_ptr,
+    expert_ids_ptr,
+    table_ptr,
+    pre_ptr,
+    NUM_ACTIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """pre[t, a] = tokens[t] . table[expert_ids[t, a]]; a program takes one token and BLOCK_A of its experts."""
+    num_blocks = tl.cdiv(NUM_ACTIVE, BLOCK_A)
+    t = (tl.program_id(0) // num_blocks).to(tl.int64)
+    a = tl.program_id(0) % num_blocks * BLOCK_A + tl.arange(0, BLOCK_A)
+    is_active = a < NUM_ACTIVE
+    row_starts = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64) * WIDTH
+
+    products = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        token = tl.load(tokens_ptr + t * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+        mask = is_active[:, None] & (d < WIDTH)[None, :]
+        rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        products += rows * token[None, :]
+    tl.store(pre_ptr + t * NUM_ACTIVE + a, tl.sum(products, axis=1), mask=is_active)
+
+
+@triton.jit
+def write_experts_kernel(
+    weights_ptr,
+    expert_ids_ptr,
+    table_ptr,
+    out_ptr,
+    NUM_ACTIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[t] = sum_a weights[t, a] * table[expert_ids[t, a]]; a program takes BLOCK_D columns of one token."""
+    num_blocks = tl.cdiv(WIDTH, BLOCK_D)
+    t = (tl.program_id(0) // num_blocks).to(tl.int64)
+    d = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, NUM_ACTIVE, BLOCK_A):
+        a = start + tl.arange(0, BLOCK_A)
+        is_active = a < NUM_ACTIVE
+        weights = tl.load(weights_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0.0)
+        row_starts = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64) * WIDTH
+        mask = is_active[:, None] & (d < WIDTH)[None, :]
+        rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(weights[:, None] * rows, axis=0)
+    tl.store(out_ptr + t * WIDTH + d, total, mask=d < WIDTH)
+
+
+def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Dot product of each token with each of its rows of `table`.
+
+    Args:
+        tokens: `(num_tokens, width)`, float32 or half precision.
+        expert_ids: `(num_tokens, num_active)`, int64; repeats allowed.
+        table: `(num_experts, width)`, float32 or half precision.
+
+    Returns:
+        `(num_tokens, num_active)`, float32.
+    """
+    num_tokens, num_active = expert_ids.shape
+    width = tokens.shape[1]
+    pre = torch.empty(num_tokens, num_active, dtype=torch.float32, device=tokens.device)
+    block_d = min(READ_BLOCK_D, triton.next_power_of_2(width))
+    block_a = min(READ_BLOCK_A, TILE_ELEMENTS // block_d, triton.next_power_of_2(num_active))
+    if pre.numel():
+        grid = (num_tokens * triton.cdiv(num_active, block_a),)
+        with torch.cuda.device_of(tokens):
+            read_experts_kernel[grid](
+                tokens, expert_ids, table, pre, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d
+            )
+    return pre
+
+
+def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Weighted sum of each token's rows of `table`; also the gradient of `read_experts` to its tokens.
+
+    Args:
+        weights: `(num_tokens, num_active)`, float32.
+        expert_ids: same shape, int64; repeats allowed.
+        table: `(num_experts, width)`, float32 or half precision.
+
+    Returns:
+        `(num_tokens, width)`, float32.
+    """
+    num_tokens, num_active = expert_ids.shape
+    width = table.shape[1]
+    out = torch.empty(num_tokens, width, dtype=torch.float32, device=weights.device)
+    block_d = min(WRITE_BLOCK_D, triton.next_power_of_2(width))
+    block_a = min(WRITE_BLOCK_A, triton.next_power_of_2(num_active))
+    if out.numel():
+        grid = (num_tokens * triton.cdiv(width, block_d),)
+        with torch.cuda.device_of(weights):
+            write_experts_kernel[grid](
+                weights, expert_ids, table, out, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d
+            )
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ backward
+#
+# Assignments sorted by expert fall into segments, one for each touched row. A segment is cut at every multiple of
+# MAX_RUN into runs, and a run is summed by one program: an expert that every token picks is shared by many of them. A
+# segment of one run goes straight to its row; the runs of any other are pieces, kept in float32 until joined.
+
+
+@triton.jit
+def run_gradients_kernel(
+    weights_ptr,
+    tokens_ptr,
+    table_ptr,
+    expert_ids_ptr,
+    order_ptr,
+    segments_ptr,
+    values_ptr,
+    pieces_ptr,
+    grad_weights_ptr,
+    num_assignments,
+    NUM_ACTIVE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MAX_RUN: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """values[segment] = sum of weights[slot] * tokens[slot // NUM_ACTIVE] over the sorted slots of a segment, and with
+    a table grad_weights[slot] = tokens[slot // NUM_ACTIVE] . table[expert]; a program takes the runs that begin
+    among WINDOW positions, and holds a whole row."""
+    d = tl.arange(0, BLOCK_D)
+    for i in range(WINDOW):
+        position = tl.program_id(0).to(tl.int64) * WINDOW + i
+        is_assignment = position < num_assignments
+        segment = tl.load(segments_ptr + position, mask=is_assignment, other=-1)
+        begins_segment = tl.load(segments_ptr + position - 1, mask=is_assignment & (position > 0), other=-1) != segment
+        if is_assignment & (begins_segment | (position % MAX_RUN == 0)):
+            run_end = tl.minimum((position // MAX_RUN + 1) * MAX_RUN, num_assignments)
+            if HAS_TABLE:
+                row_start = tl.load(expert_ids_ptr + tl.load(order_ptr + position)).to(tl.int64) * WIDTH
+                row = tl.load(table_ptr + row_start + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+
+            total = tl.zeros((BLOCK_D,), tl.float32)
+            next_position = position
+            num_mine = tl.full((), BLOCK_A, tl.int32)
+            while num_mine == BLOCK_A:
+                p = next_position + tl.arange(0, BLOCK_A)
+                is_mine = tl.load(segments_ptr + p, mask=p < run_end, other=-1) == segment
+                slots = tl.load(order_ptr + p, mask=is_mine, other=0)
+                weights = tl.load(weights_ptr + slots, mask=is_mine, other=0.0)
+                token_starts = slots // NUM_ACTIVE * WIDTH
+                mask = is_mine[:, None] & (d < WIDTH)[None, :]
+                tokens = tl.load(tokens_ptr + token_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+                total += tl.sum(weights[:, None] * tokens, axis=0)
+                if HAS_TABLE:
+                    tl.store(grad_weights_ptr + slots, tl.sum(tokens * row[None, :], axis=1), mask=is_mine)
+                num_mine = tl.sum(is_mine.to(tl.int32), axis=0)
+                next_position += num_mine
+
+            in_row = d < WIDTH
+            next_segment = tl.load(segments_ptr + next_position, mask=next_position < num_assignments, other=-1)
+            if begins_segment & (next_segment != segment):
+                tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
+            else:
+                # Two pieces at most begin between two multiples of MAX_RUN: at the first, and before the second.
+                piece = position // MAX_RUN * 2 + (position % MAX_RUN != 0)
+                tl.store(pieces_ptr + piece * WIDTH + d, total, mask=in_row)
+
+
+@triton.jit
+def join_pieces_kernel(
+    pieces_ptr,
+    segments_ptr,
+    values_ptr,
+    num_assignments,
+    WIDTH: tl.constexpr,
+    MAX_RUN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """values[segment] = sum of its pieces; a program takes a multiple of MAX_RUN, works if it is the first inside a
+    segment, and then joins BLOCK_D columns of all of them."""
+    num_blocks = tl.cdiv(WIDTH, BLOCK_D)
+    d = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = d < WIDTH
+    border = (tl.program_id(0) // num_blocks).to(tl.int64) + 1
+    position = border * MAX_RUN
+    segment = tl.load(segments_ptr + position)
+    is_inside = tl.load(segments_ptr + position - 1) == segment
+    is_first = tl.load(segments_ptr + position - MAX_RUN - 1, mask=border > 1, other=-1) != segment
+    if is_inside & is_first:
+        begins_after_border = tl.load(segments_ptr + position - MAX_RUN) != segment
+        first_piece = (border - 1) * 2 + begins_after_border
+        total = tl.load(pieces_ptr + first_piece * WIDTH + d, mask=in_row, other=0.0)
+        num_mine = tl.full((), BLOCK_P, tl.int32)
+        while num_mine == BLOCK_P:
+            p = border + tl.arange(0, BLOCK_P)
+            is_mine = tl.load(segments_ptr + p * MAX_RUN, mask=p * MAX_RUN < num_assignments, other=-1) == segment
+            mask = is_mine[:, None] & in_row[None, :]
+            piece_starts = p * 2 * WIDTH
+            total += tl.sum(tl.load(pieces_ptr + piece_starts[:, None] + d[None, :], mask=mask, other=0.0), axis=0)
+            num_mine = tl.sum(is_mine.to(tl.int32), axis=0)
+            border += BLOCK_P
+        tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
+
+
+def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
+    """Positions of the flattened `expert_ids` `(num_tokens, num_active)` in stable order of expert: `(num_tokens *
+    num_active,)`, int64."""
+    # A radix sort passes over each byte of its keys, and no table has 2**31 rows.
+    return expert_ids.flatten().to(torch.int32).argsort(stable=True)
+
+
+def row_gradients(
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    expert_ids: torch.Tensor,
+    order: torch.Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    row_sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of a table: each touched row is the sum of `weights[t, a] * tokens[t]` over its assignments.
+
+    Without `row_sparse` no shape depends on the ids, so a CUDA graph can capture it; with it, the host waits once for
+    the number of touched rows. The same bits from run to run.
+
+    Args:
+        weights: `(num_tokens, num_active)`, float32.
+        tokens: `(num_tokens, width)`, float32 or half precision.
+        expert_ids: `(num_tokens, num_active)`, int64.
+        order: `group_by_expert(expert_ids)`.
+        num_experts: rows of the table.
+        dtype: of the result; sums run in float32.
+        row_sparse: return touched rows only.
+
+    Returns:
+        rows: touched experts, ascending, `(num_touched,)` int64; empty without `row_sparse`.
+        values: `(num_touched, width)`, or without `row_sparse` `(num_experts, width)`, zero where untouched.
+    """
+    rows, values, _ = _gradients(weights, tokens, None, expert_ids, order, num_experts, dtype, row_sparse)
+    return rows, values
+
+
+def write_experts_gradients(
+    grad_output: torch.Tensor,
+    weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    order: torch.Tensor,
+    table: torch.Tensor,
+    row_sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `write_experts` to its weights and its table, in one pass over the assignments sorted by expert.
+
+    Arguments and guarantees as in `row_gradients`, with `grad_output` `(num_tokens, width)` as the tokens.
+
+    Returns:
+        grad_weights: `grad_output[t] · table[expert_ids[t, a]]`, `(num_tokens, num_active)`, float32.
+        rows, values: gradient of the table, in its dtype, as in `row_gradients`.
+    """
+    rows, values, grad_weights = _gradients(
+        weights, grad_output, table, expert_ids, order, table.shape[0], table.dtype, row_sparse
+    )
+    return grad_weights, rows, values
+
+
+def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, row_sparse):
+    num_assignments, num_active, width = expert_ids.numel(), expert_ids.shape[1], tokens.shape[1]
+    sorted_ids = expert_ids.flatten()[order]
+    if row_sparse:
+        rows, segments = torch.unique_consecutive(sorted_ids, return_inverse=True)
+        values = torch.empty(rows.shape[0], width, dtype=dtype, device=tokens.device)
+    else:
+        rows, segments = sorted_ids.new_empty(0), sorted_ids
+        values = torch.zeros(num_experts, width, dtype=dtype, device=tokens.device)
+    grad_weights = None if table is None else torch.empty_like(weights)
+    if num_assignments == 0:
+        return rows, values, grad_weights
+
+    num_borders = (num_assignments - 1) // MAX_RUN  # multiples of MAX_RUN after the first position
+    pieces = torch.empty(2 * (num_borders + 1), width, dtype=torch.float32, device=tokens.device)
+    block_d = triton.next_power_of_2(width)
+    # A row a program, 8 elements a thread, and 4 assignments at a time (more of a narrow row). Not swept yet: 1 to 16
+    # assignments, 4 to 32 elements a thread.
+    num_warps = min(max(block_d // 256, 1), 32)
+    block_a = min(max(1024 * num_warps // block_d, 1), 16)
+    # A power of two, since each window is compiled.
+    window = min(triton.next_power_of_2(triton.cdiv(num_assignments, RUN_PROGRAMS)), MAX_WINDOW)
+    with torch.cuda.device_of(tokens):
+        run_gradients_kernel[(triton.cdiv(num_assignments, window),)](
+            weights,
+            tokens,
+            table,
+            expert_ids,
+            order,
+            segments,
+            values,
+            pieces,
+            grad_weights,
+            num_assignments,
+            num_active,
+            width,
+            HAS_TABLE=table is not None,
+            WINDOW=window,
+            MAX_RUN=MAX_RUN,
+            BLOCK_A=block_a,
+            BLOCK_D=block_d,
+            num_warps=num_warps,
+        )
+        if num_borders:
+            block_d = min(WRITE_BLOCK_D, block_d)
+            join_pieces_kernel[(num_borders * triton.cdiv(width, block_d),)](
+                pieces, segments, values, num_assignments, width, MAX_RUN=MAX_RUN, BLOCK_P=16, BLOCK_D=block_d
+            )
+    return rows, values, grad_weights

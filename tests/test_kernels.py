@@ -1,0 +1,473 @@
+"""Every fast implementation through its operators, against the oracles: results, every gradient, hard cases, errors.
+
+"cpu" runs as it is; "triton" on a GPU, or without one in Triton's interpreter.
+"""
+
+import os
+import threading
+from functools import partial
+
+import pytest
+import reference
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling_peer import PeerLayer, backends_peer, kernels
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_FUNCTIONS, choose
+from modeling_peer.experts_peer import expert_mixture as eager_mixture
+
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def implementation(request, poisoned_memory):
+    pytest.importorskip("numba" if request.param == "cpu" else "triton")
+    return request.param
+
+
+@pytest.fixture
+def device(implementation):
+    return TRITON_DEVICE if implementation == "triton" else "cpu"
+
+
+@pytest.fixture
+def retrieve(implementation):
+    return RETRIEVAL_FUNCTIONS[implementation]
+
+
+@pytest.fixture
+def mixture(implementation):
+    return EXPERT_MIXTURE_FUNCTIONS[implementation]
+
+
+class TestRetrieval:
+    @pytest.mark.parametrize("share_sub_keys", [True, False])
+    @pytest.mark.parametrize(
+        ("num_tokens", "num_heads", "num_sub_keys", "half", "top_k"),
+        [
+            (3, 2, 2, 1, 2),  # the smallest codebooks, all pairs retrieved
+            (7, 3, 32, 4, 16),  # the paper's k
+            (5, 1, 9, 4, 9),  # nothing pruned in the first stage, n no power of two
+            (1, 16, 40, 8, 4),  # one token, many heads
+            (2, 2, 100, 5, 64),  # many experts per head
+            (67, 1, 70, 12, 3),  # enough queries to be scored in blocks, the last one not full
+            (100, 2, 65, 6, 16),  # a group of sub-keys with a single member
+        ],
+    )
+    def test_equals_exhaustive_search(
+        self, retrieve, device, num_tokens, num_heads, num_sub_keys, half, top_k, share_sub_keys
+    ):
+        query = torch.randn(num_tokens, num_heads, 2 * half, device=device)
+        codebooks = (2, num_sub_keys, half) if share_sub_keys else (num_heads, 2, num_sub_keys, half)
+        sub_keys = torch.randn(codebooks, device=device)
+        assert_is_exact(query, sub_keys, top_k, retrieve(query, sub_keys, top_k))
+
+    def test_equals_exhaustive_search_in_a_million_experts(self, retrieve, device):
+        query, sub_keys = torch.randn(1, 2, 16, device=device), torch.randn(2, 1024, 8, device=device)
+        assert_is_exact(query, sub_keys, 16, retrieve(query, sub_keys, 16))
+
+    @pytest.mark.parametrize("num_tokens", [1, 80])  # scored one by one, in blocks
+    def test_ties_give_different_experts_with_the_scores_they_have(self, implementation, retrieve, device, num_tokens):
+        query = torch.ones(num_tokens, 1, 4, device=device)
+        sub_keys = torch.zeros(2, 80, 2, device=device)
+        sub_keys[:, ::2] = 1.0  # half of the sub-keys win equally
+        assert_is_exact(query, sub_keys, 5, retrieve(query, sub_keys, 5))
+        query = query[: 1 if device == "cpu" and implementation == "triton" else None]  # slow in the interpreter
+        assert_is_exact(query, sub_keys * 0, 64, retrieve(query, sub_keys * 0, 64))
+
+    def test_of_no_token(self, retrieve, device):
+        scores, expert_ids = retrieve(torch.empty(0, 2, 8, device=device), torch.randn(2, 9, 4, device=device), 3)
+        assert scores.shape == expert_ids.shape == (0, 2, 3)
+
+    @pytest.mark.parametrize("num_tokens", [3, 80])
+    def test_nan_in_a_query_stays_visible_and_with_its_token(self, retrieve, device, num_tokens):
+        query, sub_keys = torch.randn(num_tokens, 1, 8, device=device), torch.randn(2, 9, 4, device=device)
+        query[1, 0, 2] = torch.nan
+        scores, expert_ids = retrieve(query, sub_keys, 3)
+        assert scores[1].isnan().any()
+        assert ((expert_ids >= 0) & (expert_ids < 81)).all()
+        clean = torch.arange(num_tokens) != 1
+        assert_is_exact(query[clean], sub_keys, 3, (scores[clean], expert_ids[clean]))
+
+    def test_of_non_contiguous_inputs_in_bfloat16(self, retrieve, device):
+        query = torch.randn(8, 2, 5, device=device).transpose(0, 2)  # (5, 2, 8)
+        sub_keys = torch.randn(4, 9, 2, device=device, dtype=torch.bfloat16).transpose(0, 2)  # (2, 9, 4)
+        assert_is_exact(query, sub_keys.float(), 3, retrieve(query, sub_keys, 3))
+
+    @pytest.mark.parametrize("share_sub_keys", [True, False])
+    @pytest.mark.parametrize("num_tokens", [1, 70])
+    def test_gradients_equal_those_of_exhaustive_search(self, retrieve, device, num_tokens, share_sub_keys):
+        query = torch.randn(num_tokens, 2, 12, device=device, requires_grad=True)
+        sub_keys = torch.randn(*(() if share_sub_keys else (2,)), 2, 11, 6, device=device, requires_grad=True)
+        upstream = torch.randn(num_tokens, 2, 5, device=device)
+        scores, _ = retrieve(query, sub_keys, 5)
+        gradients = torch.autograd.grad(scores, (query, sub_keys), upstream)
+        expected_scores, _ = reference.exhaustive_top_k(query.double(), sub_keys.double(), 5)
+        expected = torch.autograd.grad(expected_scores, (query, sub_keys), upstream.double())
+        # float32 sums of up to 700 terms against float64
+        torch.testing.assert_close(gradients[0], expected[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients[1], expected[1], atol=1e-4, rtol=1e-5)
+
+    def test_refuses_what_does_not_fit(self, retrieve, device):
+        query = torch.randn(3, 2, 8, device=device)
+        with pytest.raises(ValueError, match=r"8 features.*halves of 5"):
+            retrieve(query, torch.randn(2, 9, 5, device=device), 3)
+        with pytest.raises(ValueError, match=r"2 heads.*3"):
+            retrieve(query, torch.randn(3, 2, 9, 4, device=device), 3)
+        with pytest.raises(ValueError, match=r"top_k \(10\) exceeds the 9"):
+            retrieve(query, torch.randn(2, 9, 4, device=device), 10)
+
+
+def assert_is_exact(query, sub_keys, top_k, result):
+    query, sub_keys, scores, expert_ids = (tensor.cpu() for tensor in (query, sub_keys, *result))
+    expected_scores, _ = reference.exhaustive_top_k(query.double(), sub_keys.double(), top_k)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected_scores.float(), atol=1e-5, rtol=1e-5)  # sums of up to 24 products
+    own_scores = reference.score_of(query, sub_keys, expert_ids)  # ties may swap ids, never scores
+    torch.testing.assert_close(own_scores, scores, atol=1e-5, rtol=1e-5)
+    assert all(len(set(ids)) == top_k for ids in expert_ids.flatten(0, 1).tolist()), "an expert retrieved twice"
+
+
+def mixture_inputs(device, num_tokens=5, num_active=6, width=7, num_experts=9, gated=False, dtype=torch.float32):
+    sizes = {"hidden_states": num_tokens, "down_embed": num_experts, "up_embed": num_experts}
+    if gated:
+        sizes["gate_embed"] = num_experts
+    inputs = {name: torch.randn(size, width, device=device, dtype=dtype) for name, size in sizes.items()}
+    inputs["gates"] = torch.rand(num_tokens, num_active, device=device)
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    return {"expert_ids": torch.randint(num_experts, (num_tokens, num_active), device=device), **inputs}
+
+
+def output_and_gradients(function, inputs, **options):
+    """Gradients come dense: of row-sparse ones the rows that are not there are zero."""
+    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    output = function(**inputs, **options)
+    upstream = (torch.arange(output.numel(), device=output.device) % 5 - 2).to(output.dtype).view_as(output)
+    gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
+    return output, {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def assert_equals_the_loop(mixture, inputs, activation=nn.functional.gelu, **tolerance):
+    double = {
+        name: tensor.detach().cpu().double().requires_grad_(tensor.requires_grad)
+        if tensor.is_floating_point()
+        else tensor.cpu()
+        for name, tensor in inputs.items()
+    }
+    expected_output, expected = output_and_gradients(reference.expert_mixture, double, activation=activation)
+    for row_sparse in (False, True):
+        output, gradients = output_and_gradients(
+            mixture, inputs, activation=activation, row_sparse_gradients=row_sparse
+        )
+        # float32 sums against float64: a few units in the last place of terms of size 10
+        tolerance = tolerance or {"atol": 2e-5, "rtol": 1e-5}
+        torch.testing.assert_close(output.cpu().double(), expected_output, **tolerance)
+        for name in gradients:
+            actual = gradients[name].cpu().double()
+            message = lambda m, name=name: f"{name}, row-sparse {row_sparse}: {m}"  # noqa: B023, E731
+            torch.testing.assert_close(actual, expected[name], msg=message, **tolerance)
+
+
+class TestMixture:
+    @pytest.mark.parametrize("gated", [False, True])
+    @pytest.mark.parametrize("activation", [nn.GELU(), nn.Identity()], ids=["gelu", "identity"])
+    def test_and_its_gradients_equal_the_loop(self, mixture, device, gated, activation):
+        assert_equals_the_loop(mixture, mixture_inputs(device, gated=gated), activation)
+
+    @pytest.mark.parametrize(
+        "sizes",
+        [
+            {"num_tokens": 1},  # one-token decoding
+            {"num_active": 1},  # k = h = 1
+            {"num_experts": 1},  # all tokens on one expert: every gradient lands on one row
+            {"width": 1},
+            {"num_tokens": 13, "width": 33, "num_experts": 17},  # nothing a power of two
+            {"num_tokens": 3, "num_active": 64, "width": 100, "num_experts": 40},  # many experts, odd width
+            {"num_tokens": 2, "width": 520},  # wider than a block
+        ],
+        ids=str,
+    )
+    def test_at_the_edges(self, mixture, device, sizes):
+        # gradients of one row add up to 384 terms
+        assert_equals_the_loop(mixture, mixture_inputs(device, **sizes), atol=1e-4, rtol=1e-5)
+
+    def test_when_every_assignment_is_a_different_expert(self, mixture, device):
+        inputs = mixture_inputs(device, num_tokens=4, num_active=3, num_experts=12)
+        inputs["expert_ids"] = torch.randperm(12, device=device).view(4, 3)
+        assert_equals_the_loop(mixture, inputs)
+
+    def test_when_every_token_picks_one_expert_many_times(self, mixture, device):
+        inputs = mixture_inputs(device, num_tokens=40, num_active=8, num_experts=5)
+        inputs["expert_ids"] = torch.full_like(inputs["expert_ids"], 2)
+        assert_equals_the_loop(mixture, inputs, atol=1e-3, rtol=1e-5)  # 320 terms on one row
+
+    def test_with_no_token(self, mixture, device):
+        output, gradients = output_and_gradients(mixture, mixture_inputs(device, num_tokens=0))
+        assert output.shape == (0, 7)
+        assert not gradients["up_embed"].any()
+        assert not gradients["down_embed"].any()
+
+    def test_in_bfloat16_sums_in_float32(self, implementation, mixture, device):
+        inputs = mixture_inputs(device, num_active=32, width=48, dtype=torch.bfloat16)
+        output, gradients = output_and_gradients(mixture, inputs)
+        assert output.dtype == gradients["down_embed"].dtype == gradients["hidden_states"].dtype == torch.bfloat16
+        # 2**-8 is one rounding to bfloat16, which Triton's interpreter does by truncating; sums rounded at every step
+        # would be off by several.
+        one_rounding = 2**-7 if device == "cpu" and implementation == "triton" else 2**-8
+        assert_equals_the_loop(mixture, inputs, rtol=one_rounding, atol=2e-3)
+
+    def test_of_non_contiguous_inputs(self, mixture, device):
+        inputs = mixture_inputs(device, num_tokens=6, num_active=7, width=6)
+        for name in ("hidden_states", "gates", "down_embed"):
+            inputs[name] = inputs[name].detach().T.contiguous().T.requires_grad_()
+        inputs["expert_ids"] = inputs["expert_ids"].T.contiguous().T
+        assert_equals_the_loop(mixture, inputs)
+
+    @pytest.mark.parametrize("frozen", ["hidden_states", "gates", "down_embed", "up_embed", "gate_embed"])
+    def test_with_one_input_frozen(self, mixture, device, frozen):
+        inputs = mixture_inputs(device, gated=True)
+        inputs[frozen] = inputs[frozen].detach()
+        assert_equals_the_loop(mixture, inputs)
+
+    def test_trains_an_activation_that_learns(self, mixture, device):
+        inputs = mixture_inputs(device)
+        slopes = {}
+        for name, function in (("fast", mixture), ("eager", eager_mixture)):
+            activation = nn.PReLU().to(device)
+            function(**inputs, activation=activation).sum().backward()
+            slopes[name] = activation.weight.grad
+        assert slopes["eager"].abs() > 0
+        torch.testing.assert_close(slopes["fast"], slopes["eager"])
+
+    def test_row_sparse_gradients_hold_the_retrieved_rows_in_order(self, mixture, device):
+        inputs = mixture_inputs(device, num_experts=50)
+        mixture(**inputs, row_sparse_gradients=True).sum().backward()
+        for name in ("down_embed", "up_embed"):
+            gradient = inputs[name].grad
+            assert gradient.layout == torch.sparse_coo
+            assert gradient.shape == (50, 7)
+            assert torch.equal(gradient._indices()[0], inputs["expert_ids"].unique())
+
+    def test_is_bit_identical_from_run_to_run(self, mixture, device):
+        inputs = mixture_inputs(device, num_tokens=20, width=40, num_experts=15, gated=True)
+        first_output, first = output_and_gradients(mixture, inputs)
+        for _ in range(3):
+            output, gradients = output_and_gradients(mixture, inputs)
+            assert torch.equal(output, first_output)
+            for name in first:
+                assert torch.equal(gradients[name], first[name]), name
+
+    def test_refuses_what_does_not_fit(self, mixture, device):
+        inputs = mixture_inputs(device)
+        with pytest.raises(ValueError, match=r"\(5, 7\).*\(9, 7\), \(9, 6\) do not fit"):
+            mixture(**{**inputs, "up_embed": inputs["up_embed"][:, :6]})
+        with pytest.raises(ValueError, match=r"expert_ids \(4, 6\) and gates \(5, 6\)"):
+            mixture(**{**inputs, "expert_ids": inputs["expert_ids"][:4]})
+
+
+class TestOperators:
+    """What `torch.compile`, export and checkpointing need of an operator."""
+
+    def test_pass_the_checks_of_pytorch(self, implementation, device):
+        if implementation == "triton" and device == "cpu":
+            pytest.skip("the checks run operators on fake tensors, which the interpreter would look into")
+        query, sub_keys = torch.randn(3, 2, 8, requires_grad=True), torch.randn(2, 9, 4, requires_grad=True)
+        tokens, table = torch.randn(3, 5, requires_grad=True), torch.randn(9, 5, requires_grad=True)
+        ids = torch.randint(9, (3, 4))
+        weights = torch.rand(3, 4, requires_grad=True)
+        order = ids.flatten().argsort(stable=True)
+        for name, args in {
+            "product_key_top_k": (query, sub_keys, 3),
+            "read_experts": (tokens, ids, table, order, False),
+            "write_experts": (weights, ids, table, None, False),
+            "group_by_expert": (ids,),
+            "row_gradients": (weights.detach(), tokens.detach(), ids, order, 9, torch.float32, False),
+            "write_experts_gradients": (tokens.detach(), weights.detach(), ids, order, table.detach(), False),
+        }.items():
+            args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+            torch.library.opcheck(getattr(torch.ops.modeling_peer, name).default, (*args, implementation))
+
+    def test_compile_to_one_graph_forward_and_backward(self, mixture, retrieve, device):
+        def layer(query, sub_keys, **inputs):
+            scores, expert_ids = retrieve(query, sub_keys, 3)
+            return mixture(expert_ids=expert_ids.flatten(1), gates=scores.softmax(-1).flatten(1), **inputs)
+
+        inputs = mixture_inputs(device, num_experts=81, gated=True)
+        del inputs["expert_ids"], inputs["gates"]
+        inputs["query"] = torch.randn(5, 2, 8, device=device, requires_grad=True)
+        inputs["sub_keys"] = torch.randn(2, 9, 4, device=device, requires_grad=True)
+        output, gradients = output_and_gradients(layer, inputs)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        compiled_output, compiled_gradients = output_and_gradients(compiled, inputs)
+        torch.testing.assert_close(compiled_output, output)
+        for name in gradients:
+            torch.testing.assert_close(compiled_gradients[name], gradients[name])
+
+    def test_under_gradient_checkpointing(self, mixture, device):
+        inputs = mixture_inputs(device)
+        names = list(inputs)
+
+        def checkpointed(**inputs):
+            function = lambda *values: mixture(**dict(zip(names, values, strict=True)))  # noqa: E731
+            return checkpoint(function, *inputs.values(), use_reentrant=False)
+
+        output, gradients = output_and_gradients(checkpointed, inputs)
+        expected_output, expected = output_and_gradients(mixture, inputs)
+        assert torch.equal(output, expected_output)
+        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+class TestCpu:
+    @pytest.fixture(autouse=True)
+    def _needs_numba(self):
+        pytest.importorskip("numba")
+
+    @pytest.fixture
+    def threads(self):
+        before = torch.get_num_threads()
+        yield torch.set_num_threads
+        torch.set_num_threads(before)
+
+    def test_any_number_of_threads_gives_the_same_bits(self, threads):
+        inputs = mixture_inputs("cpu", num_tokens=200, num_active=32, width=20, num_experts=300)
+        query, sub_keys = torch.randn(200, 4, 16), torch.randn(2, 30, 8)
+        results = []
+        for number in (1, 2, 5):
+            threads(number)
+            output, gradients = output_and_gradients(EXPERT_MIXTURE_FUNCTIONS["cpu"], inputs)
+            results.append([output, *gradients.values(), *RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, 4)])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def test_several_threads_of_a_program_may_call_at_once(self, threads):
+        threads(2)
+        inputs = mixture_inputs("cpu", num_tokens=100, num_active=32)
+        expected = EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
+        outputs = [None] * 4
+
+        def call(i):
+            outputs[i] = EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
+
+        callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+        assert all(torch.equal(output, expected) for output in outputs)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+    def test_a_forked_process_computes_too(self, threads):
+        threads(2)
+        # Nothing but the kernel: PyTorch's own parallel operations may hang in a forked process.
+        arguments = (torch.randn(100, 7), torch.randint(9, (100, 32)), torch.randn(9, 7), None, False, "cpu")
+        expected = torch.ops.modeling_peer.read_experts(*arguments)
+        child = os.fork()
+        if child == 0:
+            products = torch.ops.modeling_peer.read_experts(*arguments)
+            os._exit(0 if bool((products.numpy() == expected.numpy()).all()) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+    @pytest.mark.parametrize("wrong", [-1, 9])
+    def test_an_expert_that_does_not_exist_is_refused_with_the_numbers(self, wrong):
+        inputs = mixture_inputs("cpu")
+        inputs["expert_ids"][3, 2] = wrong
+        with pytest.raises(IndexError, match=rf"{wrong}.*9 experts"):
+            EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
+
+    def test_memory_of_a_training_step_depends_on_touched_rows_and_not_on_the_pool(self):
+        def peak(num_experts):
+            inputs = mixture_inputs("cpu", num_tokens=8, num_active=16, width=64, num_experts=num_experts)
+            step = partial(EXPERT_MIXTURE_FUNCTIONS["cpu"], **inputs, row_sparse_gradients=True)
+            return reference.peak_memory(lambda: step().sum().backward())
+
+        rows = 8 * 16 * 64 * 4  # bytes of all rows a step can touch in one table
+        assert abs(peak(100_000) - peak(1_000)) < rows
+        assert peak(100_000) < 6 * rows
+
+
+class TestChoice:
+    """Which implementation a layer runs."""
+
+    @pytest.fixture(autouse=True)
+    def _forget_choices(self):
+        yield
+        for cached in (kernels._is_installed, backends_peer._obstacle, backends_peer._best_implementation):
+            cached.cache_clear()
+
+    @pytest.fixture
+    def without(self, monkeypatch):
+        def hide(*modules):
+            is_installed = lambda module: module not in modules  # noqa: E731
+            monkeypatch.setattr(kernels, "_is_installed", is_installed)
+            backends_peer._obstacle.cache_clear()
+            backends_peer._best_implementation.cache_clear()
+
+        monkeypatch.setattr(kernels, "_is_installed", lambda module: True)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        hide()
+        return hide
+
+    def chosen(self, name, device="cpu", dtype=torch.float32):
+        table = torch.empty(4, 2, device=device, dtype=dtype)
+        function = choose(EXPERT_MIXTURE_FUNCTIONS, name, eager_mixture, table)
+        return "eager" if function is eager_mixture else function.keywords["implementation"]
+
+    def test_unset_is_the_best_of_the_device_said_once(self, without, monkeypatch):
+        messages = []
+        monkeypatch.setattr(backends_peer.logger, "info", messages.append)
+        assert [self.chosen(None) for _ in range(3)] == ["cpu"] * 3
+        assert messages == ['PEER chose experts_implementation="cpu" for torch.float32 tables on cpu.']
+        assert self.chosen(None, device="meta") == "eager"  # a device we know nothing for
+        assert self.chosen("eager") == "eager"
+
+    def test_unset_falls_back_and_says_why_once(self, without, monkeypatch):
+        without("numba")
+        messages = []
+        monkeypatch.setattr(backends_peer.logger, "warning", messages.append)
+        assert [self.chosen(None) for _ in range(3)] == ["eager"] * 3
+        (message,) = messages
+        assert "needs numba, which is not installed: pip install modeling_peer[cpu]" in message
+
+    @pytest.mark.parametrize(
+        ("name", "dtype", "cause"),
+        [
+            ("triton", torch.float32, "needs CUDA tensors; got cpu"),
+            ("cpu", torch.float16, "needs tables of float32, bfloat16; got float16"),
+            ("cpu", torch.float64, "got float64"),
+        ],
+    )
+    def test_asked_for_and_impossible_is_an_error_with_the_cause(self, without, name, dtype, cause):
+        with pytest.raises(ValueError, match=rf'experts_implementation="{name}".*{cause}.*"eager".*unset'):
+            self.chosen(name, dtype=dtype)
+
+    def test_asked_for_and_not_installed_is_an_error_with_the_way_out(self, without):
+        without("numba")
+        with pytest.raises(ValueError, match=r"needs numba.*pip install modeling_peer\[cpu\]"):
+            self.chosen("cpu")
+
+    def test_a_layer_gives_the_same_with_any_implementation(self, implementation, device, tiny_config):
+        config = tiny_config(query_norm="rms_norm", gated_experts=True)
+        config._experts_implementation = "eager"
+        layer = PeerLayer(config).to(device)
+        hidden_states = torch.randn(2, 9, 32, device=device, requires_grad=True)
+        results = {}
+        for name in ("eager", implementation):
+            config._experts_implementation = name
+            layer.zero_grad()
+            output = layer(hidden_states)
+            (gradient,) = torch.autograd.grad(output.square().sum(), hidden_states, retain_graph=True)
+            output.square().sum().backward()
+            results[name] = [output, gradient, *(parameter.grad for parameter in layer.parameters())]
+            hidden_states.grad = None
+        for fast, eager in zip(results[implementation], results["eager"], strict=True):
+            torch.testing.assert_close(fast, eager, atol=1e-4, rtol=1e-4)
+
+    def test_row_sparse_gradients_are_switched_by_the_configuration(self, implementation, device, tiny_config):
+        for name in ("eager", implementation):
+            config = tiny_config(row_sparse_gradients=True)
+            config._experts_implementation = name
+            layer = PeerLayer(config).to(device)
+            layer(torch.randn(3, 32, device=device)).sum().backward()
+            assert layer.experts.down_embed.grad.is_sparse
+            assert not layer.retrieval.sub_keys.grad.is_sparse
