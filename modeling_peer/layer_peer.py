@@ -39,7 +39,8 @@ class PeerLayer(nn.Module):
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
         gates, expert_ids = self.retrieval(hidden_states, token_mask)  # (..., h, k) each
-        gates = F.dropout(gates, p=self.expert_dropout, training=self.training)
+        if self.training and self.expert_dropout:
+            gates = F.dropout(gates, p=self.expert_dropout)
         # One row per token, the heads' experts side by side.
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_active = gates.shape[-2] * gates.shape[-1]

@@ -176,6 +176,7 @@ class PeerRetrieval(nn.Module):
         self.top_k = config.num_experts_per_head
         self.query_dim = config.query_dim
         self.gate_activation = config.gate_activation
+        self.has_batch_norm = config.query_norm == "batch_norm"
         self.query_proj = nn.Linear(config.hidden_size, self.num_heads * self.query_dim)
         self.query_norm = _query_norm(config)
         codebooks = (2, config.num_sub_keys, self.query_dim // 2)
@@ -204,7 +205,7 @@ class PeerRetrieval(nn.Module):
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
-        if isinstance(self.query_norm, PeerBatchNorm):
+        if self.has_batch_norm:
             query = self.query_norm(query, None if token_mask is None else token_mask.flatten())
             query = query.unflatten(-1, (self.num_heads, self.query_dim))
         else:

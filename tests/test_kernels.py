@@ -7,6 +7,7 @@ import os
 import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -89,6 +90,14 @@ class TestRetrieval:
         assert ((expert_ids >= 0) & (expert_ids < 81)).all()
         clean = torch.arange(num_tokens) != 1
         assert_is_exact(query[clean], sub_keys, 3, (scores[clean], expert_ids[clean]))
+
+    @pytest.mark.parametrize("num_tokens", [3, 80])
+    def test_nan_in_a_sub_key_stays_visible(self, retrieve, device, num_tokens):
+        query, sub_keys = torch.randn(num_tokens, 1, 8, device=device), torch.randn(2, 9, 4, device=device)
+        sub_keys[1, 5, 2] = torch.nan
+        scores, expert_ids = retrieve(query, sub_keys, 3)
+        assert scores.isnan().any(dim=-1).all()
+        assert ((expert_ids >= 0) & (expert_ids < 81)).all()
 
     def test_of_non_contiguous_inputs_in_bfloat16(self, retrieve, device):
         query = torch.randn(8, 2, 5, device=device).transpose(0, 2)  # (5, 2, 8)
@@ -367,6 +376,23 @@ class TestCpu:
             products = torch.ops.modeling_peer.read_experts(*arguments)
             os._exit(0 if bool((products.numpy() == expected.numpy()).all()) else 1)
         assert os.waitpid(child, 0)[1] == 0
+
+    def test_a_table_of_more_than_2_to_the_31_elements(self, monkeypatch):
+        from modeling_peer.kernels import cpu_memory
+
+        monkeypatch.setattr(cpu_memory, "MIN_MOVED_BYTES", 2**60)  # only the pages of the rows in use are ever touched
+        memory = np.zeros((2**20, 2056), np.uint16)
+        table = torch.from_numpy(memory).view(torch.bfloat16).requires_grad_()
+        ids = torch.tensor([[2**20 - 1, 3, 2**20 - 1]])
+        with torch.no_grad():
+            table[ids[0, 0]], table[3] = 2.0, 1.0
+        tokens, gates = torch.ones(1, 2056, requires_grad=True), torch.tensor([[1.0, 2.0, 3.0]])
+        output = EXPERT_MIXTURE_FUNCTIONS["cpu"](
+            tokens, ids, gates, table, table, activation=nn.Identity(), row_sparse_gradients=True
+        )
+        assert (output == (1 + 3) * 2 * 2056 * 2 + 2 * 2056 * 1).all()
+        output.sum().backward()
+        assert table.grad.coalesce().indices().tolist() == [[3, 2**20 - 1]]
 
     @pytest.mark.parametrize("wrong", [-1, 9])
     def test_an_expert_that_does_not_exist_is_refused_with_the_numbers(self, wrong):

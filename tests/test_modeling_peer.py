@@ -521,6 +521,7 @@ def test_a_registered_experts_implementation_is_reached_by_its_name(monkeypatch,
         return expert_mixture(*args)
 
     monkeypatch.setitem(EXPERT_MIXTURE_FUNCTIONS, "counting", counting_mixture)
+    model.set_experts_implementation("eager")
     expected = model(tokens).logits
     assert not calls
     model.set_experts_implementation("counting")

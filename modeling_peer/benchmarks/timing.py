@@ -14,8 +14,8 @@ EVICTION_BYTES = 2**28  # larger than the cache of any GPU
 MIN_REPEATS = 3
 # Shorter calls are measured several in a row: a decoding loop, too, finds its code and its weights in the cache.
 # On CUDA one event pair encloses one call.
-MIN_SECONDS = {"cpu": 0.004, "cuda": 0.0}
-MAX_CALLS_IN_A_ROW = 32
+MIN_SECONDS = {"cpu": 0.02, "cuda": 0.0}
+MAX_CALLS_IN_A_ROW = 64
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,8 @@ class Clock:
     def __call__(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
             return self._seconds_on_cuda(call)
-        time.sleep(
-            0.002
-        )  # OpenMP's threads spin for a while after the contestant before, and would take this call's core
+        # OpenMP's threads spin for a while after the contestant before, and would take this call's core.
+        time.sleep(0.002)
         start = time.perf_counter()
         call()
         return time.perf_counter() - start

@@ -19,7 +19,7 @@ compiled = njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy"
 # AVX-512's registers, 12 of 8 lanes three quarters of AVX2's; 4 x 64 reached 107 GFLOP/s on one Zen 4 core whose peak
 # is 115 (best of 6x4, 4x4, 12x2, 13x2, 5x4, 3x8 and 2x8 vectors that leave registers free; 2026-11-22).
 HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))
-LANES, BLOCK_ROWS, BLOCK_VECTORS = (16, 4, 4) if HAS_AVX512 else (8, 6, 2)
+LANES, BLOCK_ROWS, BLOCK_VECTORS = (16, 8, 2) if HAS_AVX512 else (8, 6, 2)
 BLOCK_KEYS = LANES * BLOCK_VECTORS
 
 GROUPS = 64  # bits of a mask of scores, and a multiple of every BLOCK_KEYS
