@@ -59,11 +59,10 @@ def expert_mixture(
         read = partial(_apply, _ReadExperts, row_sparse_gradients)
         write = partial(_apply, _WriteExperts, row_sparse_gradients)
     neurons = read(hidden_states, down_embed, expert_ids)
-    neurons = (
-        activation(neurons)
-        if gate_embed is None
-        else activation(read(hidden_states, gate_embed, expert_ids)) * neurons
-    )
+    if gate_embed is None:
+        neurons = activation(neurons)
+    else:
+        neurons = activation(read(hidden_states, gate_embed, expert_ids)) * neurons
     return write(gates * neurons, up_embed, expert_ids).to(hidden_states.dtype)
 
 
@@ -100,7 +99,7 @@ class _TiledRows(torch.autograd.Function):
                 grad_values[tile] = gradient_of_values(grad, table, expert_ids[tile]).to(values.dtype)
             if grad_table is not None:
                 grad_table.add(tile, *weights_and_tokens(grad, values[tile].to(dtype)))
-        return grad_values, grad_table and grad_table.result(), None, None
+        return grad_values, None if grad_table is None else grad_table.result(), None, None
 
 
 class _ReadExperts(_TiledRows):

@@ -380,7 +380,7 @@ class TestCpu:
     def test_a_table_of_more_than_2_to_the_31_elements(self, monkeypatch):
         from modeling_peer.kernels import cpu_memory
 
-        monkeypatch.setattr(cpu_memory, "MIN_MOVED_BYTES", 2**60)  # only the pages of the rows in use are ever touched
+        monkeypatch.setattr(cpu_memory, "MIN_BYTES", 2**60)  # only the pages of the rows in use are ever touched
         memory = np.zeros((2**20, 2056), np.uint16)
         table = torch.from_numpy(memory).view(torch.bfloat16).requires_grad_()
         ids = torch.tensor([[2**20 - 1, 3, 2**20 - 1]])

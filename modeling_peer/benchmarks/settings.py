@@ -124,14 +124,13 @@ class LayerArguments(BenchmarkArguments):
         require_plotting(self.plot_file)
 
 
-def parse_settings(group: type, section: str, words: Sequence[str] | None = None, script: str | None = None) -> Any:
+def parse_settings(group: type, section: str, words: Sequence[str] | None = None) -> Any:
     """Read `<file of configuration/benchmarks> --field value ...`.
 
     Args:
         group: a dataclass of `BenchmarkArguments`.
         section: which part of the file is meant, `layer` or `model`.
         words: the command line without the program's name; `sys.argv[1:]` by default.
-        script: what the command is recorded as, `bench_<section>` by default.
     """
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] in (["-h"], ["--help"]):
@@ -144,7 +143,7 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
     if not isinstance(sizes, dict):
         raise SettingsError(f"{path} has no section {section!r}.")
     settings = parse_arguments(group, _as_words(sizes) + words[1:])
-    settings.command = shlex.join(["python", f"scripts/{script or f'bench_{section}'}.py", *words])
+    settings.command = shlex.join(["python", f"scripts/bench_{section}.py", *words])
     return settings
 
 
