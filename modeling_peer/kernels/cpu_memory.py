@@ -16,16 +16,35 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # <sys/mman.h>, Linux; the second since 6
 _moved: set[tuple[int, int]] = set()
 
 
+class _Memory:
+    """A tensor as NumPy's array interface describes memory. `Tensor.numpy()` would forbid the tensor's storage to be
+    resized from then on, and FSDP resizes the storage of parameters."""
+
+    __slots__ = ("__array_interface__", "tensor")
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor  # the array holds this object, and with it the memory
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "typestr": _TYPES[tensor.dtype],
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+# NumPy has no bfloat16: its bits, that `cpu_simd.widen` and `narrow` understand.
+_TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8"}
+
+
 def array(tensor: torch.Tensor) -> np.ndarray:
-    """The same memory for NumPy, which has no bfloat16: its bits, that `cpu_simd.widen` and `narrow` understand."""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """The memory of a contiguous tensor for NumPy, bfloat16 as uint16."""
+    assert tensor.is_contiguous()
+    return np.asarray(_Memory(tensor)) if tensor.numel() else np.empty(tensor.shape, _TYPES[tensor.dtype])
 
 
 def floats(tensor: torch.Tensor) -> np.ndarray:
     """Values of any floating-point type as float32; the same memory if they are."""
-    return array(tensor.to(torch.float32))
+    return array(tensor.detach().to(torch.float32).contiguous())
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
