@@ -377,6 +377,13 @@ class TestCpu:
             os._exit(0 if bool((products.numpy() == expected.numpy()).all()) else 1)
         assert os.waitpid(child, 0)[1] == 0
 
+    def test_storages_stay_resizable_as_fsdp_needs_them(self):
+        inputs = mixture_inputs("cpu")
+        output_and_gradients(EXPERT_MIXTURE_FUNCTIONS["cpu"], inputs)
+        query, sub_keys = torch.randn(70, 2, 8), torch.randn(2, 9, 4)
+        RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, 3)
+        assert all(tensor.untyped_storage().resizable() for tensor in (*inputs.values(), query, sub_keys))
+
     def test_a_table_of_more_than_2_to_the_31_elements(self, monkeypatch):
         from modeling_peer.kernels import cpu_memory
 
