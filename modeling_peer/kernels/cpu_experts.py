@@ -204,7 +204,8 @@ def _gradient(segments, num_experts, width, dtype, row_sparse):
     touched, _ = segments
     if row_sparse:
         return touched, in_huge_pages(torch.empty(len(touched), width, dtype=dtype)), torch.arange(len(touched))
-    return touched.new_empty(0), in_huge_pages(torch.empty(num_experts, width, dtype=dtype)).zero_(), touched
+    # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
+    return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
 
 
 def _prepare(expert_ids: torch.Tensor, table: torch.Tensor) -> None:
