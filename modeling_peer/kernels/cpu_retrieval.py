@@ -244,15 +244,6 @@ def _scratch(num_scores):
 
 
 @compiled
-def _insert(value, key, best, best_keys, position):
-    """Put `value` where it belongs in the falling list that ends at `position`, whose last entry it replaces."""
-    while position > 0 and best[position - 1] < value:
-        best[position], best_keys[position] = best[position - 1], best_keys[position - 1]
-        position -= 1
-    best[position], best_keys[position] = value, key
-
-
-@compiled
 def _best_pairs(best, best_keys, num_sub_keys, finite, out_scores, out_ids):
     """The best sums of a row's and a column's score, from both falling lists, (2, k) each; NaN if `finite` is."""
     top_k = len(out_scores)
