@@ -3,19 +3,15 @@
 "cpu" runs as it is; "triton" on a GPU, or without one in Triton's interpreter.
 """
 
-import os
-import threading
-from functools import partial
-
-import numpy as np
 import pytest
 import reference
 import torch
+from kernel_helpers import mixture_inputs, output_and_gradients
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_peer import PeerLayer, backends_peer, kernels
-from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_FUNCTIONS, choose
+from modeling_peer import PeerLayer
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_FUNCTIONS
 from modeling_peer.experts_peer import expert_mixture as eager_mixture
 
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -136,25 +132,6 @@ def assert_is_exact(query, sub_keys, top_k, result):
     own_scores = reference.score_of(query, sub_keys, expert_ids)  # ties may swap ids, never scores
     torch.testing.assert_close(own_scores, scores, atol=1e-5, rtol=1e-5)
     assert all(len(set(ids)) == top_k for ids in expert_ids.flatten(0, 1).tolist()), "an expert retrieved twice"
-
-
-def mixture_inputs(device, num_tokens=5, num_active=6, width=7, num_experts=9, gated=False, dtype=torch.float32):
-    sizes = {"hidden_states": num_tokens, "down_embed": num_experts, "up_embed": num_experts}
-    if gated:
-        sizes["gate_embed"] = num_experts
-    inputs = {name: torch.randn(size, width, device=device, dtype=dtype) for name, size in sizes.items()}
-    inputs["gates"] = torch.rand(num_tokens, num_active, device=device)
-    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-    return {"expert_ids": torch.randint(num_experts, (num_tokens, num_active), device=device), **inputs}
-
-
-def output_and_gradients(function, inputs, **options):
-    """Gradients come dense: of row-sparse ones the rows that are not there are zero."""
-    leaves = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-    output = function(**inputs, **options)
-    upstream = (torch.arange(output.numel(), device=output.device) % 5 - 2).to(output.dtype).view_as(output)
-    gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
-    return output, {name: g.to_dense() if g.is_sparse else g for name, g in zip(leaves, gradients, strict=True)}
 
 
 def assert_equals_the_loop(mixture, inputs, activation=nn.functional.gelu, **tolerance):
@@ -327,158 +304,7 @@ class TestOperators:
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-class TestCpu:
-    @pytest.fixture(autouse=True)
-    def _needs_numba(self):
-        pytest.importorskip("numba")
-
-    @pytest.fixture
-    def threads(self):
-        before = torch.get_num_threads()
-        yield torch.set_num_threads
-        torch.set_num_threads(before)
-
-    def test_any_number_of_threads_gives_the_same_bits(self, threads):
-        inputs = mixture_inputs("cpu", num_tokens=200, num_active=32, width=20, num_experts=300)
-        query, sub_keys = torch.randn(200, 4, 16), torch.randn(2, 30, 8)
-        results = []
-        for number in (1, 2, 5):
-            threads(number)
-            output, gradients = output_and_gradients(EXPERT_MIXTURE_FUNCTIONS["cpu"], inputs)
-            results.append([output, *gradients.values(), *RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, 4)])
-        for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-    def test_several_threads_of_a_program_may_call_at_once(self, threads):
-        threads(2)
-        inputs = mixture_inputs("cpu", num_tokens=100, num_active=32)
-        expected = EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
-        outputs = [None] * 4
-
-        def call(i):
-            outputs[i] = EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
-
-        callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
-        assert all(torch.equal(output, expected) for output in outputs)
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-    def test_a_forked_process_computes_too(self, threads):
-        threads(2)
-        # Nothing but the kernel: PyTorch's own parallel operations may hang in a forked process.
-        arguments = (torch.randn(100, 7), torch.randint(9, (100, 32)), torch.randn(9, 7), None, False, "cpu")
-        expected = torch.ops.modeling_peer.read_experts(*arguments)
-        child = os.fork()
-        if child == 0:
-            products = torch.ops.modeling_peer.read_experts(*arguments)
-            os._exit(0 if bool((products.numpy() == expected.numpy()).all()) else 1)
-        assert os.waitpid(child, 0)[1] == 0
-
-    def test_storages_stay_resizable_as_fsdp_needs_them(self):
-        inputs = mixture_inputs("cpu")
-        output_and_gradients(EXPERT_MIXTURE_FUNCTIONS["cpu"], inputs)
-        query, sub_keys = torch.randn(70, 2, 8), torch.randn(2, 9, 4)
-        RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, 3)
-        assert all(tensor.untyped_storage().resizable() for tensor in (*inputs.values(), query, sub_keys))
-
-    def test_a_table_of_more_than_2_to_the_31_elements(self, monkeypatch):
-        from modeling_peer.kernels import cpu_memory
-
-        monkeypatch.setattr(cpu_memory, "MIN_BYTES", 2**60)  # only the pages of the rows in use are ever touched
-        memory = np.zeros((2**20, 2056), np.uint16)
-        table = torch.from_numpy(memory).view(torch.bfloat16).requires_grad_()
-        ids = torch.tensor([[2**20 - 1, 3, 2**20 - 1]])
-        with torch.no_grad():
-            table[ids[0, 0]], table[3] = 2.0, 1.0
-        tokens, gates = torch.ones(1, 2056, requires_grad=True), torch.tensor([[1.0, 2.0, 3.0]])
-        output = EXPERT_MIXTURE_FUNCTIONS["cpu"](
-            tokens, ids, gates, table, table, activation=nn.Identity(), row_sparse_gradients=True
-        )
-        assert (output == (1 + 3) * 2 * 2056 * 2 + 2 * 2056 * 1).all()
-        output.sum().backward()
-        assert table.grad.coalesce().indices().tolist() == [[3, 2**20 - 1]]
-
-    @pytest.mark.parametrize("wrong", [-1, 9])
-    def test_an_expert_that_does_not_exist_is_refused_with_the_numbers(self, wrong):
-        inputs = mixture_inputs("cpu")
-        inputs["expert_ids"][3, 2] = wrong
-        with pytest.raises(IndexError, match=rf"{wrong}.*9 experts"):
-            EXPERT_MIXTURE_FUNCTIONS["cpu"](**inputs)
-
-    def test_memory_of_a_training_step_depends_on_touched_rows_and_not_on_the_pool(self):
-        def peak(num_experts):
-            inputs = mixture_inputs("cpu", num_tokens=8, num_active=16, width=64, num_experts=num_experts)
-            step = partial(EXPERT_MIXTURE_FUNCTIONS["cpu"], **inputs, row_sparse_gradients=True)
-            return reference.peak_memory(lambda: step().sum().backward())
-
-        rows = 8 * 16 * 64 * 4  # bytes of all rows a step can touch in one table
-        assert abs(peak(100_000) - peak(1_000)) < rows
-        assert peak(100_000) < 6 * rows
-
-
-class TestChoice:
-    """Which implementation a layer runs."""
-
-    @pytest.fixture(autouse=True)
-    def _forget_choices(self):
-        yield
-        for cached in (kernels._is_installed, backends_peer._obstacle, backends_peer._best_implementation):
-            cached.cache_clear()
-
-    @pytest.fixture
-    def without(self, monkeypatch):
-        def hide(*modules):
-            is_installed = lambda module: module not in modules  # noqa: E731
-            monkeypatch.setattr(kernels, "_is_installed", is_installed)
-            backends_peer._obstacle.cache_clear()
-            backends_peer._best_implementation.cache_clear()
-
-        monkeypatch.setattr(kernels, "_is_installed", lambda module: True)
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        hide()
-        return hide
-
-    def chosen(self, name, device="cpu", dtype=torch.float32):
-        table = torch.empty(4, 2, device=device, dtype=dtype)
-        function = choose(EXPERT_MIXTURE_FUNCTIONS, name, eager_mixture, table)
-        return "eager" if function is eager_mixture else function.keywords["implementation"]
-
-    def test_unset_is_the_best_of_the_device_said_once(self, without, monkeypatch):
-        messages = []
-        monkeypatch.setattr(backends_peer.logger, "info", messages.append)
-        assert [self.chosen(None) for _ in range(3)] == ["cpu"] * 3
-        assert messages == ['PEER chose experts_implementation="cpu" for torch.float32 tables on cpu.']
-        assert self.chosen(None, device="meta") == "eager"  # a device we know nothing for
-        assert self.chosen("eager") == "eager"
-
-    def test_unset_falls_back_and_says_why_once(self, without, monkeypatch):
-        without("numba")
-        messages = []
-        monkeypatch.setattr(backends_peer.logger, "warning", messages.append)
-        assert [self.chosen(None) for _ in range(3)] == ["eager"] * 3
-        (message,) = messages
-        assert "needs numba, which is not installed: pip install modeling_peer[cpu]" in message
-
-    @pytest.mark.parametrize(
-        ("name", "dtype", "cause"),
-        [
-            ("triton", torch.float32, "needs CUDA tensors; got cpu"),
-            ("cpu", torch.float16, "needs tables of float32, bfloat16; got float16"),
-            ("cpu", torch.float64, "got float64"),
-        ],
-    )
-    def test_asked_for_and_impossible_is_an_error_with_the_cause(self, without, name, dtype, cause):
-        with pytest.raises(ValueError, match=rf'experts_implementation="{name}".*{cause}.*"eager".*unset'):
-            self.chosen(name, dtype=dtype)
-
-    def test_asked_for_and_not_installed_is_an_error_with_the_way_out(self, without):
-        without("numba")
-        with pytest.raises(ValueError, match=r"needs numba.*pip install modeling_peer\[cpu\]"):
-            self.chosen("cpu")
-
+class TestLayer:
     def test_a_layer_gives_the_same_with_any_implementation(self, implementation, device, tiny_config):
         config = tiny_config(query_norm="rms_norm", gated_experts=True)
         config._experts_implementation = "eager"
