@@ -42,13 +42,13 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a gradient that is sparse in more than its rows.
     """
-    if gradient.is_coalesced():
-        return gradient
     if gradient.sparse_dim() != 1:
         raise ValueError(
             f"A gradient of shape {tuple(gradient.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
             "only gradients that are sparse in rows are taken."
         )
+    if gradient.is_coalesced():
+        return gradient
     # Autograd forgets that a gradient is coalesced, and sorting it again would cost as much as the optimizer's step.
     rows = gradient._indices()
     if (rows[0, 1:] > rows[0, :-1]).all():
