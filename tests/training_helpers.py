@@ -88,10 +88,12 @@ def train(words: list[str], **settings):
     return train_language_model(parse_recipe(words + as_command_line(**settings)))
 
 
-def run_script(name: str, *words: str) -> subprocess.CompletedProcess:
-    """Run a script in a new process, on one thread: the tests around it use the other cores."""
+def run_script(name: str, *words: str, num_processes: int = 1) -> subprocess.CompletedProcess:
+    """Run a script in new processes, each on one thread: the tests around it use the other cores."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, str(REPOSITORY / "scripts" / name), *words]
+    launcher = launcher if num_processes > 1 else []
+    command = [sys.executable, *launcher, str(REPOSITORY / "scripts" / name), *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from . import cpu_threads
 from .cpu_memory import array, move_to_huge_pages
-from .cpu_simd import compiled, narrow, prefetch_row, widen
+from .cpu_simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
 
 PREFETCHED_ROWS = 2
 MIN_ROWS_PER_THREAD = 256
@@ -20,6 +20,7 @@ def adamw_rows_(
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor,
+    asleep: torch.Tensor,
     step: int,
     lr: float,
     betas: tuple[float, float],
@@ -33,12 +34,14 @@ def adamw_rows_(
     )
     for memory in (table, exp_avg, exp_avg_sq):
         move_to_huge_pages(memory)
-    arguments = (array(table), array(exp_avg), array(exp_avg_sq), array(rows), array(gradients), factors)
-    cpu_threads.run(_adamw_rows, len(rows), MIN_ROWS_PER_THREAD, *arguments)
+    one_square = exp_avg_sq.shape[1] < table.shape[1]  # for the whole row
+    kernel = _adamw_rows_of_one_square if one_square else _adamw_rows
+    arguments = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows, gradients.contiguous(), asleep)]
+    cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments, factors, step)
 
 
 @compiled
-def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, factors, chunk, num_chunks):
+def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, factors, step, chunk, num_chunks):
     keep, beta1, beta2, step_size, correction, eps = factors
     one = np.float32(1)
     stop = len(rows) * (chunk + 1) // num_chunks
@@ -49,10 +52,40 @@ def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, factors, chunk, num
         prefetch_row(exp_avg_sq, ahead)
         weights, gradient = table[rows[i]], gradients[i]
         means, squares = exp_avg[rows[i]], exp_avg_sq[rows[i]]
+        kept, travelled, mean_kept, square_kept = asleep[i]
         for j in range(len(weights)):
-            g = widen(gradient[j])
-            mean = beta1 * widen(means[j]) + (one - beta1) * g
-            square = beta2 * widen(squares[j]) + (one - beta2) * g * g
+            g, mean, square = widen(gradient[j]), widen(means[j]), widen(squares[j])
+            weight = kept * widen(weights[j]) + travelled * mean / (np.sqrt(square) + eps)
+            mean = beta1 * mean_kept * mean + (one - beta1) * g
+            square = beta2 * square_kept * square + (one - beta2) * g * g
             change = step_size * mean / (np.sqrt(square) * correction + eps)
-            means[j], squares[j] = narrow(mean, means[j]), narrow(square, squares[j])
-            weights[j] = narrow(keep * widen(weights[j]) - change, weights[j])
+            means[j] = narrow(mean, means[j])
+            squares[j] = narrow_by_chance(square, squares[j], chance(rows[i], j, step))
+            weights[j] = narrow(keep * weight - change, weights[j])
+
+
+@compiled
+def _adamw_rows_of_one_square(table, exp_avg, exp_avg_sq, rows, gradients, asleep, factors, step, chunk, num_chunks):
+    keep, beta1, beta2, step_size, correction, eps = factors
+    one = np.float32(1)
+    stop = len(rows) * (chunk + 1) // num_chunks
+    for i in range(len(rows) * chunk // num_chunks, stop):
+        ahead = rows[min(i + PREFETCHED_ROWS, stop - 1)]
+        prefetch_row(table, ahead)
+        prefetch_row(exp_avg, ahead)
+        weights, gradient, means = table[rows[i]], gradients[i], exp_avg[rows[i]]
+        kept, travelled, mean_kept, square_kept = asleep[i]
+        sum_of_squares = np.float32(0)
+        for j in range(len(weights)):
+            sum_of_squares += widen(gradient[j]) * widen(gradient[j])
+        square = exp_avg_sq[rows[i], 0]
+        travelled /= np.sqrt(square) + eps
+        square = beta2 * square_kept * square + (one - beta2) * sum_of_squares / np.float32(len(weights))
+        exp_avg_sq[rows[i], 0] = square
+        rate = step_size / (np.sqrt(square) * correction + eps)
+        for j in range(len(weights)):
+            mean = widen(means[j])
+            weight = kept * widen(weights[j]) + travelled * mean
+            mean = beta1 * mean_kept * mean + (one - beta1) * widen(gradient[j])
+            means[j] = narrow(mean, means[j])
+            weights[j] = narrow(keep * weight - rate * mean, weights[j])

@@ -93,6 +93,38 @@ def narrow(typing_context, value, like):
     return types.uint16(types.float32, types.uint16), generate
 
 
+@intrinsic
+def chance(typing_context, row, column, step):
+    """A hash of three integers, from 0 to 2**16 - 1 (`training.row_sparse_adamw.round_by_chance`)."""
+
+    def generate(context, builder, signature, args):
+        terms = [
+            builder.mul(context.cast(builder, arg, of_type, types.int32), ir.Constant(_INT32, prime))
+            for arg, of_type, prime in zip(args, signature.args, (0x9E3779B1, 0xC2B2AE3D, 0x85EBCA77), strict=True)
+        ]
+        noise = builder.add(builder.add(terms[0], terms[1]), terms[2])
+        for shift, prime in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            noise = builder.xor(noise, builder.lshr(noise, ir.Constant(_INT32, shift)))
+            noise = builder.mul(noise, ir.Constant(_INT32, prime))
+        return builder.lshr(noise, ir.Constant(_INT32, 16))
+
+    return types.uint32(row, column, step), generate
+
+
+@intrinsic
+def narrow_by_chance(typing_context, value, like, chance):
+    """float32 `value` in the type of `like`: itself, or bfloat16 bits, rounded up where what is cut off and `chance`,
+    from 0 to 2**16 - 1, are together 2**16 or more."""
+    if like == types.float32:
+        return types.float32(types.float32, like, chance), lambda context, builder, signature, args: args[0]
+
+    def generate(context, builder, signature, args):
+        bits = builder.add(builder.bitcast(args[0], _INT32), args[2])
+        return builder.trunc(builder.lshr(bits, ir.Constant(_INT32, 16)), _INT16)
+
+    return types.uint16(types.float32, types.uint16, types.uint32), generate
+
+
 def _in_every_lane(builder, value, vector_type):
     undefined = ir.Constant(vector_type, ir.Undefined)
     one_lane = builder.insert_element(undefined, value, ir.Constant(_INT32, 0))

@@ -10,6 +10,23 @@ if _MISSING:
         name=_MISSING[0],
     )
 
+from modeling_peer.training.parameter_groups import parameter_groups, schedule_tables  # noqa: E402
+from modeling_peer.training.recipes import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW  # noqa: E402
+from modeling_peer.training.row_sparse_gradients import (  # noqa: E402
+    average_over_processes,
+    clip_gradients,
+    row_sparse_gradients,
+)
+from modeling_peer.training.trainer import PeerTrainer  # noqa: E402
 
-__all__ = ["RowSparseAdamW"]
+__all__ = [
+    "PeerTrainer",
+    "PeerTrainingArguments",
+    "RowSparseAdamW",
+    "average_over_processes",
+    "clip_gradients",
+    "parameter_groups",
+    "row_sparse_gradients",
+    "schedule_tables",
+]

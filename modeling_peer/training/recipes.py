@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from modeling_peer.training.parameter_groups import TABLE_SCHEDULES
+from modeling_peer.training.row_sparse_adamw import ROW_STATES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -133,8 +136,49 @@ class DataArguments:
 
 
 @dataclass
-class RunArguments(TrainingArguments):
-    """Trainer's own arguments; the fields here change a default or add what it lacks."""
+class PeerTrainingArguments(TrainingArguments):
+    """Trainer's own arguments, and how expert tables are trained (`PeerTrainer`)."""
+
+    row_sparse_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Gradients of expert tables hold the rows that a step retrieved; RowSparseAdamW updates those. "
+            "Needs --optim adamw_torch (or _fused), one process or DistributedDataParallel."
+        },
+    )
+    table_learning_rate_multiple: float = field(
+        default=1.0, metadata={"help": "Learning rate of the expert tables, as a multiple of learning_rate."}
+    )
+    table_learning_rate_schedule: str = field(
+        default="multiple",
+        metadata={
+            "help": "'multiple': that multiple of the others' rate all the time. 'decaying': from it to 1 over the "
+            "run. 'constant': never warmed up nor lowered."
+        },
+    )
+    table_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the expert tables, which weight_decay leaves out."}
+    )
+    table_optimizer_state: str = field(
+        default="float32",
+        metadata={
+            "help": "How RowSparseAdamW keeps moments: float32, bfloat16, or factored (second moment one per row)."
+        },
+    )
+
+    def __post_init__(self):
+        multiple, schedule = self.table_learning_rate_multiple, self.table_learning_rate_schedule
+        require(multiple > 0, "table_learning_rate_multiple", multiple, "more than 0")
+        schedules, states = ", ".join(TABLE_SCHEDULES), ", ".join(ROW_STATES)
+        require(schedule in TABLE_SCHEDULES, "table_learning_rate_schedule", schedule, f"one of {schedules}")
+        state = self.table_optimizer_state
+        require(state in ROW_STATES, "table_optimizer_state", state, f"one of {states}")
+        super().__post_init__()
+
+
+@dataclass
+class RunArguments(PeerTrainingArguments):
+    """Trainer's arguments; the fields here change a default or add what it lacks."""
 
     report_to: str | None = field(
         default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, trackio, ...: one, all or none."}

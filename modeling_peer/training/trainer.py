@@ -1,23 +1,153 @@
-"""Trainer with what our runs need: a card, weight decay that spares what a token did not use, and an early end."""
+"""Trainer with what expert tables need, and with what our runs need: a card, and an early end."""
 
 import math
-import re
 import time
 from itertools import chain
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback
 
 from modeling_peer.training.model_card import write_model_card
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
+from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError
+from modeling_peer.training.row_sparse_adamw import RowSparseAdamW
+from modeling_peer.training.row_sparse_gradients import (
+    average_over_processes,
+    clip_gradients,
+    has_row_sparse_gradients,
+    row_sparse_gradients,
+)
 
 LOSSES = ("loss", "eval_loss", "train_loss")
-# a token trains only the rows it retrieves; decay would shrink all the others at every step
-NOT_DECAYED = re.compile(r"(^|\.)(experts\.\w+_embed|sub_keys)$")
 
 
-class LanguageModelTrainer(Trainer):
+class PeerTrainer(Trainer):
+    """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
+
+    Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
+    `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
+    `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
+    optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`.
+
+    `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
+    same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
+    can't clip others:
+
+        Trainer(..., optimizer_cls_and_kwargs=(RowSparseAdamW, {"params": parameter_groups(model, 1e-3)}))
+    """
+
+    _table_grad_norm = _table_learning_rate = None
+
+    @property
+    def _table_settings(self) -> PeerTrainingArguments | type[PeerTrainingArguments]:
+        # of plain TrainingArguments, the defaults, which a dataclass has as attributes
+        return self.args if isinstance(self.args, PeerTrainingArguments) else PeerTrainingArguments
+
+    @property
+    def _row_sparse(self) -> bool:
+        return self._table_settings.row_sparse_gradients or has_row_sparse_gradients(self.model)
+
+    def create_optimizer(self, model=None):
+        """The optimizer that the arguments name, with `parameter_groups`."""
+        given = self.optimizer_cls_and_kwargs
+        if self._row_sparse:
+            self._prepare_row_sparse()
+        if self.optimizer is None:
+            settings, network = self._table_settings, self.model if model is None else model
+            optimizer_class, options = given or self._optimizer_class_and_options(network)
+            groups = parameter_groups(
+                network,
+                options.get("lr", self.args.learning_rate),
+                self.args.weight_decay,
+                settings.table_learning_rate_multiple,
+                settings.table_weight_decay,
+            )
+            self.optimizer_cls_and_kwargs = (optimizer_class, {"params": groups, **options})
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given  # Trainer takes "params" out of it
+
+    def _optimizer_class_and_options(self, model):
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        state = self._table_settings.table_optimizer_state
+        if self._row_sparse:
+            if optimizer_class is not torch.optim.AdamW:
+                raise SettingsError(
+                    f"--optim {self.args.optim.value} takes no row-sparse gradients: use adamw_torch, or set "
+                    "row_sparse_gradients to false."
+                )
+            options.pop("fused", None)
+            return RowSparseAdamW, {**options, "row_state": state}
+        if state != "float32":
+            raise SettingsError(f"--table_optimizer_state {state} needs --row_sparse_gradients true.")
+        return optimizer_class, options
+
+    def _prepare_row_sparse(self):
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+            average_over_processes(self.model)
+        elif kind != DistributedType.NO:
+            raise SettingsError(
+                f"row-sparse gradients need one process or DistributedDataParallel; {kind.value} reduces dense ones "
+                "only. Set row_sparse_gradients to false."
+            )
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The scheduler that the arguments name, with the tables' own schedule."""
+        if self.lr_scheduler is None:
+            settings = self._table_settings
+            scheduler = super().create_scheduler(num_training_steps, optimizer)
+            self.lr_scheduler = schedule_tables(
+                scheduler,
+                settings.table_learning_rate_schedule,
+                settings.table_learning_rate_multiple,
+                num_training_steps,
+            )
+        return self.lr_scheduler
+
+    def training_step(self, *args, **kwargs):
+        """Forward and backward; only here does the model's configuration say what the run says."""
+        with row_sparse_gradients(self.model, self._row_sparse):
+            return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model):
+        grad_norm = self._clip_apart(model, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if grad_norm is None:
+            grad_norm = self._clip_apart(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _clip_apart(self, model, max_norm: float) -> torch.Tensor | None:
+        """The norm of all but the tables; None where there are no tables to be told from the rest."""
+        engines = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
+        flattened = self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
+        if flattened or self.accelerator.distributed_type in engines or not expert_tables(model):
+            return None
+        self.accelerator.unscale_gradients()
+        norms = clip_gradients(model, max_norm)
+        self._table_grad_norm = norms.tables
+        return norms.others
+
+    def _get_learning_rate(self):
+        rates = [group["lr"] for group in self.optimizer.param_groups if group.get("name") == EXPERT_TABLES]
+        self._table_learning_rate = float(rates[0]) if rates else None
+        return super()._get_learning_rate()
+
+    def log(self, logs, *args, **kwargs):
+        """Log, with the tables' norm and rate beside the others'."""
+        if "grad_norm" in logs and self._table_grad_norm is not None:
+            logs["table_grad_norm"] = self._table_grad_norm.item()
+        if "learning_rate" in logs and self._table_learning_rate is not None:
+            logs["table_learning_rate"] = self._table_learning_rate
+        super().log(logs, *args, **kwargs)
+
+
+class LanguageModelTrainer(PeerTrainer):
     """Trainer whose model card is ours, also in `push_to_hub`, and which ends when the numbers are none."""
 
     card_facts: dict[str, Any] | None = None  # set once there are results
@@ -26,10 +156,6 @@ class LanguageModelTrainer(Trainer):
         """Write README.md into output_dir, with the results measured so far."""
         if self.is_world_process_zero() and self.card_facts:
             write_model_card(self.args.output_dir, self.card_facts)
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """Names of the parameters that weight decay shrinks: Trainer's choice without expert tables and sub-keys."""
-        return [name for name in super().get_decay_parameter_names(model) if not NOT_DECAYED.search(name)]
 
     def log(self, logs, *args, **kwargs):
         """Log, unless a loss is not a number: then the run is over."""

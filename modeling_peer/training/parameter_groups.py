@@ -1,0 +1,105 @@
+"""Which parameters share a learning rate and a weight decay, and the schedule that expert tables have of their own."""
+
+import re
+from collections import defaultdict
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+EXPERT_TABLE = re.compile(r"(^|\.)experts\.\w+_embed$")
+SUB_KEYS = re.compile(r"(^|\.)sub_keys$")
+DENSE, WITHOUT_DECAY, EXPERT_TABLES = "dense", "without_decay", "expert_tables"
+TABLE_SCHEDULES = ("multiple", "decaying", "constant")
+
+
+def expert_tables(model: nn.Module) -> list[nn.Parameter]:
+    """The trained expert tables of `model`, one shared by several layers once."""
+    return [p for name, p in model.named_parameters() if EXPERT_TABLE.search(name) and p.requires_grad]
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    table_learning_rate_multiple: float = 1.0,
+    table_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups of `model` for any optimizer of torch.
+
+    - `"dense"`: the weight matrices, with `weight_decay`.
+    - `"without_decay"`: norms, biases, sub-keys.
+    - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
+      default, which would shrink the rows that no token retrieves at every step.
+
+    A group that would be empty is left out. Parameters on different device meshes, which no optimizer updates in one
+    call, do not share a group.
+
+    Args:
+        learning_rate: per step, of dense weights and those without decay.
+    """
+    settings = {
+        DENSE: {"lr": learning_rate, "weight_decay": weight_decay},
+        WITHOUT_DECAY: {"lr": learning_rate, "weight_decay": 0.0},
+        EXPERT_TABLES: {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay},
+    }
+    members = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name, parameter), getattr(parameter, "device_mesh", None)].append(parameter)
+    order = list(settings)
+    return [
+        {"params": parameters, "name": name, **settings[name]}
+        for (name, _), parameters in sorted(members.items(), key=lambda item: order.index(item[0][0]))
+    ]
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    if EXPERT_TABLE.search(name):
+        return EXPERT_TABLES
+    return WITHOUT_DECAY if parameter.ndim < 2 or SUB_KEYS.search(name) else DENSE
+
+
+def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_training_steps: int) -> LRScheduler:
+    """`scheduler`, but for the group `"expert_tables"`, whose learning rate is
+
+    - `"multiple"`: `multiple` times the others', all the time;
+    - `"decaying"`: `multiple` times theirs at the first step, falling linearly to theirs at the last (UltraMem,
+      arXiv:2411.12364, from 10);
+    - `"constant"`: `multiple` times `learning_rate`, never warmed up nor lowered (Lample et al. 2019).
+
+    Args:
+        scheduler: of an optimizer that was given `parameter_groups` with the same `multiple`; for all but
+            `"multiple"` a `LambdaLR`, which most of Transformers' schedulers are.
+
+    Raises:
+        ValueError: an unknown schedule, or a scheduler that it can't be combined with.
+    """
+    if schedule not in TABLE_SCHEDULES:
+        raise ValueError(f"table_learning_rate_schedule={schedule!r} is none of {', '.join(TABLE_SCHEDULES)}.")
+    if schedule == "multiple":
+        return scheduler
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"table_learning_rate_schedule={schedule!r} needs a scheduler made of functions of the step (LambdaLR: "
+            f'linear, cosine, constant, ...); got {type(scheduler).__name__}. Use "multiple" with it.'
+        )
+    lambdas = [
+        partial(
+            _table_factor, others=others, schedule=schedule, multiple=multiple, num_training_steps=num_training_steps
+        )
+        if group.get("name") == EXPERT_TABLES
+        else others
+        for group, others in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True)
+    ]
+    return LambdaLR(scheduler.optimizer, lambdas)
+
+
+# At module level, as a partial: a scheduler's state then holds nothing of it, and can be saved.
+def _table_factor(step: int, others, schedule: str, multiple: float, num_training_steps: int) -> float:
+    """What the group's `learning_rate * multiple` is multiplied with at `step`."""
+    if schedule == "constant":
+        return 1.0
+    remaining = max(0.0, 1 - step / max(1, num_training_steps))
+    return others(step) * (1 + (multiple - 1) * remaining) / multiple

@@ -1,0 +1,145 @@
+"""Row-sparse gradients between backward and the optimizer's step: added up, averaged over processes, clipped."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from accelerate.state import GradientState
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_peer.training.parameter_groups import EXPERT_TABLE, expert_tables
+
+
+def has_row_sparse_gradients(model: nn.Module) -> bool:
+    """Whether the configuration of `model` says so."""
+    return getattr(getattr(model, "config", None), "row_sparse_gradients", False)
+
+
+@contextmanager
+def row_sparse_gradients(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within, gradients of the expert tables of `model` are row-sparse, or not `enabled` dense.
+
+    A setting of the run rather than of the model: a checkpoint saved outside is trained by any optimizer again.
+    """
+    if enabled == has_row_sparse_gradients(model):
+        yield
+        return
+    if not hasattr(model.config, "row_sparse_gradients"):
+        raise ValueError(f"{type(model).__name__} has no expert tables: row_sparse_gradients is of PEER models.")
+    model.config.row_sparse_gradients = enabled
+    try:
+        yield
+    finally:
+        model.config.row_sparse_gradients = not enabled
+
+
+def coalesced(gradient: torch.Tensor) -> torch.Tensor:
+    """A row-sparse gradient with every row once, in order.
+
+    Raises:
+        ValueError: a gradient that is sparse in more than its rows.
+    """
+    if gradient.sparse_dim() != 1:
+        raise ValueError(
+            f"A gradient of shape {tuple(gradient.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
+            "only gradients that are sparse in rows are taken."
+        )
+    if gradient.is_coalesced():
+        return gradient
+    # Autograd forgets that a gradient is coalesced, and sorting it again would cost as much as the optimizer's step.
+    rows = gradient._indices()
+    if (rows[0, 1:] > rows[0, :-1]).all():
+        return _row_sparse(rows, gradient._values(), gradient.shape)
+    return gradient.coalesce()
+
+
+def _row_sparse(
+    rows: torch.Tensor, values: torch.Tensor, shape: torch.Size, is_coalesced: bool = True
+) -> torch.Tensor:
+    return torch.sparse_coo_tensor(rows, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+
+
+class GradientNorms(NamedTuple):
+    """Norms before clipping, float32 scalars."""
+
+    tables: torch.Tensor
+    others: torch.Tensor
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
+    """Clip the gradients of expert tables to `max_norm`, and apart from them all others to `max_norm`.
+
+    In place of `torch.nn.utils.clip_grad_norm_`, which knows no sparse gradients. Apart, as in the code of Memory
+    Layers at Scale (arXiv:2412.09764): an unusual step of the tables then leaves that of the dense weights as it is.
+    `float("inf")` measures and clips nothing.
+    """
+    tables = expert_tables(model)
+    apart = {id(table) for table in tables}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    return GradientNorms(_clip(tables, max_norm), _clip(others, max_norm))
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    by_mesh: dict = {}  # gradients on different device meshes can't be in one call
+    for parameter in parameters:
+        if parameter.grad is not None:
+            if parameter.grad.is_sparse:
+                parameter.grad = coalesced(parameter.grad)
+            gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+            by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    total = torch.nn.utils.get_total_norm(norms)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0).item() if norms else 1.0
+    if scale < 1.0:
+        for gradients in by_mesh.values():
+            torch._foreach_mul_(gradients, scale)
+    return total
+
+
+def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
+    """Make `DistributedDataParallel` train a model whose tables have row-sparse gradients. Call it before wrapping.
+
+    DDP reduces only those sparse gradients that come from `nn.Embedding`, and NCCL none. Tables are therefore left out
+    of it: they begin as the first process has them, and as soon as a backward has added up the gradient of one, the
+    processes exchange the rows that they touched and each takes the mean. A mean of equal gradients is the gradient,
+    so nothing goes wrong where this happens more often than needed, such as under `DDP.no_sync`; inside
+    `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP does.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if EXPERT_TABLE.search(name)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    for table in expert_tables(model):
+        dist.broadcast(table.data, dist.get_global_rank(process_group, 0) if process_group else 0, process_group)
+        table.register_post_accumulate_grad_hook(lambda table: _average(table, process_group))
+
+
+def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> None:
+    if not GradientState().sync_gradients:
+        return
+    if not table.grad.is_sparse:
+        raise ValueError(
+            f"The gradient of an expert table {tuple(table.shape)} is dense, and DistributedDataParallel was told to "
+            "leave it out: set row_sparse_gradients before average_over_processes, or call neither."
+        )
+    num_processes = dist.get_world_size(process_group)
+    gradient = coalesced(table.grad)
+    rows, values = gradient._indices()[0], gradient._values()
+    counts = [torch.empty((), dtype=torch.int64, device=rows.device) for _ in range(num_processes)]
+    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), process_group)
+    counts = torch.stack(counts).tolist()
+    all_rows, all_values = (_gather(part, counts, process_group) for part in (rows, values))
+    summed = _row_sparse(all_rows.unsqueeze(0), all_values.div_(num_processes), table.shape, is_coalesced=False)
+    table.grad = summed.coalesce()
+
+
+def _gather(part: torch.Tensor, counts: list[int], process_group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`part` of every process, end to end; they differ in length, collectives do not."""
+    padded = part.new_zeros(max(counts), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, process_group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

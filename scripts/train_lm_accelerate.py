@@ -1,0 +1,176 @@
+"""The training of `train_lm.py` as a plain loop: Accelerate, no Trainer. Copy it and change what you like.
+
+python scripts/train_lm_accelerate.py configuration/training/quickstart.yaml --row_sparse_gradients true
+accelerate launch --cpu --num_processes 2 scripts/train_lm_accelerate.py configuration/training/quickstart.yaml
+
+Reads the same recipes. Of Trainer's arguments it uses: output_dir, resume_from_checkpoint, seed, use_cpu, bf16, fp16,
+max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, learning_rate, weight_decay,
+adam_*, lr_scheduler_*, warmup_steps, max_grad_norm, logging_steps, save_steps, and those of expert tables.
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from transformers import get_scheduler
+
+from modeling_peer.training import (
+    RowSparseAdamW,
+    average_over_processes,
+    clip_gradients,
+    parameter_groups,
+    row_sparse_gradients,
+    schedule_tables,
+)
+from modeling_peer.training.console import run_script
+from modeling_peer.training.data import load_corpus
+from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
+from modeling_peer.training.models import build_model, load_config, load_tokenizer
+from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError, parse_recipe
+
+
+class Progress:
+    """Steps done: saved and restored with the rest."""
+
+    step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.step = state["step"]
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Train as the recipe says, save, and return the facts of the run."""
+    run = recipe.run
+    accelerator = Accelerator(
+        cpu=run.use_cpu,
+        mixed_precision="bf16" if run.bf16 else "fp16" if run.fp16 else "no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            run.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=run.seed),
+    )
+    checkpoint = find_checkpoint(run)
+    with accelerator.main_process_first():
+        config = load_config(recipe.model)
+        corpus = load_corpus(recipe.data)
+        tokenizer, _ = load_tokenizer(recipe.model, config, corpus, None)
+        set_seed(run.seed)
+        model = build_model(recipe.model, config, tokenizer).to(accelerator.device)
+        block_size = choose_block_size(recipe.data.block_size, config)
+        blocks, _ = pack_corpus(corpus, tokenizer, block_size, recipe)
+
+    loader = torch.utils.data.DataLoader(blocks, run.per_device_train_batch_size, shuffle=True, drop_last=True)
+    groups = parameter_groups(
+        model, run.learning_rate, run.weight_decay, run.table_learning_rate_multiple, run.table_weight_decay
+    )
+    adam = {"betas": (run.adam_beta1, run.adam_beta2), "eps": run.adam_epsilon}
+    if run.row_sparse_gradients:
+        optimizer = RowSparseAdamW(groups, **adam, row_state=run.table_optimizer_state)
+        if accelerator.num_processes > 1:
+            average_over_processes(model)
+    else:
+        optimizer = torch.optim.AdamW(groups, **adam)
+    network = model
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    num_steps = run.max_steps
+    if num_steps <= 0:
+        num_steps = math.ceil(run.num_train_epochs * len(loader) / run.gradient_accumulation_steps)
+    # Not prepared: Accelerate would step it once for every process.
+    scheduler = get_scheduler(
+        run.lr_scheduler_type,
+        optimizer.optimizer,
+        run.get_warmup_steps(num_steps),
+        num_steps,
+        scheduler_specific_kwargs=run.lr_scheduler_kwargs,
+    )
+    schedule, multiple = run.table_learning_rate_schedule, run.table_learning_rate_multiple
+    scheduler = schedule_tables(scheduler, schedule, multiple, num_steps)
+    progress = Progress()
+    accelerator.register_for_checkpointing(scheduler, progress)
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        accelerator.print(f"resuming from {checkpoint}")
+
+    losses, train_loss = [], None
+    for batch in endless(loader, accelerator, progress.step * run.gradient_accumulation_steps):
+        if progress.step >= num_steps:
+            break
+        with accelerator.accumulate(model), row_sparse_gradients(network, run.row_sparse_gradients):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            losses.append(loss.detach())
+            if accelerator.sync_gradients:
+                accelerator.unscale_gradients()
+                norms = clip_gradients(model, run.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        progress.step += 1
+        if progress.step % run.logging_steps == 0 or progress.step == num_steps:
+            train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            losses.clear()
+            accelerator.print(
+                f"step {progress.step} of {num_steps}: loss {train_loss:.4f}, norm of gradients {norms.others:.3g}, "
+                f"of tables {norms.tables:.3g}, learning rate {scheduler.get_last_lr()[0]:.3g}",
+                flush=True,
+            )
+        scheduler.step()
+        if progress.step % run.save_steps == 0:
+            save_checkpoint(accelerator, Path(run.output_dir, f"checkpoint-{progress.step}"))
+
+    accelerator.wait_for_everyone()
+    network.save_pretrained(run.output_dir, is_main_process=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        tokenizer.save_pretrained(run.output_dir)
+    tokens = run.per_device_train_batch_size * block_size * run.gradient_accumulation_steps * accelerator.num_processes
+    return {
+        "path": run.output_dir,
+        "steps": progress.step,
+        "tokens": progress.step * tokens,
+        "train_loss": train_loss,
+        "processes": accelerator.num_processes,
+    }
+
+
+def endless(loader, accelerator: Accelerator, num_done: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of epoch after epoch, each in an order of its own, from batch `num_done` on."""
+    epoch, skipped = divmod(num_done, len(loader))
+    while True:
+        loader.set_epoch(epoch)
+        yield from accelerator.skip_first_batches(loader, skipped) if skipped else loader
+        epoch, skipped = epoch + 1, 0
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Save all that a resumed run needs; the folder has its name once it is complete."""
+    partial = folder.with_suffix(".partial")
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def find_checkpoint(run: RunArguments) -> str | None:
+    """The folder that --resume_from_checkpoint means: a path, or with "last" the newest of output_dir."""
+    if run.resume_from_checkpoint != "last":
+        return run.resume_from_checkpoint
+    found = sorted(Path(run.output_dir).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    if not found:
+        raise SettingsError(f"nothing to resume: no checkpoint-* in {run.output_dir}. See --save_steps.")
+    return str(found[-1])
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(parse_recipe()))

@@ -1,0 +1,98 @@
+"""Row-sparse gradients between backward and step: clipped like dense ones, and switched on for a while only."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_peer import PeerForCausalLM
+from modeling_peer.training import RowSparseAdamW, clip_gradients, parameter_groups, row_sparse_gradients
+from modeling_peer.training.parameter_groups import expert_tables
+
+TOKENS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture
+def model(tiny_config):
+    return PeerForCausalLM(tiny_config(row_sparse_gradients=True)).train()
+
+
+def accumulate(model, num_batches=3):
+    for i in range(num_batches):
+        tokens = TOKENS + i
+        model(tokens, labels=tokens).loss.backward()
+
+
+def dense_twin(model):
+    twin = copy.deepcopy(model)
+    twin.config.row_sparse_gradients = False
+    return twin
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1.0, float("inf")])
+def test_accumulated_gradients_are_clipped_apart_and_as_dense_ones_are(model, max_norm):
+    twin = dense_twin(model)
+    accumulate(model)
+    accumulate(twin)
+    apart = {id(table) for table in expert_tables(twin)}
+    expected = [
+        torch.nn.utils.clip_grad_norm_([p for p in twin.parameters() if (id(p) in apart) == tables], max_norm)
+        for tables in (True, False)
+    ]
+    norms = clip_gradients(model, max_norm)
+    torch.testing.assert_close([norms.tables, norms.others], expected)
+    for sparse, dense in zip(model.parameters(), twin.parameters(), strict=True):
+        gradient = sparse.grad.to_dense() if sparse.grad.is_sparse else sparse.grad
+        torch.testing.assert_close(gradient, dense.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_clipping_dense_gradients_and_none_at_all(model):
+    model.config.row_sparse_gradients = False
+    assert clip_gradients(model, 1.0) == (0.0, 0.0)
+    accumulate(model)
+    clip_gradients(model, 0.01)
+    norms = clip_gradients(model, 1.0)
+    torch.testing.assert_close(norms.tables, torch.tensor(0.01), atol=0, rtol=1e-3)
+
+
+def test_gradients_are_row_sparse_within_and_the_saved_configuration_says_nothing_of_it(tiny_config, tmp_path):
+    model = PeerForCausalLM(tiny_config()).train()
+    with row_sparse_gradients(model):
+        accumulate(model, 1)
+    assert all(table.grad.is_sparse for table in expert_tables(model))
+    model.save_pretrained(tmp_path)
+    assert not PeerForCausalLM.from_pretrained(tmp_path).config.row_sparse_gradients
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no expert tables"), row_sparse_gradients(llama):
+        pass
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_row_sparse_gradient(model, use_reentrant):
+    twin = copy.deepcopy(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    accumulate(model)
+    accumulate(twin)
+    for checkpointed, plain in zip(expert_tables(model), expert_tables(twin), strict=True):
+        torch.testing.assert_close(checkpointed.grad.to_dense(), plain.grad.to_dense())
+
+
+def test_float16_with_a_gradient_scaler_unscales_rows_and_skips_steps_that_overflow(model):
+    optimizer, scaler = RowSparseAdamW(parameter_groups(model, 0.01)), torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    before = [table.detach().clone() for table in expert_tables(model)]
+    for step in range(30):
+        with torch.autocast("cpu", torch.float16):
+            loss = model(TOKENS, labels=TOKENS).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norms = clip_gradients(model, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step == 0:
+            assert scaler.get_scale() == 2.0**19, "the first step overflows"
+            assert all(map(torch.equal, expert_tables(model), before))
+    assert max(norms) < 10, "norms of the loss, not of the scaled loss"
+    assert loss < 4
