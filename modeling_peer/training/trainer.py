@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.recipes import SettingsError
 
@@ -17,7 +18,7 @@ LOSSES = ("loss", "eval_loss", "train_loss")
 NOT_DECAYED = re.compile(r"(^|\.)(experts\.\w+_embed|sub_keys)$")
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(CompleteCheckpoints, Trainer):
     """Trainer whose model card is ours, also in `push_to_hub`, and which ends when the numbers are none."""
 
     card_facts: dict[str, Any] | None = None  # set once there are results
