@@ -24,6 +24,8 @@ UNFINISHED = "_unfinished"
 # names and sizes, written last: a copy that lost a file is told from a whole one, however the model is sharded
 LIST_OF_FILES = "checkpoint_files.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+# what gloo says when a process at the other end is gone
+LOST_CONNECTION = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
 # What Trainer needs to continue as if nothing had happened; FSDP and DeepSpeed have names of their own.
 PARTS = {
     TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
@@ -48,11 +50,19 @@ class CompleteCheckpoints:
         """Train as Trainer does; refuse to resume from a checkpoint that is not whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint, passed_over = newest_checkpoint(Path(self.args.output_dir))
-            if passed_over:
-                logger.warning_rank0("not resumed, being incomplete: %s", "; ".join(passed_over))
+            if passed_over and self.is_world_process_zero():
+                logger.warning("not resumed, being incomplete: %s", "; ".join(passed_over))
         elif resume_from_checkpoint:
             require_complete(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(error, torch.distributed.DistError) and not LOST_CONNECTION.search(str(error)):
+                raise
+            raise SettingsError(
+                f"process {self.args.process_index} lost the others after step {self.state.global_step}: "
+                f"{str(error).splitlines()[0]} See what the first one to end said, then --resume_from_checkpoint last."
+            ) from error
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Save the model; a failure is told with the room there is on the disk."""
@@ -93,19 +103,19 @@ class CompleteCheckpoints:
     # Each process keeps its own random numbers and its own losses, saved and loaded at the same moments.
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        torch.save(
-            {"sum": self._tr_loss, "last_logged_step": self._globalstep_last_logged},
-            Path(output_dir, f"unlogged_loss_{self.args.process_index}.pth"),
-        )
+        unlogged = {"sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        Path(output_dir, self._unlogged_file()).write_text(json.dumps(unlogged) + "\n")
 
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
-        path = Path(checkpoint, f"unlogged_loss_{self.args.process_index}.pth")
-        if path.is_file():
-            unlogged = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._tr_loss, self._globalstep_last_logged = unlogged["sum"], unlogged["last_logged_step"]
+        if unlogged := _read_json(Path(checkpoint, self._unlogged_file())):
+            self._tr_loss.fill_(unlogged["sum"])
+            self._globalstep_last_logged = unlogged["last_logged_step"]
             # train_loss is the mean of this session's steps
-            self._total_loss_scalar -= self._tr_loss.item()
+            self._total_loss_scalar -= unlogged["sum"]
+
+    def _unlogged_file(self):
+        return f"unlogged_loss_{self.args.process_index}.json"
 
 
 @contextmanager
@@ -164,8 +174,8 @@ def explained_failure(path: str | os.PathLike) -> Iterator[None]:
         folder = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
         raise SettingsError(
             f"cannot save {path}: {type(error).__name__}: {error}. Free in {folder}: "
-            f"{shutil.disk_usage(folder).free:,} bytes. Checkpoints saved before are as they were: make room, then "
-            "--resume_from_checkpoint last."
+            f"{shutil.disk_usage(folder).free:,} bytes. Checkpoints saved before are as they were: "
+            "--resume_from_checkpoint last continues from there."
         ) from error
 
 
