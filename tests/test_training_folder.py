@@ -65,7 +65,7 @@ def test_an_overwriting_run_that_dies_leaves_no_weights_beside_its_tokenizer(run
     ("name", "remains", "damage"),
     [
         ("trainer_state.json", None, "it has no trainer_state.json"),
-        ("trainer_state.json", 20, "trainer_state.json is damaged"),
+        ("trainer_state.json", 20, "trainer_state.json is damaged or cut short"),
         ("config.json", None, "it has no config.json"),
         ("tokenizer.json", None, "it has no tokenizer.json"),
         ("model.safetensors", None, "it has no model.safetensors"),

@@ -157,9 +157,12 @@ def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
         "num_workers": data.preprocessing_workers,
     }
     train = pack(corpus.train, **options)
-    if isinstance(train, datasets.IterableDataset) and data.shuffle_buffer:
-        # the examples and not the rows: a long document is several rows in order
-        train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
+    if isinstance(train, datasets.IterableDataset):
+        # without end: a run that is resumed skips as many examples as it had seen, however many passes that was
+        train = train.repeat(None)
+        if data.shuffle_buffer:
+            # the examples and not the rows: a long document is several rows in order
+            train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
     validation = corpus.validation and pack(corpus.validation, **options, name="validation")
     if validation is None:
         run.eval_strategy = transformers.IntervalStrategy.NO

@@ -1,26 +1,21 @@
 """The folder of a run: whether it can be written, which checkpoint continues it, what starting anew clears."""
 
 import json
-import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from modeling_peer.training.checkpoints import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
 
 RESULTS_FILE = "train_lm_results.json"
 SETTINGS_FILE = "run_settings.json"
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 # of a run that is overwritten: its weights must never stand beside the next run's tokenizer
 CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 CLEARED += (RESULTS_FILE, SETTINGS_FILE, "trainer_state.json")
-# FSDP and DeepSpeed keep weights and optimizer in files of their own
-SHARDED = ("pytorch_model_fsdp*", "global_step*")
 NOT_ARCHITECTURE = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
@@ -65,8 +60,8 @@ def clear_output_dir(output_dir: Path) -> None:
     """Delete the checkpoints, the model and the results of an earlier run, and nothing else."""
     if not holds_run(output_dir):
         return
-    for path in output_dir.glob("checkpoint-*"):
-        if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+    for path in (*list_checkpoints(output_dir), output_dir / UNFINISHED):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     for name in CLEARED:
         for path in output_dir.glob(name):
@@ -79,56 +74,12 @@ def find_checkpoint(run: RunArguments) -> str | None:
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     if wanted.lower() not in ("true", "yes", "1", "last"):
-        if damage := find_damage(Path(wanted)):
-            raise SettingsError(f"{wanted} is no training checkpoint that can be resumed: {damage}.")
+        require_complete(wanted)
         return wanted
-    folders = [p for p in Path(run.output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(p.name)]
-    skipped = []
-    for folder in sorted(folders, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
-        damage = find_damage(folder)
-        if damage is None:
-            if skipped and run.process_index == 0:
-                print(f"not resumed, being incomplete: {'; '.join(skipped)}")
-            return str(folder)
-        skipped.append(f"{folder.name} ({damage})")
-    found = f"no complete one: {'; '.join(skipped)}" if skipped else f"no checkpoint-* in {run.output_dir}"
-    raise SettingsError(f"nothing to resume: {found}. See --save_steps.")
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What a training checkpoint lacks or has only in part, in words; None when it can be resumed."""
-    for name in ("trainer_state.json", "config.json", "tokenizer_config.json"):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-    if not any(True for name in ("tokenizer.json", "vocab.*", "*.model") for _ in checkpoint.glob(name)):
-        return "it has no tokenizer.json"
-    for path in checkpoint.glob("*.json"):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            return f"{path.name} is damaged"
-    if any(True for name in SHARDED for _ in checkpoint.glob(name)):
-        return None
-    index = checkpoint / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index.is_file():
-        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for name in (*sorted(weights), "optimizer.pt", "scheduler.pt"):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-        if not _is_whole(checkpoint / name):
-            return f"{name} is damaged or cut short"
-    return None
-
-
-def _is_whole(path: Path) -> bool:
-    if path.suffix == ".pt":
-        return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
-    try:
-        with safe_open(path, framework="pt"):  # compares the header with the length
-            return True
-    except (SafetensorError, OSError):
-        return False
+    checkpoint, passed_over = newest_checkpoint(Path(run.output_dir))
+    if passed_over and run.process_index == 0:
+        print(f"not resumed, being incomplete: {'; '.join(passed_over)}")
+    return checkpoint
 
 
 def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback
 
+from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
 from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError
@@ -23,13 +24,14 @@ from modeling_peer.training.row_sparse_gradients import (
 LOSSES = ("loss", "eval_loss", "train_loss")
 
 
-class PeerTrainer(Trainer):
+class PeerTrainer(CompleteCheckpoints, Trainer):
     """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
 
     Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
     `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
     `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
-    optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`.
+    optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`. Checkpoints exist whole or
+    not at all (`CompleteCheckpoints`).
 
     `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
     same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
