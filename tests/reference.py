@@ -93,3 +93,21 @@ def peak_memory(function):
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def balance_loss(kind, query, sub_keys, expert_ids, token_mask):
+    """Softmax over every product key of every head of each real token, then sums over rows and over columns."""
+    num_tokens, num_heads, _ = expert_ids.shape
+    num_sub_keys = sub_keys.shape[-2]
+    probabilities, hits = torch.zeros(2, num_sub_keys, num_sub_keys, dtype=query.dtype).unbind()
+    for t in range(num_tokens):
+        for h in range(num_heads):
+            if token_mask[t]:
+                scores = _all_scores(query[t, h], _codebooks(sub_keys, h))
+                probabilities = probabilities + scores.softmax(-1).view(num_sub_keys, num_sub_keys)
+                for expert_id in expert_ids[t, h].tolist():
+                    hits[divmod(expert_id, num_sub_keys)] += 1
+    pairs = [(probabilities.sum(axis) / probabilities.sum(), hits.sum(axis) / hits.sum()) for axis in (1, 0)]
+    if kind == "switch":
+        return sum(num_sub_keys * (f * p).sum() for p, f in pairs) / 2
+    return sum((p * (p * num_sub_keys).log()).sum() for p, _ in pairs)
