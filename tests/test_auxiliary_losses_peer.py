@@ -6,6 +6,7 @@ import math
 import pytest
 import reference
 import torch
+from training_helpers import run_processes
 from transformers import Trainer, TrainingArguments
 
 from modeling_peer import (
@@ -235,13 +236,21 @@ def test_micro_batches_weigh_by_the_tokens_they_predict(tiny_config, tokens):
         torch.testing.assert_close(outputs.loss, mean.loss * share)
 
 
-def trained(model, folder, rows, **settings):
+def equal_rows(num_rows, labels):
+    """Rows that are all alike: else the balance loss of a batch is no mean over its rows."""
+    return [{"input_ids": torch.arange(1, 13), "labels": labels}] * num_rows
+
+
+def trained(model, folder, rows, save=False, **settings):
     """The weights after one SGD step on `rows`, all of them."""
     arguments = TrainingArguments(
         str(folder), max_steps=1, optim="sgd", max_grad_norm=0.0, report_to="none", use_cpu=True, disable_tqdm=True,
         save_strategy="no", learning_rate=1.0, **settings,
     )  # fmt: skip
-    Trainer(model, arguments, train_dataset=rows).train()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    if save:
+        trainer.save_model()
     return dict(model.named_parameters())
 
 
@@ -254,7 +263,7 @@ def trained(model, folder, rows, **settings):
     ],
 )
 def test_four_micro_batches_of_two_train_as_one_batch_of_eight(tiny_config, tmp_path, head, labels):
-    rows = [{"input_ids": torch.arange(1, 13), "labels": labels}] * 8  # alike: the loss of a batch is no sum over rows
+    rows = equal_rows(8, labels)
     model = head(tiny_config(balance_loss="switch", router_aux_loss_coef=1.0, num_labels=3))
     whole, parts = copy.deepcopy(model), copy.deepcopy(model)
     whole = trained(whole, tmp_path, rows, per_device_train_batch_size=8)
@@ -263,6 +272,31 @@ def test_four_micro_batches_of_two_train_as_one_batch_of_eight(tiny_config, tmp_
     assert any((whole[name] - before[name]).abs().max() > 1e-3 for name in whole if "sub_keys" in name)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+SCRIPT = """
+import sys
+import torch
+from test_auxiliary_losses_peer import equal_rows, trained
+from modeling_peer import PeerForCausalLM
+
+folder, batch_size = sys.argv[1:]
+model, rows = PeerForCausalLM.from_pretrained(folder), equal_rows(8, torch.arange(1, 13))
+trained(model, folder, rows, per_device_train_batch_size=int(batch_size), save=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_config, tmp_path):
+    model = PeerForCausalLM(tiny_config(balance_loss="switch", router_aux_loss_coef=1.0))
+    weights = []
+    for num_processes in (1, 2):
+        folder = tmp_path / str(num_processes)
+        model.save_pretrained(folder)
+        process = run_processes(num_processes, SCRIPT, str(folder), str(8 // num_processes))
+        assert process.returncode == 0, process.stderr[-3000:]
+        weights.append(dict(PeerForCausalLM.from_pretrained(folder).named_parameters()))
+    torch.testing.assert_close(*weights)
 
 
 def test_predictions_are_not_gathered_with_the_losses(tiny_config, tmp_path, tokens):
