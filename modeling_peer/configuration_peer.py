@@ -60,6 +60,15 @@ class PeerConfig(PreTrainedConfig):
             Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved, so that its
             memory and time depend on those and not on the size of the pool. The optimizer must take them:
             [`modeling_peer.training.RowSparseAdamW`].
+        balance_loss (`str`, *optional*):
+            Auxiliary loss that evens out the use of rows and columns of the grid of experts: `"switch"` or
+            `"uniformity"` ([`auxiliary_losses_peer.balance_loss`]). The paper has none. In training, and wherever
+            labels are given, `aux_loss` is its sum over the sparse layers, padding left out; where there is a `loss`
+            it includes `router_aux_loss_coef * aux_loss`, in evaluation too, as in Transformers' mixtures of experts.
+            A Trainer that computes the loss itself (`label_smoothing_factor`, `compute_loss_func`) must add it.
+        router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
+            Weight of the auxiliary losses in `loss`. 0.01 is that of the Switch Transformer; Monet's uniformity loss
+            had 0.001.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 
@@ -73,7 +82,7 @@ class PeerConfig(PreTrainedConfig):
     ```"""
 
     model_type = "peer"
-    keys_to_ignore_at_inference = ["past_key_values", "expert_ids", "expert_gates"]
+    keys_to_ignore_at_inference = ["past_key_values", "expert_ids", "expert_gates", "aux_loss"]
     # The tensor-parallel plan covers attention and the dense MLPs; sparse layers are replicated.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -131,6 +140,8 @@ class PeerConfig(PreTrainedConfig):
     expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
     expert_init_gain: int | float = 4.0
     row_sparse_gradients: bool = False
+    balance_loss: Literal["switch", "uniformity"] | None = None
+    router_aux_loss_coef: int | float = 0.01
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
@@ -195,6 +206,11 @@ class PeerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.expert_init_gain <= 0:
             raise ValueError(f"expert_init_gain must be above 0, got {self.expert_init_gain}: try 4, or 1.")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}: below, training would "
+                "make the use of experts uneven. Set balance_loss to None to leave auxiliary losses out."
+            )
         if self.query_dim < 2 or self.query_dim % 2 != 0:
             raise ValueError(
                 f"query_dim ({self.query_dim}) must be even and at least 2: a query is split into two halves, "

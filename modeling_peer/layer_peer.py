@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .retrieval_peer import PeerRetrieval
@@ -29,16 +30,23 @@ class PeerLayer(nn.Module):
             self.retrieval.reset_parameters()
             self.experts.reset_parameters()
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        aux_losses: AuxiliaryLosses | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding; keeps padding out of BatchNorm's statistics.
+            token_mask: `(...)`, true where a token is not padding; keeps padding out of BatchNorm's statistics and of
+                balance losses.
+            aux_losses: collects the layer's auxiliary losses, unweighted, where somebody wants them.
 
         Returns:
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
-        gates, expert_ids = self.retrieval(hidden_states, token_mask)  # (..., h, k) each
+        gates, expert_ids = self.retrieval(hidden_states, token_mask, aux_losses)  # (..., h, k) each
         if self.training and self.expert_dropout:
             gates = F.dropout(gates, p=self.expert_dropout)
         # One row per token, the heads' experts side by side.

@@ -1,9 +1,12 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The PEER decoder and its heads: Llama's blocks, with a PEER layer where `mlp_layer_types` says "sparse"."""
 
+import inspect
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import huggingface_hub
 import torch
@@ -18,7 +21,13 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -27,6 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import describe_damage, staged_save
 from .configuration_peer import PeerConfig
@@ -62,10 +72,33 @@ class PeerModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` and the retrieved experts of [`PeerModelOutputWithPast`]."""
+    """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`, the unweighted
+    sum of the sparse layers' auxiliary losses, where they were computed."""
 
     expert_ids: tuple[torch.LongTensor, ...] | None = None
     expert_gates: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -85,8 +118,10 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         token_mask: torch.Tensor | None = None,
+        with_aux_losses: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Returns the hidden states; and, `with_aux_losses` and where there are any, their sum."""
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -99,10 +134,15 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
 
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
-        output = self.mlp(hidden_states, token_mask) if self.is_sparse else self.mlp(hidden_states)
+        aux_losses = AuxiliaryLosses() if with_aux_losses else None
+        output = self.mlp(hidden_states, token_mask, aux_losses) if self.is_sparse else self.mlp(hidden_states)
         if self.dense_mlp is not None:
             output = output + self.dense_mlp(hidden_states)
-        return residual + output
+        hidden_states = residual + output
+        if aux_losses is None or aux_losses.total is None:
+            return hidden_states
+        # A result, because what leaves a checkpointed (reentrant) forward in any other way has no gradient.
+        return hidden_states, aux_losses.total
 
 
 class PeerPreTrainedModel(PreTrainedModel):
@@ -142,6 +182,22 @@ class PeerPreTrainedModel(PreTrainedModel):
         if isinstance(experts_implementation, dict):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
         self.config._experts_implementation = check_experts_implementation(experts_implementation)
+
+    def _collect_aux_losses(self, has_labels: bool) -> AuxiliaryLosses | None:
+        """Where the layers put their auxiliary losses; none in generation and in evaluation without labels."""
+        wanted = self.config.balance_loss is not None and (self.training or has_labels)
+        return AuxiliaryLosses() if wanted else None
+
+    def _add_aux_losses(self, outputs, aux_losses: AuxiliaryLosses | None, share: torch.Tensor | float = 1.0):
+        """Put `aux_loss` into a head's outputs; into their loss as well, weighted by the configuration and by this
+        micro-batch's share of the step."""
+        if aux_losses is None or aux_losses.total is None:
+            return outputs
+        outputs["aux_loss"] = aux_losses.total
+        if outputs.loss is not None:
+            weighted = self.config.router_aux_loss_coef * share * aux_losses.total
+            outputs["loss"] = outputs.loss + weighted.to(outputs.loss.device)
+        return outputs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -241,6 +297,7 @@ class PeerModel(PeerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        aux_losses: AuxiliaryLosses | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerModelOutputWithPast:
         """
@@ -249,6 +306,7 @@ class PeerModel(PeerPreTrainedModel):
                 `(batch_size, sequence_length, hidden_size)`.
             attention_mask: `(batch_size, past + sequence_length)`, 0 for padding, or any mask Transformers takes.
             position_ids: `(batch_size, sequence_length)`.
+            aux_losses: collects the sparse layers' auxiliary losses; `None`: they are not computed.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or no token at all.
@@ -286,14 +344,18 @@ class PeerModel(PeerPreTrainedModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 token_mask=token_mask,
+                with_aux_losses=aux_losses is not None,
                 **kwargs,
             )
+            if isinstance(hidden_states, tuple):
+                hidden_states, aux_loss = hidden_states
+                aux_losses.add(aux_loss)
         return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def _token_mask(self, attention_mask, inputs_embeds) -> torch.Tensor | None:
-        """Which of the current tokens are real, `(batch_size, sequence_length)`: for BatchNorm in training. Masks of
-        other ranks say who sees whom, not which tokens are padding."""
-        if not self.training or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        """Which of the current tokens are real, `(batch_size, sequence_length)`. Masks of other ranks say who sees
+        whom, not which tokens are padding."""
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :].bool()
 
@@ -334,6 +396,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
 
         The other arguments are those of [`PeerModel`].
         """
+        aux_losses = self._collect_aux_losses(labels is not None)
         outputs: PeerModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -341,13 +404,14 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            aux_losses=aux_losses,
             **kwargs,
         )
         logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return PeerCausalLMOutputWithPast(
+        results = PeerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -356,6 +420,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             expert_ids=outputs.expert_ids,
             expert_gates=outputs.expert_gates,
         )
+        share = share_of_step(labels, **kwargs) if aux_losses is not None else 1.0
+        return self._add_aux_losses(results, aux_losses, share)
 
 
 def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
@@ -367,10 +433,31 @@ def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tenso
     return hidden_states[positions] if positions.dim() == 2 else hidden_states[:, positions]
 
 
+def _with_aux_losses(forward: Callable, output_class: type) -> Callable:
+    """The `forward` of one of Transformers' Generic heads, whose loss then has the auxiliary ones: it passes keywords
+    on to the base model, but nothing of the base model's output that it does not know."""
+    names = list(inspect.signature(forward).parameters)[1:]  # without self
+
+    @wraps(forward)
+    @can_return_tuple
+    def forward_with_aux_losses(self, *args, **kwargs):
+        kwargs |= dict(zip(names, args, strict=False))
+        has_labels = any(kwargs.get(name) is not None for name in ("labels", "start_positions"))
+        aux_losses = self._collect_aux_losses(has_labels)
+        outputs = output_class(**forward(self, **kwargs, aux_losses=aux_losses, return_dict=True))
+        return self._add_aux_losses(outputs, aux_losses)
+
+    return forward_with_aux_losses
+
+
 # The Generic classes bring `forward`; their `__init__` would build the base model through AutoModel, which asks again
-# for consent to run code when the model was loaded from a folder's code.
+# for consent to run code when the model was loaded from a folder's code. Their losses are means over a micro-batch
+# whatever `num_items_in_batch` says (transformers#47688): Trainer must divide them by the accumulation steps.
 class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTrainedModel):
     """The decoder with a classifier on the last token that is not padding."""
+
+    accepts_loss_kwargs = False
+    forward = _with_aux_losses(GenericForSequenceClassification.forward, PeerSequenceClassifierOutputWithPast)
 
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)
@@ -383,6 +470,9 @@ class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTra
 class PeerForTokenClassification(GenericForTokenClassification, PeerPreTrainedModel):
     """The decoder with a classifier on every token."""
 
+    accepts_loss_kwargs = False
+    forward = _with_aux_losses(GenericForTokenClassification.forward, PeerTokenClassifierOutput)
+
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
@@ -394,6 +484,9 @@ class PeerForTokenClassification(GenericForTokenClassification, PeerPreTrainedMo
 
 class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel):
     """The decoder with a span head: start and end logits of every token."""
+
+    accepts_loss_kwargs = False
+    forward = _with_aux_losses(GenericForQuestionAnswering.forward, PeerQuestionAnsweringModelOutput)
 
     def __init__(self, config: PeerConfig):
         PeerPreTrainedModel.__init__(self, config)

@@ -5,65 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.utils.generic import maybe_autocast
 
+from .auxiliary_losses_peer import AuxiliaryLosses, balance_loss
 from .backends_peer import RETRIEVAL_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
-
-# Scores of one tile of tokens: 2**22 float32 values are 16 MiB for each codebook, whatever the number of tokens.
-MAX_TILE_SCORES = 2**22
-
-
-def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Retrieve the `top_k` best experts of every head without scoring them all.
-
-    A product key joins one sub-key from each codebook, so its score is a sum of two, and the best of
-    `num_sub_keys**2` are among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Of those only the pairs
-    whose ranks satisfy `(i + 1) * (j + 1) <= top_k` can win: any other is beaten by `top_k` pairs that rank no
-    lower in both lists. The result is exact. Tokens are scored tile by tile, so that memory beyond the results is
-    bounded by `MAX_TILE_SCORES` values a codebook, forward and backward (top-k keeps ids, not scores).
-
-    Args:
-        query: `(num_tokens, num_heads, query_dim)`.
-        sub_keys: both codebooks, `(2, num_sub_keys, query_dim // 2)` shared by all heads, or
-            `(num_heads, 2, num_sub_keys, query_dim // 2)`.
-        top_k: experts per head, at most `num_sub_keys`.
-
-    Returns:
-        scores: `(num_tokens, num_heads, top_k)`, float32 (float64 for float64 input), best first.
-        expert_ids: same shape, int64: `row * num_sub_keys + column`.
-    """
-    num_tokens, num_heads, _ = query.shape
-    num_sub_keys = sub_keys.shape[-2]
-    tile = max(1, MAX_TILE_SCORES // (num_heads * num_sub_keys))
-    # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number.
-    if num_tokens <= tile or torch.compiler.is_compiling():
-        return _top_k_of_tile(query, sub_keys, top_k)
-    tiles = [_top_k_of_tile(query_tile, sub_keys, top_k) for query_tile in query.split(tile)]
-    scores, expert_ids = zip(*tiles, strict=True)
-    return torch.cat(scores), torch.cat(expert_ids)
-
-
-def _top_k_of_tile(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    num_sub_keys = sub_keys.shape[-2]
-    # float32: in bfloat16 most tokens have ties at the last rank, and which expert wins would be an accident.
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, sub_keys = query.to(dtype), sub_keys.to(dtype)
-    codebooks = "hcnd" if sub_keys.dim() == 4 else "cnd"
-    with maybe_autocast(query.device.type, enabled=False):
-        halves = query.unflatten(-1, (2, -1))  # (t, h, 2, query_dim // 2)
-        sub_scores = torch.einsum(f"thcd,{codebooks}->cthn", halves, sub_keys)  # (2, t, h, n)
-    (row_scores, column_scores), (rows, columns) = sub_scores.topk(top_k, dim=-1)  # (2, t, h, k) each
-
-    i, j = torch.tensor(_candidate_ranks(top_k), device=query.device).unbind(1)
-    scores, best = (row_scores[..., i] + column_scores[..., j]).topk(top_k, dim=-1)
-    expert_ids = (rows[..., i] * num_sub_keys + columns[..., j]).gather(-1, best)
-    return scores, expert_ids
-
-
-def _candidate_ranks(top_k: int) -> list[tuple[int, int]]:
-    """Pairs of ranks, row and column, of which the `top_k` best sums are some: 50 of 256 for `top_k` 16."""
-    return [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]
+from .product_keys_peer import product_key_top_k
 
 
 class Float32Module(nn.Module):
@@ -147,7 +93,7 @@ class PeerBatchNorm(Float32Module):
         enough = count > 1
         mean = torch.where(enough, mean, self.running_mean)
         variance = torch.where(enough, variance, self.running_var)
-        if not _is_recomputation():
+        if not is_recomputation():
             with torch.no_grad():
                 momentum = torch.where(enough, self.momentum, 0.0).to(self.running_mean.dtype)
                 unbiased = variance * torch.where(enough, count / (count - 1), 1.0)
@@ -156,7 +102,7 @@ class PeerBatchNorm(Float32Module):
         return mean, variance
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether this forward is gradient checkpointing's second run, inside the backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -166,7 +112,7 @@ class PeerRetrieval(nn.Module):
 
         query = norm(x W_q + b);  ids, scores = top-k of the product keys;  gate = softmax(scores) per head
 
-    Scores are neither scaled nor perturbed, and nothing is dropped or balanced (He 2024, section 2).
+    Scores are neither scaled nor perturbed, and nothing is dropped (He 2024, section 2).
     """
 
     def __init__(self, config: PeerConfig):
@@ -192,12 +138,16 @@ class PeerRetrieval(nn.Module):
             self.query_norm.reset_parameters()
 
     def forward(
-        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        aux_losses: AuxiliaryLosses | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding; used in training by BatchNorm only.
+            token_mask: `(...)`, true where a token is not padding; for BatchNorm in training, and balance losses.
+            aux_losses: where the balance loss goes, if the configuration has one; `None`: it is not computed.
 
         Returns:
             gates: `(..., num_heads, top_k)`, float32.
@@ -205,14 +155,17 @@ class PeerRetrieval(nn.Module):
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
+        token_mask = None if token_mask is None else token_mask.flatten()
         if self.has_batch_norm:
-            query = self.query_norm(query, None if token_mask is None else token_mask.flatten())
+            query = self.query_norm(query, token_mask)
             query = query.unflatten(-1, (self.num_heads, self.query_dim))
         else:
             query = self.query_norm(query.unflatten(-1, (self.num_heads, self.query_dim)))
 
         retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k, self.sub_keys)
         scores, expert_ids = retrieve(query, self.sub_keys, self.top_k)
+        if aux_losses is not None and self.config.balance_loss is not None:
+            aux_losses.add(balance_loss(self.config.balance_loss, query, self.sub_keys, expert_ids, token_mask))
         gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
         shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
         return gates.view(shape), expert_ids.view(shape)

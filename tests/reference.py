@@ -1,5 +1,7 @@
 """The dumb oracles: loops and exhaustive search, straight from the paper's equations."""
 
+import math
+
 import torch
 
 
@@ -93,3 +95,41 @@ def peak_memory(function):
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def balance_loss(kind, query, sub_keys, expert_ids, token_mask):
+    """Softmax over every product key of every head of each real token, then sums over rows and over columns."""
+    num_tokens, num_heads, _ = expert_ids.shape
+    num_sub_keys = sub_keys.shape[-2]
+    probabilities, hits = torch.zeros(2, num_sub_keys, num_sub_keys, dtype=query.dtype).unbind()
+    for t in range(num_tokens):
+        for h in range(num_heads):
+            if token_mask[t]:
+                scores = _all_scores(query[t, h], _codebooks(sub_keys, h))
+                probabilities = probabilities + scores.softmax(-1).view(num_sub_keys, num_sub_keys)
+                for expert_id in expert_ids[t, h].tolist():
+                    hits[divmod(expert_id, num_sub_keys)] += 1
+    pairs = [(probabilities.sum(axis) / probabilities.sum(), hits.sum(axis) / hits.sum()) for axis in (1, 0)]
+    if kind == "switch":
+        return sum(num_sub_keys * (f * p).sum() for p, f in pairs) / 2
+    return sum((p * (p * num_sub_keys).log()).sum() for p, _ in pairs)
+
+
+def expert_usage(forwards, num_experts):
+    """The figures of He 2024, section 3.3, expert by expert; `forwards` are gates, expert ids and token mask each."""
+    sums, best = [0.0] * num_experts, set()
+    for gates, expert_ids, token_mask in forwards:
+        for token in token_mask.nonzero().tolist():
+            for head_gates, head_ids in zip(
+                gates[tuple(token)].tolist(), expert_ids[tuple(token)].tolist(), strict=True
+            ):
+                best.add(head_ids[0])
+                for gate, expert_id in zip(head_gates, head_ids, strict=True):
+                    sums[expert_id] += gate
+    shares = [value / sum(sums) for value in sums if value > 0]
+    return {
+        "expert_usage": len(shares) / num_experts,
+        "top_1_usage": len(best) / num_experts,
+        "unevenness": math.log(num_experts) + sum(share * math.log(share) for share in shares),
+        "dead_experts": num_experts - len(shares),
+    }

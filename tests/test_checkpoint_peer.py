@@ -26,6 +26,8 @@ from modeling_peer.checkpoint_peer import STAGING_PREFIX
 TRAVELLING_FILES = {
     "configuration_peer.py",
     "backends_peer.py",
+    "auxiliary_losses_peer.py",
+    "product_keys_peer.py",
     "retrieval_peer.py",
     "experts_peer.py",
     "layer_peer.py",

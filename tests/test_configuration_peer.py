@@ -59,6 +59,8 @@ def test_default_config_warns_of_nothing(caplog):
         ({"num_sub_keys": "many"}, r"num_sub_keys"),
         ({"expert_dropout": 1.5}, r"expert_dropout"),
         ({"expert_init_gain": 0}, r"expert_init_gain must be above 0, got 0"),
+        ({"balance_loss": "entropy"}, r"balance_loss.*'switch', 'uniformity'.*entropy"),
+        ({"router_aux_loss_coef": -1}, r"router_aux_loss_coef must be at least 0, got -1"),
         ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
         ({"hidden_act": "swosh"}, r"hidden_act='swosh' is unknown. Did you mean 'swish'"),
     ],

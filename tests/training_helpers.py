@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -95,6 +96,19 @@ def run_script(name: str, *words: str, num_processes: int = 1) -> subprocess.Com
     launcher = launcher if num_processes > 1 else []
     command = [sys.executable, *launcher, str(REPOSITORY / "scripts" / name), *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
+
+
+def run_processes(num_processes: int, script: str, *words: str) -> subprocess.CompletedProcess:
+    """Run Python text in new processes that form a group; it finds the modules of the tests."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(script)
+        file.flush()
+        return subprocess.run(
+            [*launch, file.name, *words], capture_output=True, encoding="utf-8", env=environment, timeout=300
+        )
 
 
 def last_json(process: subprocess.CompletedProcess) -> dict:

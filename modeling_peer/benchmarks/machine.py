@@ -17,7 +17,7 @@ import torch
 from modeling_peer.benchmarks.settings import BenchmarkArguments
 from modeling_peer.training.recipes import REPOSITORY, SettingsError
 
-KERNEL_TESTS = ("tests/test_kernels*.py", "tests/test_experts_peer.py", "tests/test_retrieval_peer.py")
+KERNEL_TESTS = ("tests/test_kernels*.py", "tests/test_experts_peer.py", "tests/test_product_keys_peer.py")
 UNRECORDED = ("command", "commit", "output_file", "plot_file")  # recorded apart, or of no use elsewhere
 PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 

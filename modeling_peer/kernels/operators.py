@@ -202,7 +202,7 @@ def adamw_rows_(*args, implementation: str, **kwargs) -> None:
 def product_key_top_k(
     query: torch.Tensor, sub_keys: torch.Tensor, top_k: int, *, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`retrieval_peer.product_key_top_k`, the same arguments and results, computed by `implementation`."""
+    """`product_keys_peer.product_key_top_k`, the same arguments and results, computed by `implementation`."""
     num_sub_keys, half = sub_keys.shape[-2:]
     if query.shape[-1] != 2 * half:
         raise ValueError(f"query has {query.shape[-1]} features, sub_keys two halves of {half}: they must agree.")

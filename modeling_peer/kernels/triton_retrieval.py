@@ -160,7 +160,7 @@ def product_key_top_k_kernel(
 
 
 def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`retrieval_peer.product_key_top_k` in two kernels, exact, scores accurate to float32; never waits for the GPU.
+    """`product_keys_peer.product_key_top_k` in two kernels: exact, scores accurate to float32, no waiting for the GPU.
 
     A NaN score ranks first, as in `torch.topk`; ids are valid and distinct whatever the scores.
 

@@ -1,0 +1,72 @@
+"""How tokens use the experts of a layer: how many were retrieved, how evenly, and which never."""
+
+import math
+
+import torch
+
+
+def expert_usage(gate_sums: torch.Tensor) -> torch.Tensor:
+    """Share of the experts whose sum of gates, `(num_experts,)`, is not zero (He 2024, section 3.3)."""
+    return gate_sums.ne(0).sum() / gate_sums.numel()
+
+
+def unevenness(gate_sums: torch.Tensor) -> torch.Tensor:
+    """KL divergence to the uniform distribution of the gates' sums (He 2024, section 3.3, Table 2; arXiv:2407.04153).
+
+        z_i = gate_sums_i / Σ gate_sums;  log N + Σ z_i log z_i,  natural logarithm
+
+    0 when every expert was given as much, log N when one was given all. `gate_sums` is `(num_experts,)`, not all zero.
+    """
+    total = gate_sums.sum(dtype=torch.float64)
+    # With z' = total · z. Float32 terms: a float64 copy of a million sums would take longer than the rest.
+    weighted_logs = torch.special.xlogy(gate_sums, gate_sums).sum(dtype=torch.float64)
+    return (math.log(gate_sums.numel()) - total.log() + weighted_logs / total).clamp(min=0.0)
+
+
+class ExpertUsage:
+    """Adds up the gates that each expert of one layer is given; 8 bytes an expert, and no waiting for the device.
+
+    Args:
+        num_experts: experts in the layer's pool.
+        device: where to count; best where gates and ids are.
+    """
+
+    def __init__(self, num_experts: int, device: torch.device | str | None = None):
+        # Gates given to each expert: by all, and by the heads whose best it was. Float32: sums in the millions are
+        # good to seven digits, and a gate that is lost on a larger sum changes neither usage nor unevenness.
+        self.sums = torch.zeros(2, num_experts, device=device)
+
+    @torch.no_grad()
+    def add(self, gates: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
+        """Count one forward.
+
+        Args:
+            gates, expert_ids: what the tokens retrieved, `(..., num_heads, top_k)`, the best of a head first.
+            token_mask: `(...)`, true where a token is not padding; `None`: none is.
+        """
+        if token_mask is not None:
+            gates = gates.masked_fill(~token_mask[..., None, None], 0.0)
+        gates, expert_ids = gates.to(self.sums), expert_ids.to(self.sums.device)
+        self.sums[0].index_add_(0, expert_ids.flatten(), gates.flatten())
+        self.sums[1].index_add_(0, expert_ids[..., 0].flatten(), gates[..., 0].flatten())
+
+    def measure(self) -> dict[str, float]:
+        """The figures of what was added; empty if that was nothing.
+
+        Returns:
+            expert_usage: share of the experts that were retrieved.
+            top_1_usage: share of the experts that some head liked best: with many experts per head nearly all may be
+                retrieved and few of them matter (Kim & Jung 2020; arXiv:2010.03881).
+            unevenness: see `unevenness`.
+            dead_experts: number of experts that were not retrieved.
+        """
+        every, best = self.sums
+        figures = torch.stack([expert_usage(every), expert_usage(best), unevenness(every), every.eq(0).sum()])
+        used, used_best, divergence, dead = figures.tolist()
+        if used == 0:
+            return {}
+        return {"expert_usage": used, "top_1_usage": used_best, "unevenness": divergence, "dead_experts": int(dead)}
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        self.sums.zero_()

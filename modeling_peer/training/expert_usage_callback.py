@@ -1,0 +1,122 @@
+"""How experts are used, logged while a model trains and when it is evaluated."""
+
+import re
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+from modeling_peer.analysis.expert_usage import ExpertUsage
+from modeling_peer.retrieval_peer import is_recomputation
+
+
+class ExpertUsageCallback(TrainerCallback):
+    """Logs how the tokens used the experts of each sparse layer, to whatever Trainer reports to.
+
+        Trainer(model, arguments, callbacks=[ExpertUsageCallback()], ...)
+
+    adds to each log `expert_usage_layer_5`, `top_1_usage_layer_5`, `unevenness_layer_5` and `dead_experts_layer_5`
+    (see `ExpertUsage.measure`), after `eval_` in evaluation, where they are in what `evaluate` returns, too. All
+    processes' tokens count, padding and forwards recomputed by gradient checkpointing do not. A model without sparse
+    layers logs nothing.
+
+    Args:
+        window_steps: optimizer steps that a figure of training covers at least. It covers those since the last one,
+            and in few steps a large pool cannot be used up: 10 steps of 2,048 tokens with 128 experts each retrieve
+            2.6 million experts, which of a million leave 8 % out even if chosen evenly.
+    """
+
+    def __init__(self, window_steps: int = 1):
+        if window_steps < 1:
+            raise ValueError(f"window_steps must be at least 1, got {window_steps}: figures cover whole steps.")
+        self.window_steps = window_steps
+        self.window_began = 0  # step
+        self.device = None
+        self.retrievals: dict[str, torch.nn.Module] = {}  # by name of the layer
+        self.usage: dict[tuple[str, bool], ExpertUsage] = {}  # by name of the layer, and whether in training
+        self.hooks = []
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        self._step_before_the_reporters()
+        for hook in self.hooks:
+            hook.remove()
+        found = find_retrievals(model)
+        self.hooks = [retrieval.register_forward_hook(self._counter(name)) for name, retrieval in found]
+        self.retrievals, self.usage, self.device = dict(found), {}, args.device
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # Again: a trial of a search has a model of its own, and a callback may have been added to a finished Trainer.
+        self.on_init_end(args, state, control, model)
+        self.window_began = state.global_step
+        for name in self.retrievals:
+            self._usage_of(name, training=True)  # not in the first forward, which may be compiled
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        runtime = next((key for key in logs if key.endswith("_runtime")), "")  # an evaluation's has its prefix
+        if not runtime:
+            if "loss" not in logs or state.global_step - self.window_began < self.window_steps:
+                return
+            self.window_began = state.global_step
+        elif runtime == "train_runtime":  # the last words on a run
+            return
+        prefix = runtime.removesuffix("runtime")
+        figures = {prefix + name: value for name, value in self._take_figures(training=not runtime).items()}
+        logs.update(figures)
+        state.log_history[-1].update(figures)  # a copy of the logs, made before anybody was told
+
+    def on_predict(self, args, state, control, **kwargs):
+        self._take_figures(training=False)  # predictions are not logged
+
+    def _counter(self, name: str) -> Callable:
+        def count(retrieval, args, output):
+            if not is_recomputation():
+                gates, expert_ids = output
+                token_mask = args[1] if len(args) > 1 else None
+                self._usage_of(name, retrieval.training).add(gates, expert_ids, token_mask)
+
+        return count
+
+    def _usage_of(self, name: str, training: bool) -> ExpertUsage:
+        if (name, training) not in self.usage:
+            num_experts = self.retrievals[name].config.num_peer_experts
+            self.usage[name, training] = ExpertUsage(num_experts, self.device)
+        return self.usage[name, training]
+
+    def _take_figures(self, training: bool) -> dict[str, float]:
+        """Figures of every layer, by the keys they are logged under; counting begins anew."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        figures = {}
+        for name in self.retrievals:
+            usage = self._usage_of(name, training)
+            if distributed:
+                torch.distributed.all_reduce(usage.sums)
+            figures |= {f"{figure}_{name}": value for figure, value in usage.measure().items()}
+            usage.reset()
+        return figures
+
+    def _step_before_the_reporters(self):
+        # Trainer tells its report integrations before the user's callbacks, whose additions to a log come too late,
+        # and hands the list of them to nobody. But the handler that calls us is on the stack.
+        frame = sys._getframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
+                return
+            frame = frame.f_back
+
+
+def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The modules that retrieve experts, each with a name such as `layer_5`.
+
+    By the names of their classes: a model loaded with a checkpoint's own code has other classes.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if any(cls.__name__ == "PeerRetrieval" for cls in type(module).__mro__):
+            layer = re.search(r"\blayers\.(\d+)\.", path)
+            found.append((f"layer_{layer[1]}" if layer else path.replace(".", "_"), module))
+    return found
