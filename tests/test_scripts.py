@@ -133,3 +133,15 @@ def test_a_script_opens_with_the_command_to_copy(name):
     text = (REPOSITORY / "scripts" / f"{name}.py").read_text()
     assert f"python scripts/{name}.py" in text.split('"""')[1]
     assert len(text.splitlines()) < 40  # the logic is in the package
+
+
+def test_the_plain_loop_learns_and_says_what_it_cannot_resume(tmp_path):
+    words = [*write_inputs(tmp_path), "--row_sparse_gradients", "true", "--output_dir", str(tmp_path / "out")]
+    process = run_script("train_lm_accelerate.py", *words, "--max_steps", "40", "--logging_steps", "20")
+    result = last_json(process)
+    assert result["train_loss"] < 4
+    assert result["tokens"] == 40 * 4 * 32
+    assert "step 20 of 40: loss" in process.stdout
+    assert evaluate_checkpoint(EvaluationArguments(model=result["path"], file=str(tmp_path / "text.txt")))
+    process = run_script("train_lm_accelerate.py", *words, "--resume_from_checkpoint", "last")
+    assert process.stderr.splitlines()[-1].startswith("error: nothing to resume: no checkpoint-* in")

@@ -1,8 +1,15 @@
 """PeerTrainer: the run is the one that dense gradients give, whatever else Trainer is asked for."""
 
+import argparse
 import copy
+import doctest
+import inspect
 import math
 import shutil
+import subprocess
+import tarfile
+import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +20,7 @@ from training_helpers import (
     last_json,
     private_cache,  # noqa: F401  a fixture
     run_script,
+    train,
     write_inputs,
 )
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -169,6 +177,26 @@ def test_an_optimizer_that_the_user_names_gets_the_groups_too(tmp_path, model):
 def test_settings_that_cannot_work_are_refused(tmp_path, model, settings, message):
     with pytest.raises(SettingsError, match=message):
         trained(model, tmp_path, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("private_cache")
+def test_row_sparse_training_learns_real_text_as_dense_training_does(tmp_path):
+    files = [
+        Path(inspect.getsourcefile(module)) for module in (argparse, typing, subprocess, tarfile, inspect, doctest)
+    ]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    # 4,096 experts, of which a step of 256 tokens and 8 experts each touches less than half
+    words = write_inputs(tmp_path, TINY_PEER | {"num_sub_keys": 64}, text=text)
+    words += as_command_line(max_steps=300, learning_rate=4e-3, warmup_steps=20, lr_scheduler_type="cosine")
+    words += as_command_line(per_device_train_batch_size=8, max_evaluation_bytes=20_000, logging_steps=100)
+    bits = [
+        train(words, output_dir=tmp_path / kind, row_sparse_gradients=kind).summary["validation_bits_per_byte"]
+        for kind in ("false", "true")
+    ]
+    assert max(bits) < 4
+    # On 1 MB of such text, two seeds: 0.012 and 0.001 better; dense training with the two seeds differed by 0.07.
+    assert abs(bits[1] - bits[0]) < 0.06
 
 
 @pytest.mark.slow
