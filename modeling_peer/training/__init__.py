@@ -10,6 +10,7 @@ if _MISSING:
         name=_MISSING[0],
     )
 
+from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW  # noqa: E402
 
-__all__ = ["RowSparseAdamW"]
+__all__ = ["ExpertUsageCallback", "RowSparseAdamW"]
