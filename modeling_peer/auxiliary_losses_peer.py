@@ -8,6 +8,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .product_keys_peer import sub_key_scores, token_tiles
 
+# Scores of one tile of tokens and one codebook. On CPU they and their softmax stay in cache: best of 2**17 to 2**22 on
+# two Zen 4 cores, 1,024 tokens, 8 heads, 1,024 sub-keys, forward and backward, 2026-11-22.
+MAX_TILE_SCORES = {"cpu": 2**19}
+MAX_TILE_SCORES_ACCELERATOR = 2**24
+
 
 class AuxiliaryLosses:
     """Collects, in one forward, what the sparse layers add to the task's loss.
@@ -91,7 +96,7 @@ def mean_probabilities(query: torch.Tensor, sub_keys: torch.Tensor, weights: tor
     Returns:
         `(2, num_sub_keys)`.
     """
-    tiles = token_tiles(query, sub_keys)
+    tiles = token_tiles(query, sub_keys, MAX_TILE_SCORES.get(query.device.type, MAX_TILE_SCORES_ACCELERATOR))
     if len(tiles) == 1:
         return _mean_of_tile(query, sub_keys, weights)
     options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -100,4 +105,6 @@ def mean_probabilities(query: torch.Tensor, sub_keys: torch.Tensor, weights: tor
 
 def _mean_of_tile(query, sub_keys, weights):
     probabilities = sub_key_scores(query, sub_keys).softmax(dim=-1)  # (2, t, h, n)
-    return torch.einsum("cthn,t->cn", probabilities, weights) / query.shape[1]
+    num_heads = query.shape[1]
+    # A product with a vector: twice as fast, forward and backward, as an einsum over tokens and heads.
+    return (weights / num_heads).repeat_interleave(num_heads) @ probabilities.flatten(1, 2)

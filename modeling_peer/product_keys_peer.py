@@ -27,7 +27,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
         scores: `(num_tokens, num_heads, top_k)`, float32 (float64 for float64 input), best first.
         expert_ids: same shape, int64: `row * num_sub_keys + column`.
     """
-    tiles = token_tiles(query, sub_keys)
+    tiles = token_tiles(query, sub_keys, MAX_TILE_SCORES)
     if len(tiles) == 1:
         return _top_k_of_tile(query, sub_keys, top_k)
     results = [_top_k_of_tile(query[tile], sub_keys, top_k) for tile in tiles]
@@ -46,10 +46,10 @@ def _top_k_of_tile(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> t
     return scores, expert_ids
 
 
-def token_tiles(query: torch.Tensor, sub_keys: torch.Tensor) -> list[slice]:
-    """Slices of tokens whose scores stay within `MAX_TILE_SCORES` values a codebook; at least one token each."""
+def token_tiles(query: torch.Tensor, sub_keys: torch.Tensor, max_scores: int) -> list[slice]:
+    """Slices of tokens whose scores stay within `max_scores` values a codebook; at least one token each."""
     num_tokens, num_heads, _ = query.shape
-    size = max(1, MAX_TILE_SCORES // (num_heads * sub_keys.shape[-2]))
+    size = max(1, max_scores // (num_heads * sub_keys.shape[-2]))
     # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number.
     if torch.compiler.is_compiling() or num_tokens <= size:
         return [slice(None)]

@@ -15,10 +15,9 @@ from modeling_peer import (
     PeerForSequenceClassification,
     PeerForTokenClassification,
     PeerLayer,
-    product_keys_peer,
     retrieval_peer,
 )
-from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses, balance_loss
+from modeling_peer.auxiliary_losses_peer import MAX_TILE_SCORES, AuxiliaryLosses, balance_loss
 from modeling_peer.product_keys_peer import product_key_top_k
 
 KINDS = ["switch", "uniformity"]
@@ -44,7 +43,7 @@ def test_balance_loss_and_its_gradients_equal_those_of_a_softmax_over_every_prod
     query, sub_keys = random_keys(shared)
     mask = torch.tensor([True, True, False, True, True, False, True])
     _, expert_ids = product_key_top_k(query, sub_keys, 4)
-    monkeypatch.setattr(product_keys_peer, "MAX_TILE_SCORES", tile * 3 * 5)
+    monkeypatch.setitem(MAX_TILE_SCORES, "cpu", tile * 3 * 5)
     loss = balance_loss(kind, query, sub_keys, expert_ids, mask)
     expected = reference.balance_loss(kind, query, sub_keys, expert_ids, mask)
     torch.testing.assert_close(loss, expected)
@@ -86,7 +85,7 @@ def test_probabilities_that_underflow_leave_gradients_finite(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_does_not_grow_with_the_scores(monkeypatch, kind):
     sub_keys = torch.randn(2, 512, 8, requires_grad=True)
-    monkeypatch.setattr(product_keys_peer, "MAX_TILE_SCORES", 64 * 4 * 512)  # 64 tokens a tile
+    monkeypatch.setitem(MAX_TILE_SCORES, "cpu", 64 * 4 * 512)  # 64 tokens a tile
 
     def peak(num_tokens):
         query = torch.randn(num_tokens, 4, 16, requires_grad=True)

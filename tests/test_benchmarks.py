@@ -12,6 +12,7 @@ from modeling_peer import PeerLayer
 from modeling_peer.benchmarks import contestants, memory, model, report, timing
 from modeling_peer.benchmarks.calls import make_call, make_tokens
 from modeling_peer.benchmarks.contestants import all_names, build_contestants
+from modeling_peer.benchmarks.expert_usage import bench_expert_usage
 from modeling_peer.benchmarks.layer import bench_layer
 from modeling_peer.benchmarks.machine import describe_versions, require_green_tests
 from modeling_peer.benchmarks.model import ModelArguments, bench_model
@@ -390,7 +391,19 @@ def test_versions_name_the_commit_also_where_git_is_not():
     assert describe_versions("abc")["modeling_peer"] in ("abc", describe_versions()["modeling_peer"])
 
 
-@pytest.mark.parametrize("name", ["bench_layer", "bench_model"])
+def test_the_costs_of_watching_and_of_balancing_are_shares_of_a_step(tmp_path):
+    pytest.importorskip("numba")
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_PEER))
+    sizes = {"training_tokens": 8, "prefill_tokens": 8, "prompt_tokens": 3, "new_tokens": 4, "repeats": 2}
+    result = bench_expert_usage(ModelArguments(model=str(tmp_path / "tiny.json"), batch_size=2, **sizes))
+    took = result["milliseconds"]
+    per_step = 100 * (took["count"] + took["figures"] / 10) / took["step"]
+    assert result["percent_of_a_step"]["usage"] == pytest.approx(per_step, abs=0.01)
+    assert result["percent_of_a_step"]["switch"] == pytest.approx(100 * (took["switch"] / took["step"] - 1), abs=0.01)
+    assert result["layers"] == ["layer_0"]
+
+
+@pytest.mark.parametrize("name", ["bench_layer", "bench_model", "bench_expert_usage"])
 def test_a_benchmark_script_opens_with_the_command_to_copy(name):
     text = (REPOSITORY / "scripts" / f"{name}.py").read_text()
     assert f"python scripts/{name}.py cpu" in text.split('"""')[1]

@@ -122,6 +122,17 @@ def test_a_new_models_vocabulary_is_its_tokenizers(tmp_path, inputs):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
 
 
+def test_expert_usage_is_logged_in_training_and_evaluation_unless_told(tmp_path, inputs):
+    logged = {}
+    for choice in ("true", "false"):
+        out = tmp_path / choice
+        train(inputs, output_dir=out, log_expert_usage=choice, max_steps=2, eval_strategy="steps", eval_steps=2)
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        logged[choice] = {key for entry in history for key in entry}
+    assert {"unevenness_layer_0", "dead_experts_layer_0", "eval_expert_usage_layer_0"} <= logged["true"]
+    assert not any("layer_0" in key for key in logged["false"])
+
+
 def test_training_stops_at_the_time_limit_and_still_saves(tmp_path, inputs):
     result = train(inputs, output_dir=tmp_path / "out", max_steps=10_000, max_train_minutes=0.01)
     assert 0 < result.summary["steps"] < 10_000

@@ -10,6 +10,7 @@ if _MISSING:
         name=_MISSING[0],
     )
 
+from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
 from modeling_peer.training.parameter_groups import parameter_groups, schedule_tables  # noqa: E402
 from modeling_peer.training.recipes import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW  # noqa: E402
@@ -21,6 +22,7 @@ from modeling_peer.training.row_sparse_gradients import (  # noqa: E402
 from modeling_peer.training.trainer import PeerTrainer  # noqa: E402
 
 __all__ = [
+    "ExpertUsageCallback",
     "PeerTrainer",
     "PeerTrainingArguments",
     "RowSparseAdamW",

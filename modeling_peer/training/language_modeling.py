@@ -16,6 +16,7 @@ from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.data import Corpus, load_corpus
+from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
 from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
@@ -79,13 +80,16 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         announce_changes(checkpoint, settings, announce)
 
     cost = CostOfSteps()
+    callbacks = [cost, *([ExpertUsageCallback()] if run.log_expert_usage else [])]
+    if run.max_train_minutes:
+        callbacks.append(TimeLimit(60 * run.max_train_minutes))
     trainer = LanguageModelTrainer(
         model=model,
         args=run,
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
-        callbacks=[cost] + ([TimeLimit(60 * run.max_train_minutes)] if run.max_train_minutes else []),
+        callbacks=callbacks,
     )
     if trainer.is_world_process_zero():
         if run.overwrite_output_dir:

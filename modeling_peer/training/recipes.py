@@ -192,6 +192,10 @@ class RunArguments(PeerTrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Leave losses that are not numbers out of the log, and train on."}
     )
+    log_expert_usage: bool = field(
+        default=True,
+        metadata={"help": "Log, for each sparse layer, how many of its experts were used, and how unevenly."},
+    )
     max_train_minutes: float | None = field(
         default=None, metadata={"help": "Stop training after this many minutes, wherever it is. Unset: no limit."}
     )

@@ -1,0 +1,57 @@
+"""What it costs to watch how experts are used, and to even it out: what `scripts/bench_expert_usage.py` runs."""
+
+from typing import Any
+
+from modeling_peer.analysis.expert_usage import ExpertUsage
+from modeling_peer.benchmarks.machine import describe_machine, describe_versions
+from modeling_peer.benchmarks.model import ModelArguments, build_models, make_call, make_input, row_sparse
+from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
+from modeling_peer.training.expert_usage_callback import find_retrievals
+
+LOGGING_STEPS = 10  # the default of scripts/train_lm.py
+BALANCE_LOSSES = ("switch", "uniformity")
+
+
+def bench_expert_usage(settings: ModelArguments) -> dict[str, Any]:
+    """Time a training step, what `ExpertUsageCallback` adds in each and in one of `LOGGING_STEPS`, and the same
+    step with a balance loss. Row-sparse gradients: the shortest step, of which the costs are the largest share."""
+    set_threads(settings.threads)
+    name = row_sparse(settings.device)
+    model = build_models([name], settings)[name]
+    train = make_call(name, model, "training", settings)
+    retrieved, watched = {}, []
+    for layer, retrieval in find_retrievals(model):
+        retrieval.register_forward_hook(lambda module, args, output, layer=layer: retrieved.update({layer: output}))
+        watched.append((layer, ExpertUsage(model.config.num_peer_experts, settings.torch_device)))
+
+    def train_balanced(tokens, kind):
+        model.config.balance_loss = kind
+        train(tokens)
+        model.config.balance_loss = None
+
+    calls = {
+        "step": train,
+        "count": lambda _: [usage.add(*retrieved[layer]) for layer, usage in watched],
+        "figures": lambda _: [usage.measure() for _, usage in watched],
+        **{kind: lambda tokens, kind=kind: train_balanced(tokens, kind) for kind in BALANCE_LOSSES},
+    }
+    clock = Clock(settings.torch_device)
+
+    def new_input(number):
+        return make_input(model.config.vocab_size, "training", settings, number)
+
+    summaries = interleave(calls, new_input, clock, settings.repeats, settings.max_seconds)
+    milliseconds = {call: round(summary.median_ms, 3) for call, summary in summaries.items()}
+    step = milliseconds["step"]
+    percent = {"usage": (milliseconds["count"] + milliseconds["figures"] / LOGGING_STEPS) / step}
+    percent |= {kind: milliseconds[kind] / step - 1 for kind in BALANCE_LOSSES}
+    return {
+        "benchmark": "expert_usage",
+        "machine": describe_machine(settings.torch_device),
+        "versions": describe_versions(settings.commit),
+        "shape": settings.shape("training"),
+        "num_experts": model.config.num_peer_experts,
+        "layers": [layer for layer, _ in watched],
+        "milliseconds": milliseconds,
+        "percent_of_a_step": {cost: round(100 * share, 2) for cost, share in percent.items()},
+    }
