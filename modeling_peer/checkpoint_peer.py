@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How a checkpoint folder is replaced without a half-written state, and what is wrong with one that will not load."""
 
-import errno
 import json
 import os
 import platform
@@ -21,9 +20,8 @@ CONFIG_NAME = "config.json"
 def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
     """Yield a folder to save into; on success its files replace those of `directory`, on failure nothing changes.
 
-    A save that is killed, or whose machine loses power, leaves either the old model, or the new one, or (during the
-    renames at the end, and only if configuration or sharding changed) a folder without `config.json`, which loads as
-    nothing.
+    A save that is killed leaves either the old model, or the new one, or (during the renames at the end, and only if
+    configuration or sharding changed) a folder without `config.json`, which loads as nothing.
 
     Args:
         directory: folder to save to; created if absent. Its other files (tokenizer, trainer state) stay.
@@ -41,35 +39,13 @@ def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Ite
     staging = Path(tempfile.mkdtemp(prefix=prefix, dir=directory))
     try:
         yield staging
-        flush_to_disk(staging)
         _replace_files(staging, directory, variant)
-        flush(directory)
         for folder in directory.iterdir():
             of_this_host = re.fullmatch(rf"{re.escape(STAGING_PREFIX + platform.node())}-(\d+)-[^-]+", folder.name)
             if of_this_host and not _is_running(int(of_this_host[1])):
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def flush_to_disk(directory: Path):
-    """Return when `directory` and all below it are on the disk: a new name may get there before what it names."""
-    for path in (*directory.rglob("*"), directory):
-        flush(path)
-
-
-def flush(path: Path):
-    """Return when a file, or the names in a folder, are on the disk."""
-    if os.name == "nt":  # there, only what is open for writing can be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _is_running(process_id: int) -> bool:

@@ -23,7 +23,7 @@ from training_helpers import REPOSITORY, as_command_line, some_text, train, writ
 from transformers import TrainerCallback
 
 from modeling_peer.training import RowSparseAdamW, language_modeling
-from modeling_peer.training.checkpoints import UNFINISHED, list_checkpoints
+from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints
 from modeling_peer.training.trainer import LanguageModelTrainer
 
 KILLS = 20

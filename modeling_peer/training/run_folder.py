@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.training.checkpoints import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
+from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
 
 RESULTS_FILE = "train_lm_results.json"
