@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
@@ -197,9 +198,27 @@ class PeerExperts(nn.Module):
             EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.down_embed
         )
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
+        if is_parametrized(self):
+            self._check_adapted_tables()
         if self.config.row_sparse_gradients and torch.is_grad_enabled():
             return _with_row_sparse_gradients(mixture, *inputs)
         return mixture(*inputs)
+
+    def _check_adapted_tables(self):
+        """Raise ValueError where a table plus an update, as under PEFT's `target_parameters`, can't take its place."""
+        if self.config.share_expert_tables:
+            raise ValueError(
+                "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update a layer, "
+                "and merging would add them all to the one table that the layers share. Adapt other weights "
+                "(target_modules), or train the tables themselves."
+            )
+        trained = any(getattr(self, name).requires_grad for name in self.parametrizations)
+        if self.config.row_sparse_gradients and torch.is_grad_enabled() and trained:
+            raise ValueError(
+                "row_sparse_gradients=True: an adapter of expert tables (target_parameters) is trained through the "
+                "dense gradient of the whole table. Load the model with row_sparse_gradients=False, or train the "
+                'tables themselves (modules_to_save=["experts"]).'
+            )
 
 
 # The compiler knows no sparse gradients: around this call it breaks the graph, or says that it can't (fullgraph=True).

@@ -2,7 +2,6 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
@@ -475,30 +474,6 @@ def test_shared_tables_are_one_parameter_and_get_the_gradient_of_every_layer(tin
         m(tokens, labels=tokens).loss.backward()
     total = sum(layer.mlp.experts.down_embed.grad for layer in separate.model.layers)
     torch.testing.assert_close(experts[0].down_embed.grad, total)
-
-
-def test_an_adapter_saved_and_loaded_gives_the_same_logits(tiny_config, tokens, tmp_path):
-    base = PeerForCausalLM(tiny_config())
-    lora = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.up_embed"], r=2)
-    adapted = peft.get_peft_model(copy.deepcopy(base), lora)
-    optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
-    for _ in range(3):
-        adapted.train()(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-    adapted.eval().save_pretrained(tmp_path)
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    logits = loaded(input_ids=tokens).logits
-    torch.testing.assert_close(logits, adapted(input_ids=tokens).logits)
-    with loaded.disable_adapter():
-        assert not torch.allclose(logits, loaded(input_ids=tokens).logits)
-
-
-def test_an_adapter_may_train_the_query_norm(tiny_config, tokens):
-    lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp.retrieval.query_norm"], r=2)
-    adapted = peft.get_peft_model(PeerForCausalLM(tiny_config()), lora).train()
-    adapted(input_ids=tokens, labels=tokens).loss.backward()
-    trained = [name for name, p in adapted.named_parameters() if "query_norm" in name and p.grad is not None]
-    assert len(trained) == 2
 
 
 def test_an_unknown_experts_implementation_is_refused_with_what_is_there(tiny_config):
