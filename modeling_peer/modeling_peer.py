@@ -3,7 +3,8 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import huggingface_hub
 import torch
@@ -32,6 +33,7 @@ from .checkpoint_peer import describe_damage, staged_save
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
+from .parallel_peer import EXPERT_ROWS, require_dense_gradients
 from .retrieval_peer import PeerRetrieval
 
 # What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
@@ -168,6 +170,20 @@ class PeerPreTrainedModel(PreTrainedModel):
                 "ignore_mismatched_sizes=True to initialise those tensors anew."
             ) from error
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        prepared = super().prepare_distribute_model(distributed_config, *args, **kwargs)
+        # Transformers' own choice would send every expert its input: hundreds of times the token.
+        if getattr(prepared[0], "ep_implementation", None) == "auto":
+            prepared = (replace(prepared[0], ep_implementation=EXPERT_ROWS), *prepared[1:])
+        return prepared
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        if model.config.row_sparse_gradients:
+            require_dense_gradients(distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -214,9 +230,10 @@ class PeerModel(PeerPreTrainedModel):
 
     def init_parallel_plans(self):
         super().init_parallel_plans()
-        # The configuration's plan names every MLP a PEER model may have; keep the entries this one has.
-        modules = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_modules()}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
+        # The configuration's plans name every MLP and table a PEER model may have; keep the entries this one has.
+        names = {re.sub(r"\.\d+", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
+        self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
 
     def _shared_tables(self) -> dict[str, str]:
         """Expert tables of the later sparse layers, each with the first one's that it is to be."""

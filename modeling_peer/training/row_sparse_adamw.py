@@ -45,7 +45,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             for _, parameter, gradient in row_sparse:
                 parameter.grad = gradient
         for group, parameter, gradient in row_sparse:
-            self._step_rows(group, parameter, *_rows_and_values(gradient))
+            self._step_rows(group, parameter, *_rows_and_values(_local(gradient)))
         return loss
 
     def _step_rows(self, group, table, rows, gradients):
@@ -58,9 +58,9 @@ class RowSparseAdamW(torch.optim.AdamW):
         state["step"] += 1
         update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, table)
         update(
-            table,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            _local(table),
+            _local(state["exp_avg"]),
+            _local(state["exp_avg_sq"]),
             rows,
             gradients,
             step=int(state["step"]),
@@ -69,6 +69,11 @@ class RowSparseAdamW(torch.optim.AdamW):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
         )
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that is sharded over processes (`DTensor.to_local` refuses sparse ones)."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _rows_and_values(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
