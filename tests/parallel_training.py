@@ -40,7 +40,7 @@ def train(folder: Path, sizes: dict[str, int] | None = None, steps: int = 20, sa
     if save_to is not None:
         model.save_pretrained(save_to)
     if dp_size > 1:
-        total = torch.tensor(losses)
+        total = torch.tensor(losses, dtype=torch.float64)
         dist.all_reduce(total)
         losses = (total / dist.get_world_size()).tolist()
     return losses

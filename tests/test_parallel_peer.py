@@ -1,0 +1,78 @@
+"""Expert tables sharded over processes: the same training as in one process, and the same checkpoints."""
+
+from functools import partial
+
+import pytest
+import torch
+from parallel_training import train
+from process_groups import run_ranks
+
+from modeling_peer import PeerForCausalLM
+from modeling_peer.experts_peer import expert_mixture, own_assignments
+
+RMS = {"query_norm": "rms_norm"}
+SHARED = {"mlp_layer_types": ["sparse", "dense", "sparse"], "share_expert_tables": True, "gated_experts": True}
+ROW_SPARSE = {"row_sparse_gradients": True}
+DOUBLE = {"dtype": torch.float64, "experts_implementation": "eager"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_config):
+    """Saves a new model with these fields; the folder."""
+
+    def save(**fields):
+        # as many key-value heads as 4 ranks can share out
+        PeerForCausalLM(tiny_config(num_key_value_heads=4, **fields)).save_pretrained(tmp_path / "start")
+        return tmp_path / "start"
+
+    return save
+
+
+def weights(folder, dtype=torch.float64):
+    return PeerForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
+
+
+# float64, so that no score is near enough to another for a different order of summation to retrieve another expert
+# (after which two runs have nothing in common). Losses are computed in float32.
+@pytest.mark.parametrize(
+    ("num_ranks", "sizes", "fields"),
+    [
+        (2, {"tp_size": 2}, RMS),
+        (4, {"tp_size": 4}, {}),  # BatchNorm: every rank sees every token
+        (4, {"tp_size": 4}, SHARED),
+        (4, {"tp_size": 4}, {"num_sub_keys": 9}),  # 81 experts: the last rank has fewer
+        (2, {"tp_size": 2}, ROW_SPARSE),
+        (4, {"tp_size": 4}, SHARED | ROW_SPARSE),
+        (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
+        (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
+        (4, {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, RMS),
+        (4, {"fsdp_size": 4, "ep_size": 2}, RMS),  # ranks have tokens of their own
+    ],
+    ids=str,
+)
+def test_twenty_steps_of_ranks_equal_those_of_one_process(tmp_path, checkpoint, num_ranks, sizes, fields):
+    start = checkpoint(**fields)
+    losses = train(start, save_to=tmp_path / "one", **DOUBLE)
+    results = run_ranks(num_ranks, tmp_path, partial(train, start, sizes, save_to=tmp_path / "many", **DOUBLE))
+    for losses_of_rank in results:
+        torch.testing.assert_close(losses_of_rank, losses, rtol=0, atol=2e-6)  # measured 5e-7: of float32
+    torch.testing.assert_close(
+        weights(tmp_path / "many"), weights(tmp_path / "one"), rtol=0, atol=1e-11
+    )  # measured 5e-14
+
+
+def test_an_expert_of_another_rank_costs_nothing_and_adds_nothing():
+    num_tokens, num_active, num_rows = 7, 12, 5
+    ids, gates = torch.randint(-10, 15, (num_tokens, num_active)), torch.rand(num_tokens, num_active)
+    ids[0], ids[1] = -1, torch.arange(num_active) % num_rows  # none of its own, and all
+    tokens, down, up = torch.randn(num_tokens, 4), torch.randn(num_rows, 4), torch.randn(num_rows, 4)
+    own = (ids >= 0) & (ids < num_rows)
+    packed_ids, packed_gates = own_assignments(ids, gates, num_rows)
+    torch.testing.assert_close(
+        expert_mixture(tokens, packed_ids, packed_gates, down, up),
+        expert_mixture(tokens, ids.where(own, 0), gates.where(own, 0.0), down, up),
+    )
+    ids[1] = -1
+    packed_ids, _ = own_assignments(ids, gates, num_rows)
+    assert packed_ids.shape[1] == ((ids >= 0) & (ids < num_rows)).sum(-1).max()
+    assert set(packed_ids.flatten().tolist()) == set(ids[(ids >= 0) & (ids < num_rows)].tolist())
