@@ -168,9 +168,7 @@ def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
-def own_assignments(
-    expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token's assignments those to experts `0 <= id < num_rows`, side by side, so that the others cost nothing.
 
     Tokens have unequal numbers of them. Places left over name rows that other tokens retrieved, dealt out evenly (one

@@ -68,7 +68,7 @@ if torch.distributed.is_available():
         hidden_states, expert_ids, gates = (
             _redistribute(values, mesh, placement, Replicate(), grad_placements=[Partial()]) for values in inputs
         )
-        return hidden_states, expert_ids - mesh.get_local_rank() * num_rows, gates
+        return hidden_states, expert_ids.long() - mesh.get_local_rank() * num_rows, gates
 
     def _sum_over_ranks(output: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> torch.Tensor:
         return _redistribute(output, mesh, Partial(), placement)
@@ -112,9 +112,11 @@ else:
         to send every expert its input (`"all_to_all"`) would be as many times the traffic."""
 
         def __call__(self, hidden_states, top_k_index, top_k_weights):
-            inputs = (hidden_states, top_k_index, top_k_weights)
             if self.shares_batch:
-                return self._on_own_rows(inputs, Replicate())
+                return self._on_own_rows((hidden_states, top_k_index, top_k_weights), Replicate())
+            if self.num_local_experts * self.ep_mesh.size() < 2**31:
+                top_k_index = top_k_index.int()  # half the bytes to send
+            inputs = (hidden_states, top_k_index, top_k_weights)
             num_tokens = len(hidden_states)
             num_shares = self.tp_mesh.size()
             # DTensor wants blocks of equal size; batches of other ranks may be longer.
