@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
+from .parallel_peer import draw_rows_
 
 # Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB, or one token's rows where those are more.
 # On CPU a tile then stays in cache; an accelerator needs larger ones to be busy.
@@ -169,7 +169,7 @@ def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
 
 
 def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token's assignments those to experts `0 <= id < num_rows`, side by side, so that the others cost nothing.
+    """Of each token's assignments those to experts `0 <= id < num_rows`, side by side: the others cost nothing.
 
     Tokens have unequal numbers of them. Places left over name rows that other tokens retrieved, dealt out evenly (one
     row for all would have one thread add up its gradient), with a gate of 0.
@@ -212,8 +212,8 @@ class PeerExperts(nn.Module):
         stronger a neuron, the faster Adam, whose steps are as large for every weight, moves what it writes."""
         gain = self.config.expert_init_gain
         for reader in filter(lambda table: table is not None, (self.down_embed, self.gate_embed)):
-            init.normal_(reader, std=gain * self.config.hidden_size**-0.5)
-        init.normal_(self.up_embed, std=self.config.initializer_range / gain)
+            draw_rows_(reader, std=gain * self.config.hidden_size**-0.5)
+        draw_rows_(self.up_embed, std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`. Where the

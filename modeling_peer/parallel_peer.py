@@ -15,6 +15,7 @@ import contextlib
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 EXPERT_ROWS = "expert_rows"
 
@@ -36,7 +37,7 @@ if torch.distributed.is_available():
             module.num_experts = -(-num_experts // num_ranks)
             if module.num_experts * (num_ranks - 1) >= num_experts:
                 raise ValueError(
-                    f"{num_experts} experts, {module.num_experts} a rank, leave some of {num_ranks} ranks without any: "
+                    f"{num_experts} experts, {module.num_experts} a rank, leave some of {num_ranks} ranks without: "
                     f"use at most {-(-num_experts // module.num_experts)} ranks, or more experts."
                 )
             rows = distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None)
@@ -137,6 +138,54 @@ else:
     EPImplementationInterface.register(EXPERT_ROWS, ExpertRows)
 
 
+def rows_of_rank(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The expert tables of which this rank has a block of rows."""
+    tables = {name: value for name, value in state_dict.items() if ".experts." in name}
+    return {name: table for name, table in tables.items() if hasattr(table, "placements")}
+
+
+def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tables, on the CPU of the first rank of their mesh; nothing on the others. Blocks are sent one at a time, and
+    tables that share memory do so again.
+
+    Args:
+        rows: of `rows_of_rank`, the same names on all ranks.
+    """
+    tables, names = {}, {}
+    for name, table in rows.items():
+        block, group = table.to_local().detach(), table.device_mesh.get_group()
+        first = names.setdefault(block.data_ptr(), name)
+        if first != name:
+            if first in tables:
+                tables[name] = tables[first]
+        elif dist.get_rank(group) == 0:
+            tables[name] = torch.empty(table.shape, dtype=table.dtype)
+            blocks = tables[name].split(len(block))  # the first block is as large as any
+            blocks[0].copy_(block)
+            for rank, place in enumerate(blocks[1:], start=1):
+                received = block.new_empty(place.shape)
+                dist.recv(received, group=group, group_src=rank)
+                place.copy_(received)
+        else:
+            dist.send(block, group=group, group_dst=0)
+    return tables
+
+
+def draw_rows_(table: torch.Tensor, std: float) -> None:
+    """`init.normal_`, with numbers that no other rank draws for its rows. On accelerators DTensor sees to that; on CPU
+    ranks, seeded alike so that what is replicated is the same on all, would make the same experts."""
+    if not hasattr(table, "placements") or table.device.type != "cpu":
+        init.normal_(table, std=std)
+        return
+    block, mesh = 0, table.device_mesh
+    for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), table.placements, strict=True):
+        if not placement.is_replicate():
+            block = block * size + place
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + block)
+    if not getattr(table, "_is_hf_initialized", False):
+        table.to_local().normal_(std=std, generator=generator)
+
+
 def require_dense_gradients(distributed_config) -> None:
     """Raise ValueError where gradients of the tables pass through FSDP2, which knows no sparse ones.
 
@@ -148,7 +197,7 @@ def require_dense_gradients(distributed_config) -> None:
     if fsdp > 1 or ep > 1:
         raise ValueError(
             f"row_sparse_gradients=True does not work with fsdp_size * dp_replicate_size = {fsdp}, ep_size = {ep}: "
-            "FSDP2 and expert-parallel plans take dense gradients. Set row_sparse_gradients=False, or shard by tp_size alone."
+            "both take dense gradients. Set row_sparse_gradients=False, or shard by tp_size alone."
         )
 
 

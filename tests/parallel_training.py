@@ -1,5 +1,6 @@
 """What the processes of the tests of parallelism run: the same short training, whole or sharded."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -61,6 +62,30 @@ def train(
     return losses
 
 
+def load(folder: Path | None, sizes: dict[str, int], config=None) -> tuple[dict, torch.Tensor, int]:
+    """Load a model, or initialise one of `config`.
+
+    Returns:
+        this rank's rows of each table; what the model says of some tokens; bytes of memory that loading took at most.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest use so far is forgotten
+    before = _status("VmRSS")
+    model = PeerForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        state_dict={} if folder is None else None,
+        distributed_config=DistributedConfig(**sizes),
+    )
+    rows = {name: table.to_local() for name, table in model.named_parameters() if name.endswith("_embed")}
+    memory = _status("VmHWM") - before
+    with torch.no_grad():
+        return rows, model(torch.arange(8).view(1, -1)).logits, memory
+
+
+def _status(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 class SentBytes(TorchDispatchMode):
     """Adds up what this rank sends by ring collectives of `num_ranks` ranks."""
 
@@ -82,7 +107,7 @@ class SentBytes(TorchDispatchMode):
 
 
 def sent_bytes(config, shared: bool, num_tokens: int) -> float:
-    """Bytes that this rank sends in a forward and a backward of `num_tokens` tokens, the same on all ranks or its own."""
+    """Bytes that this rank sends in a forward and a backward of `num_tokens` tokens, shared or its own."""
     num_ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (num_ranks, 1), mesh_dim_names=("ep", "tp"))
     experts, style = PeerExperts(config), ALL_PARALLEL_STYLES[EXPERT_ROWS]

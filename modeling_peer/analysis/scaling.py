@@ -14,16 +14,11 @@ POOLS = (2**20, 10**9)
 def bytes_per_token(num_ranks: int, hidden_size: int, num_active: int, value_bytes: int = 2) -> dict[str, int]:
     """Bytes that all ranks of a group together send for one token of one layer, forward and backward.
 
-    Of `v` bytes a ring all-reduce sends `2 (r - 1) v` over `r` ranks, an all-gather and a reduce-scatter `(r - 1) v`
-    each. `x` is a hidden state, `a` a float32 for each retrieved expert (gate, dot product, their gradients).
-
-        rows, tokens shared    sum of outputs                        2x    | gradients of tokens and gates         2x + 2a
-        columns                dot products, outputs gathered        2a + x | their gradients                       2a + x
-        rows, tokens own       tokens, ids, gates; outputs scattered 2x + 2a | outputs' gradients; tokens' and gates' 2x + a
-        experts sent tokens    every expert its input, and back      2ax(r-1)/r, each way
+    `docs/scaling.md` derives the formulas. Collectives are rings: of `v` bytes an all-reduce sends `2 (r - 1) v` over
+    `r` ranks, an all-gather or a reduce-scatter `(r - 1) v`.
 
     Args:
-        num_active: retrieved experts of a token, all heads together.
+        num_active: retrieved experts of a token, all heads together; a float32 each for gates and dot products.
         value_bytes: of one value of a hidden state.
     """
     hops, hidden, active = num_ranks - 1, hidden_size * value_bytes, num_active * FLOAT32
