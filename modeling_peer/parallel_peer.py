@@ -145,7 +145,7 @@ def rows_of_rank(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tables, on the CPU of the first rank of their mesh; nothing on the others. Blocks are sent one at a time, and
+    """Whole tables, on the CPU of the first rank of their mesh; nothing on the others. Blocks are sent one by one, and
     tables that share memory do so again.
 
     Args:
