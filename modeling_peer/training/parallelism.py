@@ -17,12 +17,13 @@ def launched_sharding() -> DistributedConfig | None:
     """How a `parallelism_config` section of the launch wants models sharded; None without one.
 
     Tokens of a data-parallel group are its own, those of a tensor-parallel group are shared, and experts are dealt out
-    to all: their tables are not gathered, as FSDP2 would.
+    to all: their tables are not gathered, as FSDP2 would. Once: Trainer tells Accelerate what it must know of a model
+    that is sharded already, and on CPUs Accelerate refuses to be told more.
 
     Raises:
         SettingsError: this Transformers cannot shard experts.
     """
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+    if os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return None
     sizes = ParallelismConfig()
     if sizes.dp_shard_size * sizes.dp_replicate_size == 1:
