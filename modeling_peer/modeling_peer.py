@@ -180,7 +180,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
-        if model.config.row_sparse_gradients:
+        if model.config.row_sparse_gradients and distributed_config is not None:
             require_dense_gradients(distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 

@@ -121,8 +121,9 @@ def check_dtype(name: str) -> str:
 def build_model(
     arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> PreTrainedModel:
-    """New weights, or the checkpoint's; a new model's vocabulary is its tokenizer's unless overridden. Every process of
-    a run calls this: the launch may want the model sharded over them.
+    """New weights, or the checkpoint's; a new model's vocabulary is its tokenizer's unless overridden.
+
+    Every process of a run calls this: the launch may want the model sharded over them.
 
     Args:
         folder: where processes may exchange new weights.

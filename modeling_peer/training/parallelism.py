@@ -43,8 +43,8 @@ def new_sharded_model(
 ) -> PreTrainedModel:
     """A new model with the weights that one process would draw, sharded.
 
-    The first process draws and writes them, and all read their share: memory for the whole model is needed once, on the
-    first machine's CPU.
+    The first process draws and writes them, and all read their share: memory for the whole model is needed once, on
+    the first machine's CPU.
 
     Args:
         folder: does not exist yet, seen by all processes; gone afterwards.
