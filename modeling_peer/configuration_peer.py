@@ -83,7 +83,7 @@ class PeerConfig(PreTrainedConfig):
 
     model_type = "peer"
     keys_to_ignore_at_inference = ["past_key_values", "expert_ids", "expert_gates", "aux_loss"]
-    # The tensor-parallel plan covers attention and the dense MLPs; sparse layers are replicated.
+    # Expert tables are sharded by rows (parallel_peer.py), retrieval is replicated.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -95,6 +95,13 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.dense_mlp.gate_proj": "colwise",
         "layers.*.dense_mlp.up_proj": "colwise",
         "layers.*.dense_mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts": "expert_rows",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.down_embed": "expert_rows",
+        "layers.*.mlp.experts.up_embed": "expert_rows",
+        "layers.*.mlp.experts.gate_embed": "expert_rows",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
+from .parallel_peer import draw_rows_
 
 # Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB, or one token's rows where those are more.
 # On CPU a tile then stays in cache; an accelerator needs larger ones to be busy.
@@ -169,6 +169,30 @@ def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
+def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token's assignments those to experts `0 <= id < num_rows`, side by side: the others cost nothing.
+
+    Tokens have unequal numbers of them. Places left over name rows that other tokens retrieved, dealt out evenly (one
+    row for all would have one thread add up its gradient), with a gate of 0.
+
+    Args:
+        expert_ids, gates: `(num_tokens, num_active)`.
+
+    Returns:
+        Both, `(num_tokens, largest number of a token's own)`, at least 1.
+    """
+    own = (expert_ids >= 0) & (expert_ids < num_rows)
+    if torch.compiler.is_compiling():  # the largest number would break the graph
+        return expert_ids.where(own, 0), gates.where(own, 0.0)
+    width = max(1, int(own.sum(-1).max())) if len(own) else 1
+    order = own.byte().argsort(dim=-1, descending=True, stable=True)[:, :width]
+    own, expert_ids, gates = own.gather(-1, order), expert_ids.gather(-1, order), gates.gather(-1, order)
+    retrieved, left_over = expert_ids[own], ~own
+    places = torch.arange(int(left_over.sum()), device=own.device)
+    expert_ids[left_over] = retrieved[places % len(retrieved)] if len(retrieved) else 0
+    return expert_ids, gates.masked_fill(left_over, 0.0)
+
+
 class PeerExperts(nn.Module):
     """The pool of experts of one layer: `down_embed` reads a token, `up_embed` writes it back, `gate_embed` (gated
     experts only) modulates; each is `(num_peer_experts, hidden_size)`, one row an expert."""
@@ -189,11 +213,14 @@ class PeerExperts(nn.Module):
         stronger a neuron, the faster Adam, whose steps are as large for every weight, moves what it writes."""
         gain = self.config.expert_init_gain
         for reader in filter(lambda table: table is not None, (self.down_embed, self.gate_embed)):
-            init.normal_(reader, std=gain * self.config.hidden_size**-0.5)
-        init.normal_(self.up_embed, std=self.config.initializer_range / gain)
+            draw_rows_(reader, std=gain * self.config.hidden_size**-0.5)
+        draw_rows_(self.up_embed, std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`."""
+        """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`. Where the
+        tables are a block of the pool's rows, ids are counted from its first, and others' experts add nothing."""
+        if self.down_embed.shape[0] < self.config.num_peer_experts:
+            expert_ids, gates = own_assignments(expert_ids, gates, self.down_embed.shape[0])
         mixture = choose(
             EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.down_embed
         )

@@ -5,8 +5,9 @@ import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
+from itertools import chain
 
 import huggingface_hub
 import torch
@@ -42,6 +43,7 @@ from .checkpoint_peer import describe_damage, staged_save
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
+from .parallel_peer import EXPERT_ROWS, gather_on_first_rank, require_dense_gradients, rows_of_rank
 from .retrieval_peer import PeerRetrieval
 
 # What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
@@ -224,6 +226,27 @@ class PeerPreTrainedModel(PreTrainedModel):
                 "ignore_mismatched_sizes=True to initialise those tensors anew."
             ) from error
 
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
+        prepared = super().prepare_distribute_model(distributed_config, *args, **kwargs)
+        # Transformers' own choice would send every expert its input: hundreds of times the token.
+        if getattr(prepared[0], "ep_implementation", None) == "auto":
+            prepared = (replace(prepared[0], ep_implementation=EXPERT_ROWS), *prepared[1:])
+        return prepared
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        if model.config.row_sparse_gradients and distributed_config is not None:
+            require_dense_gradients(distributed_config)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
+        # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
+        rows = {} if getattr(self, "_is_fsdp_managed_module", False) else rows_of_rank(state_dict)
+        others = {name: value for name, value in state_dict.items() if name not in rows}
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, others, *args, **kwargs)
+        return gathered | gather_on_first_rank(rows)
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -236,8 +259,16 @@ class PeerPreTrainedModel(PreTrainedModel):
         complete. The code to load the model travels along, for every Auto class."""
         self.config.auto_map = dict(AUTO_MAP)
         # Staging is for the one process that writes all; in a distributed checkpoint every rank writes its part.
-        if kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+        if kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            self._save_staged(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        else:
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        # Once more than Transformers has: the files are in their place only now.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def _save_staged(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs):
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         private, token = kwargs.pop("private", None), kwargs.get("token")
         commit = {name: kwargs.pop(name) for name in ("commit_message", "create_pr") if name in kwargs}
@@ -270,9 +301,10 @@ class PeerModel(PeerPreTrainedModel):
 
     def init_parallel_plans(self):
         super().init_parallel_plans()
-        # The configuration's plan names every MLP a PEER model may have; keep the entries this one has.
-        modules = {re.sub(r"\.\d+", ".*", name) for name, _ in self.named_modules()}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
+        # The configuration's plans name every MLP and table a PEER model may have; keep the entries this one has.
+        names = {re.sub(r"\.\d+", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
+        self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
 
     def _shared_tables(self) -> dict[str, str]:
         """Expert tables of the later sparse layers, each with the first one's that it is to be."""

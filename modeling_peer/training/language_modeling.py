@@ -68,11 +68,11 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         announce(f"data: {corpus.description}")
         tokenizer, origin = load_tokenizer(model_arguments, config, corpus, checkpoint)
         announce(f"tokenizer: {origin}, {len(tokenizer)} tokens")
-        set_seed(run.seed)
-        model = build_model(model_arguments, config, tokenizer)
-        if checkpoint:
-            require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
         train_blocks, validation_blocks = pack_corpus(corpus, tokenizer, block_size, recipe)
+    set_seed(run.seed)
+    model = build_model(model_arguments, config, tokenizer, Path(run.output_dir))
+    if checkpoint:
+        require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
 
     settings = resumable_settings(recipe, corpus, block_size, train_blocks)

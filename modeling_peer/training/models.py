@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.data import Corpus
+from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
 from modeling_peer.training.recipes import (
     REPOSITORY,
     ModelArguments,
@@ -118,9 +119,14 @@ def check_dtype(name: str) -> str:
 
 
 def build_model(
-    arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> PreTrainedModel:
     """New weights, or the checkpoint's; a new model's vocabulary is its tokenizer's unless overridden.
+
+    Every process of a run calls this: the launch may want the model sharded over them.
+
+    Args:
+        folder: where processes may exchange new weights.
 
     Raises:
         SettingsError: the tokenizer has more tokens than the model has embeddings, or the weights cannot be loaded.
@@ -141,9 +147,14 @@ def build_model(
     options = {"dtype": check_dtype(arguments.dtype)}
     if arguments.experts_implementation:
         options["experts_implementation"] = arguments.experts_implementation
+    sharding = launched_sharding()
     try:
+        if new and sharding:
+            return new_sharded_model(config, sharding, folder / "new_model", **options)
         if new:
             return AutoModelForCausalLM.from_config(config, **options)
+        if sharding:
+            options["distributed_config"] = sharding
         return AutoModelForCausalLM.from_pretrained(
             arguments.model, config=config, trust_remote_code=arguments.trust_remote_code, **options
         )

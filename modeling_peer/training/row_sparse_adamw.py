@@ -6,7 +6,7 @@ import math
 import torch
 
 from modeling_peer.backends_peer import ADAMW_ROWS_FUNCTIONS, choose
-from modeling_peer.training.row_sparse_gradients import coalesced
+from modeling_peer.training.row_sparse_gradients import coalesced, local_rows, sharded_as
 
 # dtypes of the first and of the second moment, and whether a row shares one second moment
 ROW_STATES = {
@@ -72,7 +72,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             for _, parameter, gradient in row_sparse:
                 parameter.grad = gradient
         for group, parameter, gradient in row_sparse:
-            self._step_rows(group, parameter, coalesced(gradient))
+            self._step_rows(group, parameter, local_rows(coalesced(gradient)))
         return loss
 
     def _is_row_sparse(self, parameter):
@@ -89,19 +89,20 @@ class RowSparseAdamW(torch.optim.AdamW):
         rows, gradients = gradient._indices()[0], gradient._values()
         state = self.state[table]
         if not state:
-            if not len(rows):
+            if not len(rows) and local_rows(table) is table:  # else other ranks' rows may have been touched: count
                 return
             state.update(_new_state(table, group["row_state"]))
         state["step"] += 1
         step, lr = int(state["step"]), float(group["lr"])
-        slept = step - 1 - state["last_step"][rows]
-        state["last_step"][rows] = step
+        last_step = local_rows(state["last_step"])
+        slept = step - 1 - last_step[rows]
+        last_step[rows] = step
         options = {"lr": lr, "betas": group["betas"], "weight_decay": group["weight_decay"]}
         update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, table)
         update(
-            table,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            local_rows(table),
+            local_rows(state["exp_avg"]),
+            local_rows(state["exp_avg_sq"]),
             rows,
             gradients,
             sleep_factors(slept, step, **options),
@@ -127,12 +128,13 @@ def _new_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
     mean_dtype, square_dtype, factored = ROW_STATES[row_state]
     if table.dtype == torch.float64 and row_state == "float32":
         mean_dtype = square_dtype = torch.float64
-    return {
-        "step": torch.tensor(0.0),
-        "last_step": torch.zeros(len(table), dtype=torch.int32, device=table.device),
-        "exp_avg": torch.zeros_like(table, dtype=mean_dtype),
-        "exp_avg_sq": table.new_zeros(len(table), 1 if factored else table.shape[1], dtype=square_dtype),
+    rows = local_rows(table)
+    by_row = {
+        "last_step": rows.new_zeros(len(rows), dtype=torch.int32),
+        "exp_avg": torch.zeros_like(rows, dtype=mean_dtype),
+        "exp_avg_sq": rows.new_zeros(len(rows), 1 if factored else rows.shape[1], dtype=square_dtype),
     }
+    return {"step": torch.tensor(0.0), **{name: sharded_as(table, state) for name, state in by_row.items()}}
 
 
 def sleep_factors(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import GradientState
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_peer.training.parameter_groups import EXPERT_TABLE, expert_tables
@@ -42,6 +43,8 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: a gradient that is sparse in more than its rows.
     """
+    if isinstance(gradient, DTensor):
+        return DTensor(coalesced(gradient._local_tensor), gradient._spec, requires_grad=False)
     if gradient.sparse_dim() != 1:
         raise ValueError(
             f"A gradient of shape {tuple(gradient.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
@@ -54,6 +57,21 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     if (rows[0, 1:] > rows[0, :-1]).all():
         return _row_sparse(rows, gradient._values(), gradient.shape)
     return gradient.coalesce()
+
+
+def local_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that is sharded over processes (`DTensor.to_local` refuses sparse ones), or all."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What this rank has for its rows of `table`, as part of a tensor that is sharded as `table` is."""
+    if not isinstance(table, DTensor):
+        return rows
+    shape = torch.Size((len(table), *rows.shape[1:]))
+    return DTensor.from_local(
+        rows, table.device_mesh, table.placements, run_check=False, shape=shape, stride=rows.stride()
+    )
 
 
 def _row_sparse(
@@ -89,7 +107,9 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:
                 parameter.grad = coalesced(parameter.grad)
-            gradient = parameter.grad._values() if parameter.grad.is_sparse else parameter.grad
+            gradient = parameter.grad
+            if gradient.is_sparse:  # of a sharded table, the norm is that of all ranks' values
+                gradient = sharded_as(parameter, local_rows(gradient)._values())
             by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]

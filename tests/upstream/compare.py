@@ -25,7 +25,7 @@ RESTATED = {
         "test of router_logits, a score for every expert: PEER never forms them; "
         "it records expert_ids and expert_gates instead"
     ),
-    "Not an MoE model": "test of 3-D expert weights; PEER's tables are 2-D and replicated by its tensor-parallel plan",
+    "Not an MoE model": "test of 3-D expert weights; PEER's tables are 2-D, sharded by rows",
 }
 
 _RANK = {"passed": 0, "skipped": 1, "failed": 2}

@@ -1,0 +1,63 @@
+"""What many processes send and hold: bytes per token for each way to shard expert tables, memory per rank.
+
+python -m modeling_peer.analysis.scaling
+python -m modeling_peer.analysis.scaling --hidden_size 256 --num_active 64
+"""
+
+import argparse
+
+FLOAT32 = 4
+RANKS = (2, 4, 8, 16, 32, 64)
+POOLS = (2**20, 10**9)
+
+
+def bytes_per_token(num_ranks: int, hidden_size: int, num_active: int, value_bytes: int = 2) -> dict[str, int]:
+    """Bytes that all ranks of a group together send for one token of one layer, forward and backward.
+
+    `docs/scaling.md` derives the formulas. Collectives are rings: of `v` bytes an all-reduce sends `2 (r - 1) v` over
+    `r` ranks, an all-gather or a reduce-scatter `(r - 1) v`.
+
+    Args:
+        num_active: retrieved experts of a token, all heads together; a float32 each for gates and dot products.
+        value_bytes: of one value of a hidden state.
+    """
+    hops, hidden, active = num_ranks - 1, hidden_size * value_bytes, num_active * FLOAT32
+    return {
+        "rows, tokens shared": hops * (4 * hidden + 2 * active),
+        "columns, tokens shared": hops * (2 * hidden + 4 * active),
+        "rows, tokens own": hops * (4 * hidden + 3 * active),
+        "token to each expert": 4 * num_active * hidden * hops // num_ranks,
+    }
+
+
+def bytes_per_rank(num_experts: int, num_ranks: int, hidden_size: int, training: bool) -> int:
+    """Memory of one layer's two tables on a rank: bfloat16 weights, or float32 weights and both moments of AdamW.
+
+    A row-sparse gradient comes on top with the rows of a step only, a dense one with four bytes a value.
+    """
+    rows = -(-num_experts // num_ranks)
+    return 2 * rows * hidden_size * (3 * FLOAT32 if training else 2)
+
+
+def tables(hidden_size: int = 1024, num_active: int = 128) -> str:
+    """Both, as Markdown."""
+    names = list(bytes_per_token(1, hidden_size, num_active))
+    lines = [f"| KiB per token, d = {hidden_size:,}, h·k = {num_active} | " + " | ".join(names) + " |"]
+    lines.append("|---|" + "---:|" * len(names))
+    for ranks in RANKS:
+        sent = bytes_per_token(ranks, hidden_size, num_active).values()
+        lines.append(f"| {ranks} ranks | " + " | ".join(f"{value / 2**10:,.1f}" for value in sent) + " |")
+    uses = [(experts, training) for experts in POOLS for training in (False, True)]
+    header = [f"{experts:,} experts, {'AdamW, float32' if training else 'bfloat16'}" for experts, training in uses]
+    lines += ["", f"| GiB per rank, d = {hidden_size:,} | " + " | ".join(header) + " |", "|---|" + "---:|" * len(uses)]
+    for ranks in (1, *RANKS):
+        held = [bytes_per_rank(experts, ranks, hidden_size, training) / 2**30 for experts, training in uses]
+        lines.append(f"| {ranks} rank{'s' * (ranks > 1)} | " + " | ".join(f"{value:,.2f}" for value in held) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden_size", type=int, default=1024)
+    parser.add_argument("--num_active", type=int, default=128, help="retrieved experts of a token, all heads together")
+    print(tables(**vars(parser.parse_args())))

@@ -1,0 +1,62 @@
+"""Models sharded over the processes that `accelerate launch` started, as its ParallelismConfig says."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import ParallelismConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.distributed import DistributedConfig
+
+from modeling_peer.training.recipes import SettingsError
+
+
+def launched_sharding() -> DistributedConfig | None:
+    """How a `parallelism_config` section of the launch wants models sharded; None without one.
+
+    Tokens of a data-parallel group are its own, those of a tensor-parallel group are shared, and experts are dealt out
+    to all: their tables are not gathered, as FSDP2 would. Once: Trainer tells Accelerate what it must know of a model
+    that is sharded already, and on CPUs Accelerate refuses to be told more.
+
+    Raises:
+        SettingsError: this Transformers cannot shard experts.
+    """
+    if os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return None
+    sizes = ParallelismConfig()
+    if sizes.dp_shard_size * sizes.dp_replicate_size == 1:
+        return DistributedConfig(tp_size=sizes.tp_size)
+    if "ep_size" not in DistributedConfig.__dataclass_fields__:
+        raise SettingsError("parallelism_config with data parallelism needs transformers 5.23: update it.")
+    return DistributedConfig(
+        tp_size=sizes.tp_size,
+        fsdp_size=sizes.dp_shard_size,
+        dp_replicate_size=sizes.dp_replicate_size,
+        ep_size=sizes.dp_shard_size * sizes.tp_size,
+    )
+
+
+def new_sharded_model(
+    config: PreTrainedConfig, sharding: DistributedConfig, folder: Path, **options
+) -> PreTrainedModel:
+    """A new model with the weights that one process would draw, sharded.
+
+    The first process draws and writes them, and all read their share: memory for the whole model is needed once, on
+    the first machine's CPU.
+
+    Args:
+        folder: does not exist yet, seen by all processes; gone afterwards.
+        options: of `AutoModelForCausalLM.from_config`.
+    """
+    first = torch.distributed.get_rank() == 0
+    if first:
+        AutoModelForCausalLM.from_config(config, **options).save_pretrained(folder)
+    torch.distributed.barrier()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding, **options)
+    finally:
+        torch.distributed.barrier()
+        if first:
+            shutil.rmtree(folder)
