@@ -16,6 +16,7 @@ from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.data import Corpus, load_corpus
+from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.packing import PackedBlocks, pack
@@ -77,13 +78,14 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
     if checkpoint:
         announce_changes(checkpoint, settings, announce)
 
+    cost = CostOfSteps()
     trainer = LanguageModelTrainer(
         model=model,
         args=run,
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
-        callbacks=[TimeLimit(60 * run.max_train_minutes)] if run.max_train_minutes else None,
+        callbacks=[cost] + ([TimeLimit(60 * run.max_train_minutes)] if run.max_train_minutes else []),
     )
     if trainer.is_world_process_zero():
         if run.overwrite_output_dir:
@@ -94,7 +96,7 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
     trainer.save_model()
     trainer.save_state()
-    result.summary = summarize(trainer, recipe, corpus, block_size, started)
+    result.summary = summarize(trainer, recipe, corpus, block_size, started) | cost.summary()
     if corpus.validation is not None:
         # on every process: a sharded model cannot run on one
         result.summary |= final_evaluation(result, recipe, block_size)

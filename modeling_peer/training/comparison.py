@@ -1,0 +1,135 @@
+"""Finished runs side by side: what `scripts/compare_runs.py` does."""
+
+import glob
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+from modeling_peer.training.presets import as_markdown
+from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.run_folder import RESULTS_FILE
+
+# must agree, or the losses are not of the same task
+COMPARED = ("data", "steps", "tokens")
+
+
+@dataclass
+class ComparisonArguments:
+    """Which runs to compare; a group is one setting with several seeds."""
+
+    runs: list[str] = field(
+        metadata={
+            "help": "Groups of finished runs, name=folder or name=pattern: dense=runs/dense-* sparse=runs/sparse-*"
+        }
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Also write the result here, as JSON."})
+    plot_file: str | None = field(default=None, metadata={"help": "Also draw the loss curves: a PNG."})
+
+
+@dataclass
+class Run:
+    """One finished run: its summary, and the training loss by step."""
+
+    folder: Path
+    summary: dict[str, Any]
+    steps: list[int]
+    losses: list[float]
+
+
+def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
+    """Print a table of the groups, means and standard deviations over their runs; write and draw what is asked for.
+
+    Raises:
+        SettingsError: a run that is not there or not finished, or runs on different data or of different length.
+    """
+    groups = dict(_read_group(word) for word in arguments.runs)
+    _require_same_task([run for runs in groups.values() for run in runs])
+    first = next(iter(groups.values()))
+    rows = [{"runs": name, **_summarize(runs, first)} for name, runs in groups.items()]
+    print(as_markdown([_printed(row) for row in rows]), flush=True)
+    facts = {name: first[0].summary[name] for name in (*COMPARED, "versions")}
+    result = {**facts, "groups": rows}
+    if arguments.output_file:
+        Path(arguments.output_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot_file:
+        from modeling_peer.training.loss_curves import plot_losses  # matplotlib is optional
+
+        plot_losses(groups, arguments.plot_file)
+    return result
+
+
+def _read_group(word: str) -> tuple[str, list[Run]]:
+    name, equals, pattern = word.partition("=")
+    if not equals:
+        raise SettingsError(f"--runs takes name=folder; got {word!r}.")
+    folders = sorted(glob.glob(pattern))
+    if not folders:
+        raise SettingsError(f"--runs {word}: nothing matches {pattern}.")
+    return name, [read_run(Path(folder)) for folder in folders]
+
+
+def read_run(folder: Path) -> Run:
+    """Read what `scripts/train_lm.py` left in its output_dir."""
+    try:
+        summary = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+        history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"{folder} holds no finished run ({Path(error.filename).name} is missing): let it end, resuming with "
+            "--resume_from_checkpoint last."
+        ) from error
+    logged = [entry for entry in history if "loss" in entry]
+    return Run(folder, summary, [entry["step"] for entry in logged], [entry["loss"] for entry in logged])
+
+
+def _require_same_task(runs: Sequence[Run]) -> None:
+    for name in COMPARED:
+        values = {run.summary[name]: run.folder for run in runs}
+        if len(values) > 1:
+            listed = "; ".join(f"{folder}: {value}" for value, folder in values.items())
+            raise SettingsError(f"the runs differ in {name}, so their losses do not compare ({listed}).")
+
+
+def _summarize(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Any]:
+    """Of one group; `difference` is its validation loss minus the first group's, run by run in order of name."""
+    losses = _values(runs, "eval_loss")
+    pairs = zip(losses, _values(first, "eval_loss"), strict=False)
+    return {
+        "seeds": len(runs),
+        "validation_loss": _mean_and_deviation(losses),
+        "difference": _mean_and_deviation([one - other for one, other in pairs]),
+        "bits_per_byte": _mean_and_deviation(_values(runs, "validation_bits_per_byte")),
+        "seconds_per_step": median(_values(runs, "seconds_per_step") or [math.nan]),
+        "peak_memory_bytes": max(_values(runs, "peak_memory_bytes"), default=None),
+        "parameters": runs[0].summary["parameters"],
+    }
+
+
+def _values(runs: Sequence[Run], name: str) -> list[float]:
+    return [run.summary[name] for run in runs if run.summary.get(name) is not None]
+
+
+def _mean_and_deviation(values: Sequence[float]) -> list[float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    if not values:
+        return [None, None]
+    return [round(mean(values), 5), round(stdev(values), 5) if len(values) > 1 else None]
+
+
+def _printed(row: dict[str, Any]) -> dict[str, Any]:
+    """Numbers as a README shows them."""
+    cells = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            center, deviation = value
+            value = (
+                "-" if center is None else f"{center:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+            )
+        elif name == "peak_memory_bytes":
+            name, value = "peak memory, MiB", "-" if value is None else round(value / 2**20)
+        cells[name.replace("_", " ")] = value
+    return cells

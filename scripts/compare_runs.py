@@ -1,0 +1,11 @@
+"""Compare finished runs of train_lm.py: validation loss over seeds, time per step, peak memory, loss curves.
+
+python scripts/compare_runs.py --runs dense=runs/dense-* row-sparse=runs/row_sparse-* --plot_file curves.png
+"""
+
+from modeling_peer.training.comparison import ComparisonArguments, compare_runs
+from modeling_peer.training.console import run_script
+from modeling_peer.training.recipes import parse_arguments
+
+if __name__ == "__main__":
+    run_script(lambda: compare_runs(parse_arguments(ComparisonArguments)))
