@@ -1,7 +1,7 @@
 """The training of `train_lm.py` as a plain loop: Accelerate, no Trainer. Copy it and change what you like.
 
 python scripts/train_lm_accelerate.py configuration/training/quickstart.yaml --row_sparse_gradients true
-accelerate launch --cpu --num_processes 2 scripts/train_lm_accelerate.py configuration/training/quickstart.yaml
+torchrun --nproc_per_node 2 scripts/train_lm_accelerate.py configuration/training/quickstart.yaml
 
 Reads the same recipes. Of Trainer's arguments it uses: output_dir, resume_from_checkpoint, seed, use_cpu, bf16, fp16,
 max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, learning_rate, weight_decay,
@@ -120,6 +120,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         if progress.step % run.logging_steps == 0 or progress.step == num_steps:
             train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             losses.clear()
+            if not math.isfinite(train_loss):
+                raise SettingsError(
+                    f"training diverged: loss is {train_loss} at step {progress.step}. Lower the rate."
+                )
             accelerator.print(
                 f"step {progress.step} of {num_steps}: loss {train_loss:.4f}, norm of gradients {norms.others:.3g}, "
                 f"of tables {norms.tables:.3g}, learning rate {scheduler.get_last_lr()[0]:.3g}",

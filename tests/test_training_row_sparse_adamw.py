@@ -190,6 +190,16 @@ def test_dense_parameters_of_the_same_group_get_adamw():
     assert table.grad.is_sparse, "gradients stay for whoever looks at them"
 
 
+def test_hooks_of_a_step_run_once():
+    weight, calls = nn.Parameter(torch.ones(3)), []
+    torch.optim.AdamW([weight])  # from now on torch runs hooks around AdamW's own step too
+    optimizer = RowSparseAdamW([weight])
+    optimizer.register_step_post_hook(lambda *_: calls.append(weight.tolist()))
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert calls == [weight.tolist()]
+
+
 @pytest.mark.parametrize("row_state", ["float32", "bfloat16", "factored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_trains_alike_after_its_optimizer_was_saved_and_loaded(tiny_config, row_state, dtype):

@@ -66,8 +66,11 @@ class RowSparseAdamW(torch.optim.AdamW):
         ]
         for _, parameter, _ in row_sparse:
             parameter.grad = None
+        # torch wraps the `step` of every class that has instances, to run hooks: ours run around this step already
+        dense_step = torch.optim.AdamW.step
+        dense_step = dense_step.__wrapped__ if getattr(dense_step, "hooked", False) else dense_step
         try:
-            super().step()
+            dense_step(self)
         finally:
             for _, parameter, gradient in row_sparse:
                 parameter.grad = gradient

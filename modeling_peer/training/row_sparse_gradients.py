@@ -128,11 +128,18 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
     of it: they begin as the first process has them, and as soon as a backward has added up the gradient of one, the
     processes exchange the rows that they touched and each takes the mean. A mean of equal gradients is the gradient,
     so nothing goes wrong where this happens more often than needed, such as under `DDP.no_sync`; inside
-    `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP does.
+    `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP does. All processes run the same
+    backward, and so exchange the same table at the same time.
+
+    Raises:
+        ValueError: the tables are sharded: no process has them whole.
     """
+    tables = expert_tables(model)
+    if any(hasattr(table, "device_mesh") for table in tables):
+        raise ValueError("The expert tables are sharded over processes: set row_sparse_gradients to false.")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if EXPERT_TABLE.search(name)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    for table in expert_tables(model):
+    for table in tables:
         dist.broadcast(table.data, dist.get_global_rank(process_group, 0) if process_group else 0, process_group)
         table.register_post_accumulate_grad_hook(lambda table: _average(table, process_group))
 

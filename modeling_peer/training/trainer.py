@@ -89,7 +89,7 @@ class PeerTrainer(CompleteCheckpoints, Trainer):
 
     def _prepare_row_sparse(self):
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if kind.value.startswith("MULTI_"):
             average_over_processes(self.model)
         elif kind != DistributedType.NO:
             raise SettingsError(
