@@ -104,6 +104,8 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_others_named(new_trainer
     trainer = new_trainer()
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
+    assert f"not resumed, being incomplete: {'; '.join(passed_over)}" in caplog.text
+    assert f"clearing what a run that died left: {UNFINISHED}/checkpoint-8" in caplog.text
     assert find_damage(out / "checkpoint-6") is None  # written again, and whole
     assert names(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):

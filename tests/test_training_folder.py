@@ -48,6 +48,7 @@ def test_overwriting_deletes_nothing_when_the_new_run_is_refused(run_folder, inp
 
 def test_an_overwriting_run_that_dies_leaves_no_weights_beside_its_tokenizer(run_folder, inputs, monkeypatch):
     (run_folder / "checkpoint-notes").mkdir()
+    (run_folder / "_unfinished" / "checkpoint-9").mkdir(parents=True)
     (run_folder / "checkpoint-7").symlink_to(run_folder / "checkpoint-notes")
 
     def die(*args, **kwargs):
