@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-EXPERT_TABLE = re.compile(r"(^|\.)experts\.\w+_embed$")
+# trained through an adapter (PEFT's modules_to_save), tables lie one module deeper
+EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
 SUB_KEYS = re.compile(r"(^|\.)sub_keys$")
 DENSE, WITHOUT_DECAY, EXPERT_TABLES = "dense", "without_decay", "expert_tables"
 TABLE_SCHEDULES = ("multiple", "decaying", "constant")
