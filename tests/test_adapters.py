@@ -8,6 +8,7 @@ import torch
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.training import RowSparseAdamW
+from modeling_peer.training.parameter_groups import expert_tables
 
 TABLES = ["mlp.experts.down_embed", "mlp.experts.up_embed"]
 
@@ -81,7 +82,9 @@ def test_an_adapter_may_train_the_query_norm(tiny_config, tokens):
 def test_the_tables_themselves_train_beside_an_adapter_with_row_sparse_gradients(tiny_config, tokens, tmp_path):
     model = PeerForCausalLM(tiny_config(row_sparse_gradients=True))
     before = model.model.layers[1].mlp.experts.down_embed.clone()
-    adapted = train(adapt(model, modules_to_save=["experts"]), tokens, RowSparseAdamW)
+    adapted = adapt(model, modules_to_save=["experts"])
+    assert len(expert_tables(adapted)) == 2  # the trained copies, under names of PEFT's
+    train(adapted, tokens, RowSparseAdamW)
     logits = adapted(input_ids=tokens).logits
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(tokens).logits, logits, atol=4e-6, rtol=0)
