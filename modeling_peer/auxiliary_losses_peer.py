@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.generic import maybe_autocast
 
 from .product_keys_peer import sub_key_scores, token_tiles
 
@@ -106,5 +107,6 @@ def mean_probabilities(query: torch.Tensor, sub_keys: torch.Tensor, weights: tor
 def _mean_of_tile(query, sub_keys, weights):
     probabilities = sub_key_scores(query, sub_keys).softmax(dim=-1)  # (2, t, h, n)
     num_heads = query.shape[1]
-    # A product with a vector: twice as fast, forward and backward, as an einsum over tokens and heads.
-    return (weights / num_heads).repeat_interleave(num_heads) @ probabilities.flatten(1, 2)
+    with maybe_autocast(query.device.type, enabled=False):
+        # A product with a vector: twice as fast, forward and backward, as an einsum over tokens and heads.
+        return (weights / num_heads).repeat_interleave(num_heads) @ probabilities.flatten(1, 2)

@@ -17,7 +17,7 @@ from modeling_peer import (
     PeerLayer,
     retrieval_peer,
 )
-from modeling_peer.auxiliary_losses_peer import MAX_TILE_SCORES, AuxiliaryLosses, balance_loss
+from modeling_peer.auxiliary_losses_peer import MAX_TILE_SCORES, AuxiliaryLosses, balance_loss, mean_probabilities
 from modeling_peer.product_keys_peer import product_key_top_k
 
 KINDS = ["switch", "uniformity"]
@@ -221,6 +221,26 @@ def test_implementations_agree(tiny_config, tokens):
         model.zero_grad()
         results.append(loss_and_gradients(model, input_ids=tokens, labels=tokens))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_balance_losses_are_float32_in_half_precision(tiny_config, tokens, kind):
+    model = PeerForCausalLM(tiny_config(balance_loss=kind)).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(tokens, labels=tokens)
+    half = copy.deepcopy(model).bfloat16()(tokens, labels=tokens)
+    for outputs in (mixed, half):
+        assert outputs.aux_loss.dtype == torch.float32
+        torch.testing.assert_close(outputs.aux_loss, model(tokens).aux_loss, rtol=0.02, atol=0.002)  # rounded inputs
+        outputs.loss.backward()
+
+
+def test_the_mean_of_probabilities_is_the_same_under_autocast():
+    query, sub_keys = random_keys(dtype=torch.float32)
+    weights = torch.full((7,), 1 / 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        probabilities = mean_probabilities(query, sub_keys, weights)
+    assert torch.equal(probabilities, mean_probabilities(query, sub_keys, weights))
 
 
 def test_micro_batches_weigh_by_the_tokens_they_predict(tiny_config, tokens):

@@ -126,6 +126,20 @@ def test_every_token_counts_once(trainer, settings):
         assert given == pytest.approx(2 * num_tokens)  # the gates of each of two heads sum to 1
 
 
+def test_a_watched_model_compiles_to_one_graph(trainer):
+    torch._dynamo.reset()
+    callback = ExpertUsageCallback()
+    model = trainer(callback=callback).model
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tokens = torch.randint(1, 99, (3, 12))
+    for training in (True, False):
+        model.train(training)
+        for _ in range(2):
+            compiled(tokens, labels=tokens, use_cache=False)
+        given = callback.usage["layer_2", training].sums[0].sum().item()
+        assert given == pytest.approx(2 * 2 * tokens.numel())  # twice, two heads
+
+
 def test_training_again_counts_nothing_twice(trainer):
     callback = ExpertUsageCallback(window_steps=100)
     trainer = trainer(callback=callback)
