@@ -241,7 +241,8 @@ MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
 
 
 @pytest.mark.skipif(
-    not shutil.which("unshare") or subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"]).returncode != 0,
+    not shutil.which("unshare")
+    or subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode != 0,
     reason="mounting a small disk needs user namespaces",
 )
 def test_a_full_and_a_read_only_disk_leave_the_checkpoint_before(tmp_path):

@@ -182,6 +182,7 @@ def tallies(tmp_path_factory):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_a_training_killed_twenty_times_ends_as_one_that_nobody_killed(tallies, optimizer_name):
     tally = tallies[optimizer_name]
