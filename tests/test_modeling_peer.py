@@ -451,7 +451,7 @@ class TestInitialisation:
 def test_the_tensor_parallel_plan_names_only_modules_that_exist(tiny_config):
     plan = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3)).tp_plan
     assert "model.layers.*.self_attn.q_proj" in plan
-    assert not [name for name in plan if "mlp" in name]
+    assert [name for name in plan if "mlp" in name] == ["model.layers.*.mlp.experts"]
     assert "model.layers.*.dense_mlp.up_proj" in PeerForCausalLM(tiny_config(parallel_dense_mlp=True)).tp_plan
 
 

@@ -36,9 +36,13 @@ else:
 
     def _with_implementations_of_peer(world_size):
         """`run_distributed`; of the two that PEER has no use for, one test runs its own fast one, one its choice."""
-        run = run_distributed(world_size)
         names = {"grouped_mm": "cpu", "batched_mm": None}
-        return lambda *args: run(*(names.get(arg, arg) if isinstance(arg, str) else arg for arg in args))
+
+        def decorate(function):
+            run = run_distributed(world_size)(function)
+            return lambda *args: run(*(names.get(arg, arg) for arg in args))
+
+        return decorate
 
     test_expert_parallel_mixin.run_distributed = _with_implementations_of_peer
 
