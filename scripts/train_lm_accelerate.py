@@ -9,7 +9,6 @@ adam_*, lr_scheduler_*, warmup_steps, max_grad_norm, logging_steps, save_steps, 
 """
 
 import math
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from modeling_peer.training import (
     row_sparse_gradients,
     schedule_tables,
 )
+from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint
 from modeling_peer.training.console import run_script
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
@@ -64,10 +64,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         config = load_config(recipe.model)
         corpus = load_corpus(recipe.data)
         tokenizer, _ = load_tokenizer(recipe.model, config, corpus, None)
-        set_seed(run.seed)
-        model = build_model(recipe.model, config, tokenizer).to(accelerator.device)
         block_size = choose_block_size(recipe.data.block_size, config)
         blocks, _ = pack_corpus(corpus, tokenizer, block_size, recipe)
+    set_seed(run.seed)
+    model = build_model(recipe.model, config, tokenizer, Path(run.output_dir)).to(accelerator.device)
 
     loader = torch.utils.data.DataLoader(blocks, run.per_device_train_batch_size, shuffle=True, drop_last=True)
     groups = parameter_groups(
@@ -131,7 +131,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
             )
         scheduler.step()
         if progress.step % run.save_steps == 0:
-            save_checkpoint(accelerator, Path(run.output_dir, f"checkpoint-{progress.step}"))
+            target = Path(run.output_dir, f"checkpoint-{progress.step}")
+            with staged_checkpoint(target, accelerator.is_main_process, accelerator.wait_for_everyone) as staged:
+                accelerator.save_state(str(staged))
 
     accelerator.wait_for_everyone()
     network.save_pretrained(run.output_dir, is_main_process=accelerator.is_main_process)
@@ -156,21 +158,11 @@ def endless(loader, accelerator: Accelerator, num_done: int) -> Iterator[dict[st
         epoch, skipped = epoch + 1, 0
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Save all that a resumed run needs; the folder has its name once it is complete."""
-    partial = folder.with_suffix(".partial")
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-
 def find_checkpoint(run: RunArguments) -> str | None:
     """The folder that --resume_from_checkpoint means: a path, or with "last" the newest of output_dir."""
     if run.resume_from_checkpoint != "last":
         return run.resume_from_checkpoint
-    found = sorted(Path(run.output_dir).glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    found = list_checkpoints(Path(run.output_dir))
     if not found:
         raise SettingsError(f"nothing to resume: no checkpoint-* in {run.output_dir}. See --save_steps.")
     return str(found[-1])

@@ -1,4 +1,7 @@
-"""README.md: its Python runs as printed, its tree and commands exist."""
+"""README.md and docs/: their Python runs as printed, the tree and commands they name exist.
+
+The programs of docs/finetuning.md want data of their own: tests/test_finetuning.py runs them.
+"""
 
 import re
 from pathlib import Path
@@ -7,21 +10,37 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def run_python(page: str) -> dict:
+    """Run all Python of a page, from top to bottom; what it leaves."""
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "a page of the documentation", "exec"), namespace)
+    return namespace
 
 
 def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 2
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    namespace = run_python(README)
     assert namespace["outputs"].expert_ids[0].shape == (2, 32, 8, 16)
     assert (tmp_path / "my-peer" / "modeling_peer.py").exists()
 
 
-def test_no_figure_is_still_to_be_filled_in():
-    assert "@@" not in README
+def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run_python(TRAINING)
+    assert namespace["norms"].tables > 0
+    assert 0 < namespace["metrics"]["eval_expert_usage_layer_1"] < 1
+
+
+@pytest.mark.parametrize("page", [README, TRAINING], ids=["README", "training"])
+def test_no_figure_is_still_to_be_filled_in(page):
+    assert "@@" not in page
 
 
 def test_every_place_in_the_tree_exists():
@@ -45,6 +64,7 @@ def test_every_make_target_that_the_readme_names_exists(target):
 
 
 def test_every_script_and_recipe_that_the_readme_names_exists():
-    named = re.findall(r"\b(?:scripts|configuration)/[\w/]+\.(?:py|yaml|json)", README)
+    pages = README + TRAINING + SCALING
+    named = re.findall(r"\b(?:scripts|configuration|tests|docs|benchmarks)/[\w/]+\.(?:py|yaml|json|md|png)", pages)
     assert named
     assert not [name for name in named if not (REPOSITORY / name).exists()]
