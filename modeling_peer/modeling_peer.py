@@ -242,7 +242,8 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
         # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
-        rows = {} if getattr(self, "_is_fsdp_managed_module", False) else rows_of_rank(state_dict)
+        by_rows_only = (self._tp_size or 1) > 1 and not getattr(self, "_is_fsdp_managed_module", False)
+        rows = rows_of_rank(state_dict) if by_rows_only else {}
         others = {name: value for name, value in state_dict.items() if name not in rows}
         gathered = super().gather_sharded_state_dict_for_save(model_to_save, others, *args, **kwargs)
         return gathered | gather_on_first_rank(rows)

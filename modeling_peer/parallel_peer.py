@@ -104,8 +104,8 @@ if torch.distributed.is_available():
 # Older releases of Transformers have none to choose from: there, tables are sharded by the tensor-parallel plan only.
 try:
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
-except ModuleNotFoundError:
-    EPImplementation = None
+except ImportError:
+    pass
 else:
 
     class ExpertRows(EPImplementation):

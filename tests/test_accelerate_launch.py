@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from training_helpers import REPOSITORY, private_cache, write_inputs  # noqa: F401
+from transformers.distributed import DistributedConfig
 
 from modeling_peer import PeerForCausalLM
 
@@ -33,13 +34,16 @@ def launch(name: str, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *script], capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.yaml"))])
 def test_a_tiny_model_trains_as_the_file_launches_it(tmp_path, private_cache, name):  # noqa: F811
+    if name == "experts_and_data" and "ep_size" not in DistributedConfig.__dataclass_fields__:
+        pytest.skip("Transformers of this age has no expert parallelism with data parallelism")
     words = write_inputs(tmp_path)
     done = launch(name, *words, f"--output_dir={tmp_path / 'run'}", "--max_steps=3", "--seed=1", *WORDS.get(name, []))
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout.strip().splitlines()[-1])
-    assert summary["steps"] == 3
-    print(summary, done.stdout)
-    model = PeerForCausalLM.from_pretrained(tmp_path / "run")
-    assert model.config.num_peer_experts == 64
+    num_processes = 1 if name == "one_machine" else 2
+    assert summary["tokens"] == 3 * 4 * 32 * num_processes  # steps x sequences of one process x their length
+    saved = PeerForCausalLM.from_pretrained(tmp_path / "run")
+    assert saved.model.layers[0].mlp.experts.down_embed.shape == (64, 32)

@@ -31,6 +31,7 @@ TRAVELLING_FILES = {
     "retrieval_peer.py",
     "experts_peer.py",
     "layer_peer.py",
+    "parallel_peer.py",
     "checkpoint_peer.py",
     "modeling_peer.py",
 }

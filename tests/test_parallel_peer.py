@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from parallel_training import load, sent_bytes, train
 from process_groups import run_ranks
 from safetensors import safe_open
 from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.analysis.scaling import bytes_per_token, tables
-from modeling_peer.experts_peer import expert_mixture, own_assignments
+from modeling_peer.experts_peer import PeerExperts, expert_mixture, own_assignments
+from modeling_peer.parallel_peer import EXPERT_ROWS, require_dense_gradients
 
 SHARED_OUT = {"num_key_value_heads": 4, "vocab_size": 100}  # numbers that 4 ranks can share out
 RMS = {"query_norm": "rms_norm"}
@@ -162,6 +165,19 @@ def test_an_expert_of_another_rank_costs_nothing_and_adds_nothing():
     packed_ids, _ = own_assignments(ids, gates, num_rows)
     assert packed_ids.shape[1] == ((ids >= 0) & (ids < num_rows)).sum(-1).max()
     assert set(packed_ids.flatten().tolist()) == set(ids[(ids >= 0) & (ids < num_rows)].tolist())
+
+
+def test_more_ranks_than_blocks_of_experts_are_refused(tiny_config):
+    experts = PeerExperts(tiny_config(num_sub_keys=9))
+    style, ranks = ALL_PARALLEL_STYLES[EXPERT_ROWS], SimpleNamespace(size=lambda: 64)
+    with pytest.raises(ValueError, match=r"81 experts, 2 a rank, .* use at most 41 ranks"):
+        style.shard_param(experts, "down_embed", ranks)
+
+
+def test_row_sparse_gradients_are_refused_where_fsdp_would_reduce_them():
+    require_dense_gradients(SimpleNamespace(fsdp_size=1, dp_replicate_size=1, ep_size=1))
+    with pytest.raises(ValueError, match="dp_replicate_size = 4, ep_size = 2"):
+        require_dense_gradients(SimpleNamespace(fsdp_size=2, dp_replicate_size=2, ep_size=2))
 
 
 def test_the_tables_on_paper_are_those_that_the_command_prints():
