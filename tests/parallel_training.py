@@ -1,6 +1,5 @@
 """What the processes of the tests of parallelism run: the same short training, whole or sharded."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -14,9 +13,10 @@ from modeling_peer import PeerForCausalLM
 from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.parallel_peer import EXPERT_ROWS
 from modeling_peer.training import RowSparseAdamW, clip_gradients
+from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
 
-# sequences of a batch for each rank of a data-parallel group: unequal, as batches may be
 MAX_NORM = 0.1  # of gradients: small enough to clip every step
+# sequences of a batch for each rank of a data-parallel group: unequal, as batches may be
 SHARES = {1: [8], 2: [3, 5], 4: [1, 3, 2, 2]}
 
 
@@ -70,8 +70,9 @@ def load(folder: Path | None, sizes: dict[str, int], config=None) -> tuple[dict,
     Returns:
         this rank's rows of each table; what the model says of some tokens; bytes of memory that loading took at most.
     """
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest use so far is forgotten
-    before = _status("VmRSS")
+    cpu = torch.device("cpu")
+    assert forget_peak_memory(cpu) is None
+    before = memory_bytes(cpu)
     model = PeerForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -79,13 +80,9 @@ def load(folder: Path | None, sizes: dict[str, int], config=None) -> tuple[dict,
         distributed_config=DistributedConfig(**sizes),
     )
     rows = {name: table.to_local() for name, table in model.named_parameters() if name.endswith("_embed")}
-    memory = _status("VmHWM") - before
+    memory = peak_memory_bytes(cpu) - before
     with torch.no_grad():
         return rows, model(torch.arange(8).view(1, -1)).logits, memory
-
-
-def _status(field: str) -> int:
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 class SentBytes(TorchDispatchMode):

@@ -15,6 +15,7 @@ import torch
 
 from modeling_peer.benchmarks.contestants import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
 from modeling_peer.benchmarks.settings import Case, LayerArguments
+from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
 from modeling_peer.training.recipes import REPOSITORY
 
 # of what is free; the rest is for other programs and for what the estimate does not know
@@ -24,36 +25,16 @@ USABLE = 0.85
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str | None]:
     """Most memory that `call` holds beyond what was there before it; or None, and why that cannot be told.
 
-    On CUDA, PyTorch's allocator counts it. On Linux the kernel does, as the resident memory of this process, so that
-    Numba and the compilers' code are included; pages that were freed but not yet returned are returned first.
+    Pages that were freed but not yet returned to the system are returned first.
     """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before, None
-    if sys.platform != "linux":
-        return None, f"peak resident memory is read from /proc, which {sys.platform} does not have"
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
-    except OSError as error:
-        return None, f"the kernel does not reset its high-water mark here: {error}"
-    before = _status_bytes("VmRSS")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    if why := forget_peak_memory(device):
+        return None, why
+    before = memory_bytes(device)
     call()
-    return max(0, _status_bytes("VmHWM") - before), None
-
-
-def _status_bytes(field: str) -> int:
-    with open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
+    return max(0, peak_memory_bytes(device) - before), None
 
 
 def in_new_process(function: str, *arguments: Any) -> Any:
