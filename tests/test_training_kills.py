@@ -22,7 +22,7 @@ import torch
 from training_helpers import REPOSITORY, as_command_line, some_text, train, write_inputs
 from transformers import TrainerCallback
 
-from modeling_peer.training import RowSparseAdamW, language_modeling
+from modeling_peer.training import language_modeling
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints
 from modeling_peer.training.trainer import LanguageModelTrainer
 
@@ -36,7 +36,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 10,
-    "max_grad_norm": 0,  # Trainer takes no norm of row-sparse gradients
+    "log_expert_usage": False,  # counted anew by every process
 }
 LAST = f"checkpoint-{SETTINGS['max_steps']}"
 EQUAL = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -45,20 +45,11 @@ EQUAL = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "
 class Watched(LanguageModelTrainer):
     """Says in `step` how far it is."""
 
-    optimizer_name, step = None, None
+    step = None
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.add_callback(SaysStep())
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args, model=None):
-        if Watched.optimizer_name == "RowSparseAdamW":
-            return RowSparseAdamW, {"lr": args.learning_rate}
-        return LanguageModelTrainer.get_optimizer_cls_and_kwargs(args, model)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        return None
 
 
 class SaysStep(TrainerCallback):
@@ -66,14 +57,14 @@ class SaysStep(TrainerCallback):
         Watched.step.value = state.global_step
 
 
-def train_watched(folder, words, optimizer_name, step):
+def train_watched(folder, words, step):
     """In a process of its own."""
     with open(folder / "log.txt", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    Watched.optimizer_name, Watched.step = optimizer_name, step
+    Watched.step = step
     language_modeling.LanguageModelTrainer = Watched
     train(words)
 
@@ -82,11 +73,12 @@ class Runs:
     """One training that is left alone and one that is killed, with the same settings."""
 
     def __init__(self, folder: Path, optimizer_name: str):
-        self.folder, self.optimizer_name = folder, optimizer_name
+        self.folder = folder
         # dropout, in the experts and in attention: a step needs the random numbers it would have had
         overrides = {"expert_dropout": 0.1, "attention_dropout": 0.1}
-        overrides["row_sparse_gradients"] = optimizer_name == "RowSparseAdamW"
-        self.words = write_inputs(folder, text=some_text(1300)) + as_command_line(**SETTINGS)
+        row_sparse = optimizer_name == "RowSparseAdamW"
+        self.words = write_inputs(folder, text=some_text(1300))
+        self.words += as_command_line(**SETTINGS, row_sparse_gradients=row_sparse)
         self.words += ["--model_overrides", json.dumps(overrides)]
 
     def start(self, name, resume=False):
@@ -95,7 +87,7 @@ class Runs:
         words = [*self.words, "--output_dir", str(self.folder / name)]
         words += ["--resume_from_checkpoint", "last"] if resume else []
         step = context.Value("i", 0, lock=False)
-        process = context.Process(target=train_watched, args=(self.folder, words, self.optimizer_name, step))
+        process = context.Process(target=train_watched, args=(self.folder, words, step))
         process.start()
         return process, step
 

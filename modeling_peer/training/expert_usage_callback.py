@@ -20,7 +20,8 @@ class ExpertUsageCallback(TrainerCallback):
     adds to each log `expert_usage_layer_5`, `top_1_usage_layer_5`, `unevenness_layer_5` and `dead_experts_layer_5`
     (see `ExpertUsage.measure`), after `eval_` in evaluation, where they are in what `evaluate` returns, too. All
     processes' tokens count, padding and forwards recomputed by gradient checkpointing do not; what else runs in
-    evaluation mode, as generation does, counts with the next evaluation. A model without sparse layers logs nothing.
+    evaluation mode, as generation does, counts with the next evaluation. A resumed run counts from where it resumed.
+    A model without sparse layers logs nothing.
     It takes 16 bytes an expert and, on two CPU cores, 0.1 % of a training step of `peer_mini`, 0.5 % with a million
     experts (`scripts/bench_expert_usage.py`).
 
