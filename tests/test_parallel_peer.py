@@ -56,7 +56,6 @@ def weights(folder, dtype=torch.float64):
         (2, {"tp_size": 2}, ROW_SPARSE),
         (4, {"tp_size": 4}, SHARED | ROW_SPARSE),
         (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
-        (2, {"tp_size": 2, "ep_size": 2, "tp_plan": {}}, {}),  # nothing else sharded
         (2, {"fsdp_size": 2}, RMS),  # tables as any other parameter
         (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
         (4, {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, RMS),
