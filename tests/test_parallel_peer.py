@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from parallel_training import load, sent_bytes, train
-from process_groups import run_ranks
+from rank_groups import run_ranks
 from safetensors import safe_open
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
