@@ -60,6 +60,7 @@ def weights(folder, dtype=torch.float64):
         (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
         (4, {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, RMS),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS),  # ranks have tokens of their own
+        (4, {"fsdp_size": 4, "ep_size": 2}, RMS | SHARED),
     ],
     ids=str,
 )
