@@ -11,9 +11,9 @@ ACCEPTED = {
         "changes the queries; PeerSharedModelTest, which has none, must pass"
     ),
     "PeerSharedModelTest::test_fsdp2_expert_parallel_bf16_grads_1_experts_not_sharded": (
-        "in bfloat16 some ties between experts fall otherwise on one device than on two, and a sub-key's gradient is of "
-        "those it retrieves: 2.4 % in norm, upstream allows 2 %; in float64 ranks equal one process to 1e-11, shared "
-        "tables included (tests/test_parallel_peer.py)"
+        "in bfloat16 some ties between experts fall otherwise on one device than on two, and a sub-key's gradient is "
+        "of those it retrieves: 2.4 % in norm, upstream allows 2 %; in float64 ranks equal one process to 1e-11, "
+        "shared tables included (tests/test_parallel_peer.py)"
     ),
 }
 
