@@ -22,6 +22,7 @@ from training_helpers import (
     REPOSITORY,
     as_command_line,
     last_json,
+    logged_losses,
     private_cache,  # noqa: F401  a fixture
     train,
     write_inputs,
@@ -42,16 +43,11 @@ def inputs(tmp_path):
     return write_inputs(tmp_path)
 
 
-def losses(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
 @pytest.fixture
 def undisturbed(tmp_path, inputs):
     """The losses of six steps."""
     train(inputs, output_dir=tmp_path / "undisturbed", max_steps=6, save_strategy="no")
-    return losses(tmp_path / "undisturbed")
+    return logged_losses(tmp_path / "undisturbed")
 
 
 def assert_resumable(out, inputs, undisturbed, whole=2):
@@ -60,7 +56,7 @@ def assert_resumable(out, inputs, undisturbed, whole=2):
     assert find_damage(out / f"checkpoint-{whole}") is None
     assert not (out / UNFINISHED).exists()
     train(inputs, output_dir=out, max_steps=6, save_steps=2, resume_from_checkpoint="last")
-    assert losses(out) == undisturbed
+    assert logged_losses(out) == undisturbed
 
 
 @contextmanager
@@ -164,14 +160,14 @@ def of_a_small_disk(folder):
         with pytest.raises(SettingsError, match=r"cannot save .*/checkpoint-4: ") as read_only:
             train(inputs, output_dir=out, max_steps=6, save_steps=2)
     mount("remount", "rw")
-    assert_resumable(out, inputs, losses(folder / "undisturbed"))
+    assert_resumable(out, inputs, logged_losses(folder / "undisturbed"))
 
     shutil.rmtree(out)
     mount("remount", "size=1m")  # a checkpoint has 0.6 MB
     with pytest.raises(SettingsError, match=r"cannot save .*/checkpoint-4: ") as full:
         train(inputs, output_dir=out, max_steps=6, save_steps=2)
     mount("remount", "size=9m")
-    assert_resumable(out, inputs, losses(folder / "undisturbed"))
+    assert_resumable(out, inputs, logged_losses(folder / "undisturbed"))
     print(json.dumps([str(full.value), str(read_only.value)]))
 
 
@@ -226,7 +222,7 @@ def of_two_processes(folder):
     if Version(transformers.__version__) >= Version("5.18"):  # before, Trainer loads no optimizer on two CPU processes
         resumed, _ = two_processes(folder, [*words, "--resume_from_checkpoint=last"])
         assert resumed == [0, 0], (folder / "0.err").read_text()
-        assert losses(folder / "out") == losses(folder / "undisturbed")
+        assert logged_losses(folder / "out") == logged_losses(folder / "undisturbed")
     print(json.dumps([codes, seconds, error]))
 
 

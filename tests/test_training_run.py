@@ -17,6 +17,7 @@ from training_helpers import (
     TINY_LLAMA,
     TINY_PEER,
     last_json,
+    logged_losses,
     private_cache,  # noqa: F401  a fixture
     run_script,
     train,
@@ -36,15 +37,10 @@ def inputs(tmp_path):
     return write_inputs(tmp_path)
 
 
-def losses(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
 def test_a_run_learns_and_leaves_a_model_a_card_logs_and_its_results(tmp_path, inputs):
     out = tmp_path / "out"
     result = train(inputs, output_dir=out, max_steps=40, eval_strategy="steps", eval_steps=20, report_to="tensorboard")
-    history = losses(out)
+    history = logged_losses(out)
     assert len(history) == 40
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
 
@@ -76,7 +72,7 @@ def test_a_run_resumed_in_a_new_process_continues_the_same_losses(tmp_path, inpu
     summary = last_json(run_script("train_lm.py", *inputs, *words))
     assert summary["steps"] == 8
     # equal but for the order in which another number of threads sums
-    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert logged_losses(tmp_path / "halves") == pytest.approx(logged_losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_peer_and_dense_runs_that_differ_in_one_override_see_the_same_data(tmp_path, inputs):
@@ -87,14 +83,14 @@ def test_peer_and_dense_runs_that_differ_in_one_override_see_the_same_data(tmp_p
         assert result.model.config.mlp_layer_types[0] == kind
         seen[kind] = [block["input_ids"].tolist() for block in result.training_blocks]
     assert seen["sparse"] == seen["dense"]
-    assert losses(tmp_path / "sparse") != losses(tmp_path / "dense")
+    assert logged_losses(tmp_path / "sparse") != logged_losses(tmp_path / "dense")
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, inputs):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         train(inputs, output_dir=tmp_path / name, max_steps=3, seed=seed)
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    assert logged_losses(tmp_path / "a") == logged_losses(tmp_path / "b")
+    assert logged_losses(tmp_path / "a") != logged_losses(tmp_path / "c")
 
 
 @pytest.mark.parametrize("config", [TINY_PEER, TINY_LLAMA], ids=["peer", "llama"])
@@ -105,7 +101,7 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path, config):
     second = train(words, model=tmp_path / "first", output_dir=tmp_path / "second", max_steps=3)
     assert type(second.model) is type(first.model)
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
-    assert losses(tmp_path / "second")[0] < losses(tmp_path / "first")[0] - 1  # not from scratch
+    assert logged_losses(tmp_path / "second")[0] < logged_losses(tmp_path / "first")[0] - 1  # not from scratch
     assert "Fine-tuned from `first`" in (tmp_path / "second" / "README.md").read_text()
 
 

@@ -84,6 +84,12 @@ def as_command_line(**settings) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def logged_losses(folder: Path) -> list[float]:
+    """Training losses of a run, one for each log."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
 def train(words: list[str], **settings):
     """Run the training of `scripts/train_lm.py` in this process."""
     return train_language_model(parse_recipe(words + as_command_line(**settings)))
