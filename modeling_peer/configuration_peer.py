@@ -11,7 +11,16 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
 
 # What may stand in a layer whose `mlp_layer_types` entry is "sparse".
-SPARSE_MLPS = ("peer",)
+SPARSE_MLPS = (
+    "peer",
+    "product_key_memory",
+    "top_k_moe",
+    "expert_choice_moe",
+    "soft_moe",
+    "multilinear_moe",
+)
+# Those of them that find what they use by product keys.
+PRODUCT_KEY_MLPS = ("peer", "product_key_memory")
 
 
 @strict
@@ -26,7 +35,8 @@ class PeerConfig(PreTrainedConfig):
             `"sparse"` or `"dense"` for each layer. Unset, the middle layer is sparse and the others are dense, as in
             the paper (block 6 of 12).
         sparse_mlp (`str`, *optional*, defaults to `"peer"`):
-            What stands in the sparse layers.
+            What stands in the sparse layers: `"peer"`, or a rival: `"product_key_memory"`, which has PEER's sizes,
+            `"top_k_moe"`, `"expert_choice_moe"`, `"soft_moe"` (with `is_causal=False`) or `"multilinear_moe"`.
         parallel_dense_mlp (`bool`, *optional*, defaults to `False`):
             Keep the dense MLP beside the sparse one and add the two outputs. The paper replaces the dense MLP.
         num_sub_keys (`int`, *optional*, defaults to 1024):
@@ -69,6 +79,31 @@ class PeerConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
             Weight of the auxiliary losses in `loss`. 0.01 is that of the Switch Transformer; Monet's uniformity loss
             had 0.001.
+        gated_memory (`bool`, *optional*, defaults to `False`):
+            Product-key memory multiplies what it read by `silu(x W_1)` and projects it, as Memory+ does.
+        num_moe_experts (`int`, *optional*, defaults to 8):
+            Coarse experts, each an MLP, of the mixtures (`top_k_moe`, `expert_choice_moe`, `soft_moe`,
+            `multilinear_moe`).
+        moe_intermediate_size (`int`, *optional*):
+            Width of one coarse expert; unset, `intermediate_size`.
+        num_moe_experts_per_token (`int`, *optional*, defaults to 2):
+            Coarse experts of one token in a `top_k_moe` with the router `"noisy_top_k"`.
+        moe_router (`str`, *optional*, defaults to `"noisy_top_k"`):
+            Router of `top_k_moe`: `"noisy_top_k"` with importance and load losses (Shazeer et al. 2017), or
+            `"switch"`: one expert, a capacity, and its balance loss (Fedus et al. 2021). `router_aux_loss_coef` weighs
+            the losses of either.
+        moe_capacity_factor (`float`, *optional*):
+            Places of an expert over the tokens it would get if all got as many: of `"switch"` in training (unset,
+            1.25); of `expert_choice_moe`, where it is the mean number of experts of a token (unset, 2).
+        num_slots_per_expert (`int`, *optional*, defaults to 1):
+            Slots of each expert of `soft_moe`, per sequence.
+        multilinear_form (`str`, *optional*, defaults to `"cp"`):
+            How `multilinear_moe` factorises the tensor of its experts: `"cp"` or `"tensor_ring"`.
+        multilinear_ranks (`list[int]`, *optional*):
+            Ranks of the factors: one for `"cp"` (unset, 3/4 of `hidden_size`), three for `"tensor_ring"` (unset, 4, 4
+            and a fifth of `hidden_size`).
+        is_causal (`bool`, *optional*, defaults to `True`):
+            Whether a token sees only those before it. `False` is for classification heads, and what `soft_moe` needs.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 
@@ -150,6 +185,17 @@ class PeerConfig(PreTrainedConfig):
     balance_loss: Literal["switch", "uniformity"] | None = None
     router_aux_loss_coef: int | float = 0.01
 
+    gated_memory: bool = False
+    num_moe_experts: int = 8
+    moe_intermediate_size: int | None = None
+    num_moe_experts_per_token: int = 2
+    moe_router: Literal["noisy_top_k", "switch"] = "noisy_top_k"
+    moe_capacity_factor: int | float | None = None
+    num_slots_per_expert: int = 1
+    multilinear_form: Literal["cp", "tensor_ring"] = "cp"
+    multilinear_ranks: list[int] | None = None
+    is_causal: bool = True
+
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // max(1, self.num_attention_heads)  # 0 heads: refused below
@@ -158,7 +204,14 @@ class PeerConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             middle = (self.num_hidden_layers - 1) // 2
             self.mlp_layer_types = ["sparse" if i == middle else "dense" for i in range(self.num_hidden_layers)]
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
+
+    @property
+    def has_aux_losses(self) -> bool:
+        """Whether the sparse layers have auxiliary losses: balance losses, or those of a router."""
+        return self.balance_loss is not None or self.sparse_mlp == "top_k_moe"
 
     @property
     def num_peer_experts(self) -> int:
@@ -187,6 +240,7 @@ class PeerConfig(PreTrainedConfig):
             )
         self._validate_layer_names()
         self._validate_retrieval()
+        self._validate_mixtures()
 
     def _validate_layer_names(self):
         # Transformers checks `mlp_layer_types` only in configurations that also have `layer_types`.
@@ -213,11 +267,6 @@ class PeerConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.expert_init_gain <= 0:
             raise ValueError(f"expert_init_gain must be above 0, got {self.expert_init_gain}: try 4, or 1.")
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(
-                f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}: below, training would "
-                "make the use of experts uneven. Set balance_loss to None to leave auxiliary losses out."
-            )
         if self.query_dim < 2 or self.query_dim % 2 != 0:
             raise ValueError(
                 f"query_dim ({self.query_dim}) must be even and at least 2: a query is split into two halves, "
@@ -227,6 +276,42 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_experts_per_head ({self.num_experts_per_head}) exceeds num_sub_keys ({self.num_sub_keys}): a "
                 f"head cannot retrieve more than {self.num_sub_keys} per codebook. Lower one or raise the other."
+            )
+
+    def _validate_mixtures(self):
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}: below, training would "
+                "make the use of experts uneven. Set it to 0 to leave auxiliary losses out of the loss."
+            )
+        if self.balance_loss is not None and self.sparse_mlp not in PRODUCT_KEY_MLPS:
+            raise ValueError(
+                f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
+                f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
+            )
+        if self.sparse_mlp == "soft_moe" and self.is_causal:
+            raise ValueError(
+                "sparse_mlp='soft_moe' mixes all tokens of a sequence, later ones included, so a causal model would "
+                "see what it is to predict. Use it with is_causal=False and a classification head, or choose another "
+                "sparse_mlp for a language model."
+            )
+        sizes = ("num_moe_experts", "moe_intermediate_size", "num_moe_experts_per_token", "num_slots_per_expert")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.sparse_mlp == "top_k_moe" and self.num_moe_experts_per_token > self.num_moe_experts:
+            raise ValueError(
+                f"num_moe_experts_per_token ({self.num_moe_experts_per_token}) exceeds num_moe_experts "
+                f"({self.num_moe_experts}): a token cannot use more experts than there are. Lower one."
+            )
+        if self.moe_capacity_factor is not None and self.moe_capacity_factor <= 0:
+            raise ValueError(f"moe_capacity_factor must be above 0, got {self.moe_capacity_factor}: try 1.25.")
+        wanted = 1 if self.multilinear_form == "cp" else 3
+        ranks = self.multilinear_ranks
+        if ranks is not None and (len(ranks) != wanted or min(ranks) < 1):
+            raise ValueError(
+                f"multilinear_ranks is {ranks}, but the form {self.multilinear_form!r} has {wanted}, "
+                "each at least 1. Leave it unset for the defaults."
             )
 
 

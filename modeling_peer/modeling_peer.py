@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The PEER decoder and its heads: Llama's blocks, with a PEER layer where `mlp_layer_types` says "sparse"."""
+"""The PEER decoder and its heads: Llama's blocks, with a PEER layer, or a rival of it, where `mlp_layer_types` says
+"sparse"."""
 
 import inspect
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from itertools import chain
 
@@ -22,13 +23,6 @@ from transformers.modeling_layers import (
     GenericForTokenClassification,
     GradientCheckpointingLayer,
 )
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
@@ -41,10 +35,16 @@ from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import describe_damage, staged_save
 from .configuration_peer import PeerConfig
-from .experts_peer import PeerExperts
-from .layer_peer import PeerLayer
+from .outputs_peer import (
+    PeerCausalLMOutputWithPast,
+    PeerModelOutputWithPast,
+    PeerQuestionAnsweringModelOutput,
+    PeerSequenceClassifierOutputWithPast,
+    PeerTokenClassifierOutput,
+)
 from .parallel_peer import EXPERT_ROWS, gather_on_first_rank, require_dense_gradients, rows_of_rank
 from .retrieval_peer import PeerRetrieval
+from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 
 # What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
 # then no other head, nor vLLM, could load the folder.
@@ -58,57 +58,14 @@ AUTO_MAP = {
 }
 
 
-@dataclass
-class PeerModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` and what the sparse layers retrieved, one entry per sparse layer.
-
-    Args:
-        expert_ids: with `output_expert_ids=True`; int64
-            `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` each.
-        expert_gates: with `output_expert_gates=True`; the gates of those experts, float32, same shapes.
-    """
-
-    expert_ids: tuple[torch.LongTensor, ...] | None = None
-    expert_gates: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`, the unweighted
-    sum of the sparse layers' auxiliary losses, where they were computed."""
-
-    expert_ids: tuple[torch.LongTensor, ...] | None = None
-    expert_gates: tuple[torch.FloatTensor, ...] | None = None
-    aux_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class PeerSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
-    """`SequenceClassifierOutputWithPast` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
-
-    aux_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class PeerTokenClassifierOutput(TokenClassifierOutput):
-    """`TokenClassifierOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
-
-    aux_loss: torch.FloatTensor | None = None
-
-
-@dataclass
-class PeerQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
-    """`QuestionAnsweringModelOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
-
-    aux_loss: torch.FloatTensor | None = None
-
-
 class PeerDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = LlamaAttention(config, layer_idx)
-        self.mlp = PeerLayer(config, initialize=False) if self.is_sparse else LlamaMLP(config)
+        self.self_attn.is_causal = config.is_causal  # what SDPA goes by where there is no mask
+        sparse_mlp = SPARSE_MLP_CLASSES[config.sparse_mlp]
+        self.mlp = sparse_mlp(config, initialize=False) if self.is_sparse else LlamaMLP(config)
         self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -171,7 +128,7 @@ class PeerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (PeerRetrieval, PeerExperts)):
+        if isinstance(module, WITH_OWN_INITIALIZATION):
             module.reset_parameters()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
@@ -187,7 +144,7 @@ class PeerPreTrainedModel(PreTrainedModel):
 
     def _collect_aux_losses(self, has_labels: bool) -> AuxiliaryLosses | None:
         """Where the layers put their auxiliary losses; none in generation and in evaluation without labels."""
-        wanted = self.config.balance_loss is not None and (self.training or has_labels)
+        wanted = self.config.has_aux_losses and (self.training or has_labels)
         return AuxiliaryLosses() if wanted else None
 
     def _add_aux_losses(self, outputs, aux_losses: AuxiliaryLosses | None, share: torch.Tensor | float = 1.0):
@@ -402,6 +359,11 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: PeerConfig):
+        if not config.is_causal:
+            raise ValueError(
+                f"{type(self).__name__} predicts the next token, which a model with is_causal=False has already seen. "
+                "Set is_causal=True, or take a classification head."
+            )
         super().__init__(config)
         self.model = PeerModel(config)
         self.vocab_size = config.vocab_size

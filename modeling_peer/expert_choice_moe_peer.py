@@ -1,0 +1,11 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Expert-choice mixture: to be written."""
+
+from torch import nn
+
+from .configuration_peer import PeerConfig
+
+
+class PeerExpertChoiceMoe(nn.Module):
+    def __init__(self, config: PeerConfig, initialize: bool = True):
+        raise NotImplementedError

@@ -1,0 +1,56 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Coarse experts, whole MLPs, of the mixtures that PEER is compared with."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+from .configuration_peer import PeerConfig
+
+
+@use_experts_implementation
+class PeerMoeExperts(nn.Module):
+    """`num_moe_experts` gated MLPs of width `moe_intermediate_size`, in Transformers' layout for mixtures of experts,
+    so that its grouped implementations compute them: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: PeerConfig):
+        super().__init__()
+        self.num_experts, width = config.num_moe_experts, config.moe_intermediate_size
+        self.initializer_range = config.initializer_range
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def reset_parameters(self):
+        init.normal_(self.gate_up_proj, std=self.initializer_range)
+        init.normal_(self.down_proj, std=self.initializer_range)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Weighted sum of each token's experts, one expert after the other; what `"eager"` runs.
+
+        Args:
+            hidden_states: `(num_tokens, hidden_size)`.
+            top_k_index: `(num_tokens, k)`, int64.
+            top_k_weights: `(num_tokens, k)`.
+
+        Returns:
+            `(num_tokens, hidden_size)`.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            tokens, slots = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[tokens], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            written = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = written * top_k_weights[tokens, slots, None]
+            output.index_add_(0, tokens, weighted.to(output.dtype))
+        return output
+
+    def of_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """Every expert on inputs of its own: `(num_experts, num_slots, hidden_size)` in and out."""
+        gate, up = torch.bmm(slots, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+        return torch.bmm(self.act_fn(gate) * up, self.down_proj.transpose(1, 2))

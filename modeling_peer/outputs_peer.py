@@ -1,0 +1,58 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Outputs of PEER models: Transformers' own, and what the sparse layers retrieved and lost."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+
+
+@dataclass
+class PeerModelOutputWithPast(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` and what the sparse layers retrieved, one entry per sparse layer.
+
+    Args:
+        expert_ids: with `output_expert_ids=True`; int64
+            `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` each.
+        expert_gates: with `output_expert_gates=True`; the gates of those experts, float32, same shapes.
+    """
+
+    expert_ids: tuple[torch.LongTensor, ...] | None = None
+    expert_gates: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`, the unweighted
+    sum of the sparse layers' auxiliary losses, where they were computed."""
+
+    expert_ids: tuple[torch.LongTensor, ...] | None = None
+    expert_gates: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerSequenceClassifierOutputWithPast(SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerQuestionAnsweringModelOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` and the `aux_loss` of [`PeerCausalLMOutputWithPast`]."""
+
+    aux_loss: torch.FloatTensor | None = None

@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""What may stand in a sparse layer, by the name that `PeerConfig.sparse_mlp` gives it.
+
+Each is built as `sparse_mlp(config, initialize=True)` and called as `sparse_mlp(hidden_states, token_mask=None,
+aux_losses=None)`; see [`PeerLayer`] for the arguments.
+"""
+
+from .expert_choice_moe_peer import PeerExpertChoiceMoe
+from .experts_peer import PeerExperts
+from .layer_peer import PeerLayer
+from .moe_experts_peer import PeerMoeExperts
+from .multilinear_moe_peer import PeerMultilinearMoe
+from .product_key_memory_peer import PeerProductKeyMemory
+from .retrieval_peer import PeerRetrieval
+from .soft_moe_peer import PeerSoftMoe
+from .top_k_moe_peer import PeerTopKMoe
+
+SPARSE_MLP_CLASSES = {
+    "peer": PeerLayer,
+    "product_key_memory": PeerProductKeyMemory,
+    "top_k_moe": PeerTopKMoe,
+    "expert_choice_moe": PeerExpertChoiceMoe,
+    "soft_moe": PeerSoftMoe,
+    "multilinear_moe": PeerMultilinearMoe,
+}
+
+# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights.
+WITH_OWN_INITIALIZATION = (
+    PeerRetrieval,
+    PeerExperts,
+    PeerMoeExperts,
+    PeerProductKeyMemory,
+    PeerTopKMoe,
+    PeerExpertChoiceMoe,
+    PeerSoftMoe,
+    PeerMultilinearMoe,
+)
