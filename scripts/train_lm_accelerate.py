@@ -71,7 +71,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     loader = torch.utils.data.DataLoader(blocks, run.per_device_train_batch_size, shuffle=True, drop_last=True)
     groups = parameter_groups(
-        model, run.learning_rate, run.weight_decay, run.table_learning_rate_multiple, run.table_weight_decay
+        model,
+        run.learning_rate,
+        run.weight_decay,
+        run.table_learning_rate_multiple,
+        run.table_weight_decay,
+        run.retrieval_learning_rate_multiple,
     )
     adam = {"betas": (run.adam_beta1, run.adam_beta2), "eps": run.adam_epsilon}
     if run.row_sparse_gradients:

@@ -10,8 +10,10 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 # trained through an adapter (PEFT's modules_to_save), tables lie one module deeper
 EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
-SUB_KEYS = re.compile(r"(^|\.)sub_keys$")
-DENSE, WITHOUT_DECAY, EXPERT_TABLES = "dense", "without_decay", "expert_tables"
+RETRIEVAL = re.compile(r"(^|\.)retrieval\.")
+# not of an adapter on the query network, which learns as other adapters do
+ADAPTER = re.compile(r"(^|\.)lora_")
+DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP, EXPERT_TABLES = "dense", "without_decay", "retrieval", "expert_tables"
 TABLE_SCHEDULES = ("multiple", "decaying", "constant")
 
 
@@ -26,11 +28,14 @@ def parameter_groups(
     weight_decay: float = 0.0,
     table_learning_rate_multiple: float = 1.0,
     table_weight_decay: float = 0.0,
+    retrieval_learning_rate_multiple: float = 0.1,
 ) -> list[dict[str, Any]]:
     """Parameter groups of `model` for any optimizer of torch.
 
     - `"dense"`: the weight matrices, with `weight_decay`.
-    - `"without_decay"`: norms, biases, sub-keys.
+    - `"without_decay"`: norms and biases.
+    - `"retrieval"`: query networks and sub-keys, without decay. They learn slower: at the others' rate they soon agree
+      on few experts (docs/training.md has the figures).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
       default, which would shrink the rows that no token retrieves at every step.
 
@@ -38,11 +43,12 @@ def parameter_groups(
     call, do not share a group.
 
     Args:
-        learning_rate: per step, of dense weights and those without decay.
+        learning_rate: per step, of dense weights and those without decay; the others' are multiples of it.
     """
     settings = {
         DENSE: {"lr": learning_rate, "weight_decay": weight_decay},
         WITHOUT_DECAY: {"lr": learning_rate, "weight_decay": 0.0},
+        RETRIEVAL_GROUP: {"lr": learning_rate * retrieval_learning_rate_multiple, "weight_decay": 0.0},
         EXPERT_TABLES: {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay},
     }
     members = defaultdict(list)
@@ -59,7 +65,9 @@ def parameter_groups(
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if EXPERT_TABLE.search(name):
         return EXPERT_TABLES
-    return WITHOUT_DECAY if parameter.ndim < 2 or SUB_KEYS.search(name) else DENSE
+    if RETRIEVAL.search(name) and not ADAPTER.search(name):
+        return RETRIEVAL_GROUP
+    return WITHOUT_DECAY if parameter.ndim < 2 else DENSE
 
 
 def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_training_steps: int) -> LRScheduler:

@@ -137,7 +137,7 @@ class DataArguments:
 
 @dataclass
 class PeerTrainingArguments(TrainingArguments):
-    """Trainer's own arguments, and how expert tables are trained (`PeerTrainer`)."""
+    """Trainer's own arguments, and how retrieval and expert tables are trained (`PeerTrainer`)."""
 
     row_sparse_gradients: bool = field(
         default=False,
@@ -145,6 +145,10 @@ class PeerTrainingArguments(TrainingArguments):
             "help": "Gradients of expert tables hold the rows that a step retrieved; RowSparseAdamW updates those. "
             "Needs --optim adamw_torch (or _fused), one process or DistributedDataParallel."
         },
+    )
+    retrieval_learning_rate_multiple: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate of query networks and sub-keys, as a multiple of learning_rate."},
     )
     table_learning_rate_multiple: float = field(
         default=1.0, metadata={"help": "Learning rate of the expert tables, as a multiple of learning_rate."}
@@ -167,8 +171,9 @@ class PeerTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        multiple, schedule = self.table_learning_rate_multiple, self.table_learning_rate_schedule
-        require(multiple > 0, "table_learning_rate_multiple", multiple, "more than 0")
+        schedule = self.table_learning_rate_schedule
+        for name in ("retrieval_learning_rate_multiple", "table_learning_rate_multiple"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         schedules, states = ", ".join(TABLE_SCHEDULES), ", ".join(ROW_STATES)
         require(schedule in TABLE_SCHEDULES, "table_learning_rate_schedule", schedule, f"one of {schedules}")
         state = self.table_optimizer_state

@@ -65,6 +65,7 @@ class PeerTrainer(CompleteCheckpoints, Trainer):
                 self.args.weight_decay,
                 settings.table_learning_rate_multiple,
                 settings.table_weight_decay,
+                settings.retrieval_learning_rate_multiple,
             )
             self.optimizer_cls_and_kwargs = (optimizer_class, {"params": groups, **options})
         try:
