@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Multilinear mixture of experts (Oldfield et al. 2024; arXiv:2402.12550): every expert counts, none is ever formed.
+"""Multilinear mixture of experts (Oldfield et al. 2024; arXiv:2402.12550): many experts, none of them ever formed.
 
 The matrices of N experts are slices of one tensor W, of which there are only factors. A token z gives each expert a
-coefficient and gets the mixed matrix's product, with a channel of ones for the bias:
+coefficient, and is multiplied by the mixed matrix, with a channel of ones for the bias:
 
     a = entmax(norm(z G));    y_o = Σ_n Σ_i a_n [z; 1]_i W_nio
 """
@@ -119,7 +119,7 @@ class PeerMultilinearMoe(nn.Module):
 
     Gating weights begin at zero, so all experts count alike; their logits go through LayerNorm without parameters, in
     float32. (BatchNorm, which the authors have for images, would let tokens see each other.) The inner width is
-    `moe_intermediate_size`. Where the authors normalise the layer's input, the decoder has already done so.
+    `moe_intermediate_size`. The decoder has normalised the input; the authors do so for the experts, not for the gate.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
