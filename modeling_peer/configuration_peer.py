@@ -89,7 +89,8 @@ class PeerConfig(PreTrainedConfig):
         moe_intermediate_size (`int`, *optional*):
             Width of one coarse expert; unset, `intermediate_size`.
         num_moe_experts_per_token (`int`, *optional*, defaults to 2):
-            Coarse experts of one token in a `top_k_moe` with the router `"noisy_top_k"`.
+            Coarse experts of one token in a `top_k_moe` with the router `"noisy_top_k"`. With 1 the router learns
+            of its load loss only.
         moe_router (`str`, *optional*, defaults to `"noisy_top_k"`):
             Router of `top_k_moe`: `"noisy_top_k"` with importance and load losses (Shazeer et al. 2017), or
             `"switch"`: one expert, a capacity, and its balance loss (Fedus et al. 2021). `router_aux_loss_coef` weighs
@@ -322,7 +323,8 @@ class PeerConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.sparse_mlp == "top_k_moe" and self.num_moe_experts_per_token > self.num_moe_experts:
+        noisy_top_k = self.sparse_mlp == "top_k_moe" and self.moe_router == "noisy_top_k"
+        if noisy_top_k and self.num_moe_experts_per_token > self.num_moe_experts:
             raise ValueError(
                 f"num_moe_experts_per_token ({self.num_moe_experts_per_token}) exceeds num_moe_experts "
                 f"({self.num_moe_experts}): a token cannot use more experts than there are. Lower one."

@@ -26,8 +26,7 @@ class PeerMemoryValues(PeerExperts):
 
 
 class PeerGateLinear(nn.Linear):
-    """A linear map of an output gate, which starts with weights as large as in the authors' code. A class of its own,
-    because Transformers initialises a module of ours only where it holds parameters itself."""
+    """A linear map of an output gate, with an initialisation of its own: that of the authors' code."""
 
     def reset_parameters(self):
         init.normal_(self.weight, std=self.in_features**-0.5)

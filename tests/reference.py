@@ -197,3 +197,62 @@ def expert_usage(forwards, num_experts):
         "unevenness": math.log(num_experts) + sum(share * math.log(share) for share in shares),
         "dead_experts": num_experts - len(shares),
     }
+
+
+def moe_expert(experts, expert, x):
+    """One MLP of a `PeerMoeExperts`, on one token."""
+    gate, up = (experts.gate_up_proj[expert] @ x).view(2, -1)
+    return experts.down_proj[expert] @ (experts.act_fn(gate) * up)
+
+
+def noisy_top_k_moe(layer, hidden_states, token_mask, noise=None):
+    """Shazeer et al. 2017, eqs. 3-11, token by token; `noise` is `(num_tokens, num_experts)`, None in evaluation.
+
+    Returns:
+        output, and the importance and load losses added.
+    """
+    router, experts = layer.router, layer.experts
+    num_experts, k = len(router.score_weight), router.top_k
+    importance, load = [0 * hidden_states.sum()] * num_experts, [0 * hidden_states.sum()] * num_experts
+    outputs = []
+    for t, x in enumerate(hidden_states):
+        scores = noisy = router.score_weight @ x
+        if noise is not None:
+            std = (router.noise_weight @ x).exp().log1p() + 0.01
+            noisy = scores + noise[t] * std
+        chosen = sorted(range(num_experts), key=lambda i, noisy=noisy: -noisy[i].item())[:k]
+        total = sum(noisy[i].exp() for i in chosen)
+        gates = {i: noisy[i].exp() / total for i in chosen}
+        outputs.append(sum(gate * moe_expert(experts, i, x) for i, gate in gates.items()))
+        for i in range(num_experts if token_mask[t] else 0):
+            importance[i] = importance[i] + gates.get(i, 0)
+            if noise is None or k == num_experts:
+                load[i] = load[i] + (i in gates)
+            else:
+                others = sorted((noisy[j] for j in range(num_experts) if j != i), reverse=True)
+                load[i] = load[i] + (1 + torch.erf((scores[i] - others[k - 1]) / std[i] / 2**0.5)) / 2
+    loss = 0
+    for values in (importance, load):
+        mean = sum(values) / num_experts
+        loss = loss + sum((value - mean) ** 2 for value in values) / num_experts / (mean**2 + 1e-10)
+    return torch.stack(outputs), loss
+
+
+def switch_moe(layer, hidden_states, token_mask, jitter=None, capacity=math.inf):
+    """Fedus et al. 2021, eqs. 1-6, token by token; `jitter` is what the router's input is multiplied by in training.
+
+    Returns:
+        output, and the balance loss without its weight.
+    """
+    router, experts = layer.router, layer.experts
+    num_experts, num_real = len(router.weight), int(token_mask.sum())
+    outputs, taken, probabilities = [], [0] * num_experts, 0
+    for t, x in enumerate(hidden_states):
+        p = (router.weight @ (x if jitter is None else x * jitter[t])).softmax(-1)
+        i = max(range(num_experts), key=lambda i, p=p: p[i].item())
+        if token_mask[t]:
+            probabilities = probabilities + p
+            taken[i] += 1
+        outputs.append(x * 0 if taken[i] > capacity else p[i] * moe_expert(experts, i, x))
+    loss = num_experts * sum(taken[i] / num_real * probabilities[i] / num_real for i in range(num_experts))
+    return torch.stack(outputs), loss
