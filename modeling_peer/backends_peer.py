@@ -50,8 +50,8 @@ def check_experts_implementation(name: str | None) -> str | None:
     if not known:
         available = ["eager", *sorted({*RETRIEVAL_FUNCTIONS, *EXPERT_MIXTURE_FUNCTIONS})]
         raise ValueError(
-            f'experts_implementation="{name}" is not available here (available: {", ".join(available)}). '
-            'Use "eager", or leave it unset to let PEER choose.'
+            f'experts_implementation="{name}" is not available here, for product keys and their experts (available: '
+            f'{", ".join(available)}). Use "eager", or leave it unset to let PEER choose.'
         )
     return name
 

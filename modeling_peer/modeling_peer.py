@@ -34,7 +34,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import describe_damage, staged_save
-from .configuration_peer import PeerConfig
+from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
+from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
     PeerModelOutputWithPast,
@@ -132,15 +133,17 @@ class PeerPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
-        # Transformers knows the names of its coarse mixtures only. `None` stays: PEER chooses at each call, by device.
-        return check_experts_implementation(requested_experts)
+        # Transformers knows the names of its coarse mixtures only. `None` stays: what runs is chosen at each call.
+        if self.config.sparse_mlp in PRODUCT_KEY_MLPS:
+            return check_experts_implementation(requested_experts)
+        return check_moe_experts_implementation(requested_experts)
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str | None] | None):
-        """Choose the implementation of the PEER layers from now on; `None` lets PEER choose."""
+        """Choose the implementation of the sparse layers from now on; `None` lets PEER choose."""
         # Transformers switches only models that take all its own names, and tells them by a decorator in their file.
         if isinstance(experts_implementation, dict):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
-        self.config._experts_implementation = check_experts_implementation(experts_implementation)
+        self.config._experts_implementation = self.get_correct_experts_implementation(experts_implementation)
 
     def _collect_aux_losses(self, has_labels: bool) -> AuxiliaryLosses | None:
         """Where the layers put their auxiliary losses; none in generation and in evaluation without labels."""
@@ -261,6 +264,8 @@ class PeerModel(PeerPreTrainedModel):
         super().init_parallel_plans()
         # The configuration's plans name every MLP and table a PEER model may have; keep the entries this one has.
         names = {re.sub(r"\.\d+", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())}
+        if self.config.sparse_mlp not in PRODUCT_KEY_MLPS:  # the plans shard rows; other experts are replicated
+            names.discard("layers.*.mlp.experts")
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
 

@@ -1,17 +1,58 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Coarse experts, whole MLPs, of the mixtures that PEER is compared with."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward, use_experts_implementation
 
 from .configuration_peer import PeerConfig
 
 
-@use_experts_implementation
+class PeerMoeExpertsInterface(ExpertsInterface):
+    """Transformers' implementations of coarse experts, by its names; unset, the one that suits the experts at hand."""
+
+    def get_interface(self, experts_implementation: str | None, default: Callable) -> Callable:
+        if experts_implementation is None:
+            return partial(_grouped_or_eager, eager=default)
+        return super().get_interface(experts_implementation, default)
+
+
+def _grouped_or_eager(experts: "PeerMoeExperts", *args, eager: Callable) -> torch.Tensor:
+    weight = experts.down_proj
+    # While compiling, Transformers has an operator of its own instead of torch's, except for bfloat16.
+    any_size = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
+    # What torch's `grouped_mm` asks for; models sized to a budget may have any width.
+    whole_lines = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+    if any_size or (whole_lines and weight.dtype != torch.float64):
+        return grouped_mm_experts_forward(experts, *args)
+    return eager(experts, *args)
+
+
+MOE_EXPERTS_FUNCTIONS = PeerMoeExpertsInterface()
+
+
+def check_moe_experts_implementation(name: str | None) -> str | None:
+    """Return `name` if coarse experts can be computed by it, `None` (chosen at each call) included.
+
+    Raises:
+        ValueError: Transformers has no such implementation.
+    """
+    available = ["eager", *sorted(MOE_EXPERTS_FUNCTIONS)]
+    if name is not None and name not in available:
+        raise ValueError(
+            f'experts_implementation="{name}" does not compute experts that are whole MLPs (available: '
+            f'{", ".join(available)}). Use "eager", or leave it unset to let PEER choose.'
+        )
+    return name
+
+
+@use_experts_implementation(experts_interface=MOE_EXPERTS_FUNCTIONS)
 class PeerMoeExperts(nn.Module):
     """`num_moe_experts` gated MLPs of width `moe_intermediate_size`, in Transformers' layout for mixtures of experts,
     so that its grouped implementations compute them: `down(act(gate(x)) * up(x))`."""

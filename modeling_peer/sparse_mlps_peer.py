@@ -9,11 +9,11 @@ from .expert_choice_moe_peer import PeerExpertChoiceMoe
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
 from .moe_experts_peer import PeerMoeExperts
-from .multilinear_moe_peer import PeerMultilinearMoe
-from .product_key_memory_peer import PeerProductKeyMemory
+from .multilinear_moe_peer import PeerCPLinear, PeerMultilinearMoe, PeerTensorRingLinear
+from .product_key_memory_peer import PeerGateLinear, PeerProductKeyMemory
 from .retrieval_peer import PeerRetrieval
 from .soft_moe_peer import PeerSoftMoe
-from .top_k_moe_peer import PeerTopKMoe
+from .top_k_moe_peer import PeerNoisyTopKRouter, PeerSwitchRouter, PeerTopKMoe
 
 SPARSE_MLP_CLASSES = {
     "peer": PeerLayer,
@@ -24,14 +24,18 @@ SPARSE_MLP_CLASSES = {
     "multilinear_moe": PeerMultilinearMoe,
 }
 
-# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights.
+# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights. Each must have a
+# parameter that is its own, not its children's: others Transformers passes over in code that is not its own.
 WITH_OWN_INITIALIZATION = (
     PeerRetrieval,
     PeerExperts,
     PeerMoeExperts,
-    PeerProductKeyMemory,
-    PeerTopKMoe,
+    PeerGateLinear,
+    PeerNoisyTopKRouter,
+    PeerSwitchRouter,
     PeerExpertChoiceMoe,
     PeerSoftMoe,
     PeerMultilinearMoe,
+    PeerCPLinear,
+    PeerTensorRingLinear,
 )

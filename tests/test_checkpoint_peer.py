@@ -356,9 +356,11 @@ def run_remote(script, *args, cache):
     )
 
 
-def test_remote_code_loads_where_the_package_cannot_be_imported(tiny_config, tmp_path):
-    config = tiny_config(mlp_layer_types=["sparse"] * 3, share_expert_tables=True, gated_experts=True)
-    model = PeerForCausalLM(config).eval()
+@pytest.mark.parametrize(
+    "fields", [{"share_expert_tables": True, "gated_experts": True}, {"sparse_mlp": "top_k_moe"}], ids=str
+)
+def test_remote_code_loads_where_the_package_cannot_be_imported(tiny_config, tmp_path, fields):
+    model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3, **fields)).eval()
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "cache").mkdir()
     results, copy = tmp_path / "results.pt", tmp_path / "copy"
