@@ -20,8 +20,8 @@ class PeerSoftMoe(nn.Module):
 
     Every expert has `num_slots_per_expert` slots, whatever the length of a sequence: the work depends on their number
     alone. Nothing is dropped, and there is nothing to balance. Each token's output depends on all tokens of its
-    sequence, later ones included, which is why causal models refuse it; padding is in no slot. As in the authors' code,
-    Φ starts LeCun normal and the scale, a learned number, at 1; their slots are as many as the tokens, ours a setting.
+    sequence, later ones included, which is why causal models refuse it; padding is in no slot. As in the authors'
+    code, Φ starts LeCun normal and the scale, a learned number, at 1; they have as many slots as tokens, we a setting.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):

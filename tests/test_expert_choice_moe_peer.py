@@ -1,4 +1,4 @@
-"""Expert choice: the published rule in training and the thresholds elsewhere against loops, and where each is causal."""
+"""Expert choice: the rule of training and the thresholds elsewhere against loops, and where each is causal."""
 
 import copy
 import math
