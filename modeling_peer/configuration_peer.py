@@ -106,7 +106,8 @@ class PeerConfig(PreTrainedConfig):
             Ranks of the factors: one for `"cp"` (unset, 3/4 of `hidden_size`), three for `"tensor_ring"` (unset, 4, 4
             and a fifth of `hidden_size`).
         is_causal (`bool`, *optional*, defaults to `True`):
-            Whether a token sees only those before it. `False` is for classification heads, and what `soft_moe` needs.
+            Whether a token sees only those before it. `False` is for classification heads, and what `soft_moe` needs;
+            there is no cache then, and `position_ids` that start again do not keep packed sequences apart.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 

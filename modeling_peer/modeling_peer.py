@@ -113,7 +113,7 @@ class PeerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["query_norm"]
+    _keep_in_fp32_modules_strict = ["query_norm", "thresholds"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -313,7 +313,8 @@ class PeerModel(PeerPreTrainedModel):
         if 0 in inputs_embeds.shape[:2]:
             batch_size, sequence_length = inputs_embeds.shape[:2]
             raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
-        if use_cache and past_key_values is None:
+        # A model that is not causal has nothing to keep: each new token changes what all earlier ones are.
+        if use_cache and self.config.is_causal and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -256,3 +256,29 @@ def switch_moe(layer, hidden_states, token_mask, jitter=None, capacity=math.inf)
         outputs.append(x * 0 if taken[i] > capacity else p[i] * moe_expert(experts, i, x))
     loss = num_experts * sum(taken[i] / num_real * probabilities[i] / num_real for i in range(num_experts))
     return torch.stack(outputs), loss
+
+
+def soft_moe(layer, hidden_states, token_mask):
+    """Slot by slot and token by token, one sequence after the other (Puigcerver et al. 2023, section 2)."""
+    phi = layer.slot_embed / (layer.slot_embed.square().sum(1, keepdim=True) + 1e-6).sqrt() * layer.scale
+    outputs = []
+    for tokens, is_real in zip(hidden_states, token_mask, strict=True):
+        unit = tokens / (tokens.square().sum(1, keepdim=True) + 1e-6).sqrt()
+        exp = (unit @ phi.T).exp()  # (tokens, slots)
+        written = []
+        for slot in range(len(phi)):
+            weights = exp[is_real, slot] / exp[is_real, slot].sum()
+            mixture = sum(w * x for w, x in zip(weights, tokens[is_real], strict=True))
+            written.append(moe_expert(layer.experts, slot // layer.num_slots, mixture))
+        outputs.append(torch.stack([sum(w * y for w, y in zip(row / row.sum(), written, strict=True)) for row in exp]))
+    return torch.stack(outputs)
+
+
+def expert_choice_moe(layer, tokens, is_chosen):
+    """`is_chosen(expert, scores)` says which tokens an expert takes (Zhou et al. 2022, section 3.2)."""
+    scores = (tokens @ layer.router.T).softmax(-1)
+    outputs = [torch.zeros_like(token) for token in tokens]
+    for expert in range(len(layer.router)):
+        for t in is_chosen(expert, scores):
+            outputs[t] = outputs[t] + scores[t, expert] * moe_expert(layer.experts, expert, tokens[t])
+    return torch.stack(outputs)
