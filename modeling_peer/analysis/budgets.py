@@ -190,16 +190,14 @@ def _lowest(config: PeerConfig, knob: str, step: int) -> int:
 
 
 def _current(config: PeerConfig, knob: str) -> int:
-    value = getattr(config, knob)
-    return value[-1] if isinstance(value, list) else value or 1
+    return config.multilinear_factor_ranks[-1] if knob == "multilinear_ranks" else getattr(config, knob)
 
 
 def _turned(config: PeerConfig, knob: str, value: int) -> PeerConfig:
     """A copy with the knob at `value`; of several ranks the last one is turned."""
     config = copy.deepcopy(config)
     if knob == "multilinear_ranks":
-        others = (config.multilinear_ranks or [4, 4, value])[:-1] if config.multilinear_form == "tensor_ring" else []
-        config.multilinear_ranks = [*others, value]
+        config.multilinear_ranks = [*config.multilinear_factor_ranks[:-1], value]
     else:
         setattr(config, knob, value)
     config.validate_architecture()

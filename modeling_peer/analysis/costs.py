@@ -175,12 +175,12 @@ def multilinear_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, 
 
 
 def _cp_layer(config: PeerConfig, inputs: int, outputs: int) -> Cost:
-    (rank,) = config.multilinear_ranks or (3 * config.hidden_size // 4,)
+    (rank,) = config.multilinear_factor_ranks
     return _matrix(config.num_moe_experts, rank) + _matrix(inputs, rank, bias=True) + _matrix(rank, outputs)
 
 
 def _tensor_ring_layer(config: PeerConfig, inputs: int, outputs: int) -> Cost:
-    first, second, third = config.multilinear_ranks or (4, 4, config.hidden_size // 5)
+    first, second, third = config.multilinear_factor_ranks
     cores = _matrix(config.num_moe_experts, first * second) + _matrix(inputs, second * third, bias=True)
     return cores + Cost(forward_flops=2 * first * second * third) + _matrix(third * first, outputs)
 
