@@ -4,29 +4,29 @@ import json
 
 import pytest
 import torch
-from training_helpers import REPOSITORY, TINY_PEER
+from training_helpers import REPOSITORY
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.training.models import load_preset
-from modeling_peer.training.presets import as_markdown, count_parameters, describe_presets, preset_names
+from modeling_peer.training.presets import as_markdown, cost_of_preset, describe_presets, preset_names
 
-# total, expert and active parameters; whoever changes a preset changes what the README quotes
-PARAMETERS = {
-    "peer_tiny": (2_017_152, 1_048_576, 976_768),
-    "peer_mini": (14_914_304, 8_388_608, 6_558_464),
-    "peer_small": (99_593_728, 67_108_864, 32_615_936),
-    "peer_medium": (509_174_528, 402_653_184, 106_717_952),
-    "peer_million": (2_328_132_608, 2_147_483_648, 180_911_104),
+# total, expert and active parameters, and FLOPs per token; whoever changes a preset changes what the README quotes
+COSTS = {
+    "peer_tiny": (2_017_152, 1_048_576, 976_768, 2_498_560),
+    "peer_mini": (14_914_304, 8_388_608, 6_558_464, 16_351_232),
+    "peer_small": (99_593_728, 67_108_864, 32_615_936, 82_444_288),
+    "peer_medium": (509_174_528, 402_653_184, 106_717_952, 290_717_696),
+    "peer_million": (2_328_132_608, 2_147_483_648, 180_911_104, 466_092_032),
 }
 
 
 def test_the_presets_are_those_of_the_table_smallest_first():
-    assert preset_names() == list(PARAMETERS)
+    assert preset_names() == list(COSTS)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_a_preset_is_a_plain_configuration_with_the_parameters_quoted(name):
+@pytest.mark.parametrize("name", COSTS)
+def test_a_preset_is_a_plain_configuration_with_the_costs_quoted(name):
     fields = json.loads((REPOSITORY / "configuration" / "models" / f"{name}.json").read_text())
     assert fields.pop("model_type") == "peer"
     config = PeerConfig(**fields)
@@ -35,8 +35,8 @@ def test_a_preset_is_a_plain_configuration_with_the_parameters_quoted(name):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, PeerForCausalLM)
-    assert tuple(count_parameters(config).values()) == PARAMETERS[name]
-    assert model.num_parameters() == PARAMETERS[name][0]
+    assert tuple(cost_of_preset(name).values()) == COSTS[name]
+    assert model.num_parameters() == COSTS[name][0]
 
 
 def test_the_largest_preset_is_the_papers_layer():
@@ -47,23 +47,10 @@ def test_the_largest_preset_is_the_papers_layer():
     assert (config.query_norm, config.share_sub_keys) == ("batch_norm", True)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expert", "retrieved"),
-    [
-        ({}, 2 * 64 * 32, 2 * 8 * 32),  # one sparse layer of two: 64 experts, 8 a token, of width 32
-        ({"gated_experts": True}, 3 * 64 * 32, 3 * 8 * 32),
-        ({"mlp_layer_types": ["sparse", "sparse"]}, 2 * 2 * 64 * 32, 2 * 2 * 8 * 32),
-        ({"mlp_layer_types": ["sparse", "sparse"], "share_expert_tables": True}, 2 * 64 * 32, 2 * 2 * 8 * 32),
-        ({"mlp_layer_types": ["dense", "dense"]}, 0, 0),
-    ],
-)
-def test_active_parameters_are_all_but_the_experts_not_retrieved(overrides, expert, retrieved):
-    counts = count_parameters(PeerConfig(**{k: v for k, v in TINY_PEER.items() if k != "model_type"} | overrides))
-    assert counts["expert"] == expert
-    assert counts["active"] == counts["total"] - expert + retrieved
-
-
 def test_the_table_has_a_row_for_each_preset():
     lines = as_markdown(describe_presets()).splitlines()
-    assert len(lines) == 2 + len(PARAMETERS)
-    assert "| peer_million | 12 | 1,024 | 1,048,576 | 128 | 2,328,132,608 | 2,147,483,648 | 180,911,104 |" in lines
+    assert len(lines) == 2 + len(COSTS)
+    assert (
+        "| peer_million | 12 | 1,024 | 1,048,576 | 128 | 2,328,132,608 | 2,147,483,648 | 180,911,104 | 466,092,032 |"
+        in lines
+    )
