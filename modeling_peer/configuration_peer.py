@@ -48,8 +48,9 @@ class PeerConfig(PreTrainedConfig):
         query_dim (`int`, *optional*, defaults to 256):
             Width of one head's query, both halves together. The paper does not state it; this is the value of the
             product-key memory notebook it cites.
-        share_sub_keys (`bool`, *optional*, defaults to `True`):
-            One pair of codebooks for all heads (paper) rather than one pair per head.
+        share_sub_keys (`bool`, *optional*):
+            One pair of codebooks for all heads rather than one pair per head. Unset, as in the papers: `True` for
+            PEER, `False` for product-key memory.
         query_norm (`str`, *optional*, defaults to `"batch_norm"`):
             Normalisation of the queries: `"batch_norm"` (paper), `"rms_norm"`, `"layer_norm"` or `"none"`.
         gate_activation (`str`, *optional*, defaults to `"softmax"`):
@@ -80,7 +81,8 @@ class PeerConfig(PreTrainedConfig):
             Weight of the auxiliary losses in `loss`. 0.01 is that of the Switch Transformer; Monet's uniformity loss
             had 0.001.
         gated_memory (`bool`, *optional*, defaults to `False`):
-            Product-key memory multiplies what it read by `silu(x W_1)` and projects it, as Memory+ does.
+            Product-key memory multiplies what it read by `silu(x W_1)` and projects it, as Memory+ does
+            ([`PeerProductKeyMemory`]).
         num_moe_experts (`int`, *optional*, defaults to 8):
             Coarse experts, each an MLP, of the mixtures (`top_k_moe`, `expert_choice_moe`, `soft_moe`,
             `multilinear_moe`).
@@ -173,7 +175,7 @@ class PeerConfig(PreTrainedConfig):
     num_retrieval_heads: int = 8
     num_experts_per_head: int = 16
     query_dim: int = 256
-    share_sub_keys: bool = True
+    share_sub_keys: bool | None = None
     query_norm: Literal["batch_norm", "rms_norm", "layer_norm", "none"] = "batch_norm"
     gate_activation: Literal["softmax", "sigmoid"] = "softmax"
     expert_act: str = "gelu"
@@ -204,6 +206,8 @@ class PeerConfig(PreTrainedConfig):
         if self.mlp_layer_types is None:
             middle = (self.num_hidden_layers - 1) // 2
             self.mlp_layer_types = ["sparse" if i == middle else "dense" for i in range(self.num_hidden_layers)]
+        if self.share_sub_keys is None:
+            self.share_sub_keys = self.sparse_mlp != "product_key_memory"
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
@@ -222,6 +226,15 @@ class PeerConfig(PreTrainedConfig):
     def num_active_experts(self) -> int:
         """Experts one token passes through in one sparse layer, all heads together."""
         return self.num_retrieval_heads * self.num_experts_per_head
+
+    @property
+    def multilinear_factor_ranks(self) -> list[int]:
+        """`multilinear_ranks`, or what they are where unset."""
+        if self.multilinear_ranks is not None:
+            return self.multilinear_ranks
+        if self.multilinear_form == "cp":
+            return [max(1, 3 * self.hidden_size // 4)]
+        return [4, 4, max(1, self.hidden_size // 5)]
 
     def validate_architecture(self):
         """Cross-field checks, run by `@strict` after construction and before saving."""
@@ -288,6 +301,16 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
+            )
+        if self.gated_experts and self.sparse_mlp == "product_key_memory":
+            raise ValueError(
+                "gated_experts=True gates neurons, and the values of a product-key memory have none. Leave it unset; "
+                "gated_memory=True gates what the memory puts out."
+            )
+        if self.gated_memory and self.sparse_mlp != "product_key_memory":
+            raise ValueError(
+                f"gated_memory=True gates a product-key memory, but sparse_mlp is {self.sparse_mlp!r}. Leave it "
+                'unset, or set sparse_mlp="product_key_memory".'
             )
         if self.sparse_mlp == "soft_moe" and self.is_causal:
             raise ValueError(

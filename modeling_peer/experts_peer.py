@@ -25,7 +25,7 @@ def expert_mixture(
     hidden_states: torch.Tensor,
     expert_ids: torch.Tensor,
     gates: torch.Tensor,
-    down_embed: torch.Tensor,
+    down_embed: torch.Tensor | None,
     up_embed: torch.Tensor,
     gate_embed: torch.Tensor | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
@@ -34,7 +34,8 @@ def expert_mixture(
     """Sum of the retrieved single-neuron experts (He 2024, eqs. 3 and 6; arXiv:2407.04153).
 
         e_i(x) = act(x · down_i) · up_i                        or, with `gate_embed`,
-        e_i(x) = act(x · gate_i) · (x · down_i) · up_i
+        e_i(x) = act(x · gate_i) · (x · down_i) · up_i         or, without `down_embed`, a memory's value
+        e_i(x) = up_i
         y      = Σ_k gate_k · e_{id_k}(x)
 
     `down` reads the token and `up` writes it back: the reverse of the names in Llama's MLP. Rows are gathered tile by
@@ -46,7 +47,7 @@ def expert_mixture(
         hidden_states: `(num_tokens, hidden_size)`.
         expert_ids: `(num_tokens, num_active)`, int64; all heads of a token side by side, repeats allowed.
         gates: `(num_tokens, num_active)`.
-        down_embed, up_embed, gate_embed: `(num_peer_experts, hidden_size)`.
+        down_embed, up_embed, gate_embed: `(num_peer_experts, hidden_size)`; `gate_embed` only with `down_embed`.
         activation: elementwise function of the pre-activations.
         row_sparse_gradients: whether gradients of the tables are sparse COO tensors of the rows that were retrieved,
             coalesced, rather than as large as the tables.
@@ -59,12 +60,15 @@ def expert_mixture(
     else:
         read = partial(_apply, _ReadExperts, row_sparse_gradients)
         write = partial(_apply, _WriteExperts, row_sparse_gradients)
-    neurons = read(hidden_states, down_embed, expert_ids)
-    if gate_embed is None:
-        neurons = activation(neurons)
-    else:
-        neurons = activation(read(hidden_states, gate_embed, expert_ids)) * neurons
-    return write(gates * neurons, up_embed, expert_ids).to(hidden_states.dtype)
+    weights = gates.to(torch.promote_types(gates.dtype, torch.float32))
+    if down_embed is not None:
+        neurons = read(hidden_states, down_embed, expert_ids)
+        if gate_embed is None:
+            neurons = activation(neurons)
+        else:
+            neurons = activation(read(hidden_states, gate_embed, expert_ids)) * neurons
+        weights = weights * neurons
+    return write(weights, up_embed, expert_ids).to(hidden_states.dtype)
 
 
 def _read(hidden_states: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -195,16 +199,17 @@ def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int
 
 class PeerExperts(nn.Module):
     """The pool of experts of one layer: `down_embed` reads a token, `up_embed` writes it back, `gate_embed` (gated
-    experts only) modulates; each is `(num_peer_experts, hidden_size)`, one row an expert."""
+    experts only) modulates; each is `(num_peer_experts, hidden_size)`, one row an expert. Experts that are not to
+    read (`has_readers=False`) have `up_embed` alone."""
 
-    def __init__(self, config: PeerConfig):
+    def __init__(self, config: PeerConfig, has_readers: bool = True):
         super().__init__()
         self.config = config
         self.activation = nn.Identity() if config.expert_act == "identity" else ACT2FN[config.expert_act]
         shape = (config.num_peer_experts, config.hidden_size)
-        self.down_embed = nn.Parameter(torch.empty(shape))
+        self.down_embed = nn.Parameter(torch.empty(shape)) if has_readers else None
         self.up_embed = nn.Parameter(torch.empty(shape))
-        self.gate_embed = nn.Parameter(torch.empty(shape)) if config.gated_experts else None
+        self.gate_embed = nn.Parameter(torch.empty(shape)) if has_readers and config.gated_experts else None
 
     def reset_parameters(self):
         """Our choice, the paper states none. Tokens come in with unit variance per feature (RMSNorm), so readers of
@@ -219,11 +224,9 @@ class PeerExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`. Where the
         tables are a block of the pool's rows, ids are counted from its first, and others' experts add nothing."""
-        if self.down_embed.shape[0] < self.config.num_peer_experts:
-            expert_ids, gates = own_assignments(expert_ids, gates, self.down_embed.shape[0])
-        mixture = choose(
-            EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.down_embed
-        )
+        if self.up_embed.shape[0] < self.config.num_peer_experts:
+            expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
+        mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
         if is_parametrized(self):
             self._check_adapted_tables()

@@ -21,10 +21,12 @@ class PeerLayer(nn.Module):
     of numbers twice takes a while.
     """
 
+    experts_class = PeerExperts
+
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()
         self.retrieval = PeerRetrieval(config)
-        self.experts = PeerExperts(config)
+        self.experts = self.experts_class(config)
         self.expert_dropout = config.expert_dropout
         if initialize:
             self.retrieval.reset_parameters()

@@ -9,8 +9,8 @@ from .expert_choice_moe_peer import PeerExpertChoiceMoe
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
 from .moe_experts_peer import PeerMoeExperts
-from .multilinear_moe_peer import PeerMultilinearMoe
-from .product_key_memory_peer import PeerProductKeyMemory
+from .multilinear_moe_peer import PeerCPLinear, PeerMultilinearMoe, PeerTensorRingLinear
+from .product_key_memory_peer import PeerGateLinear, PeerProductKeyMemory
 from .retrieval_peer import PeerRetrieval
 from .soft_moe_peer import PeerSoftMoe
 from .top_k_moe_peer import PeerTopKMoe
@@ -29,9 +29,11 @@ WITH_OWN_INITIALIZATION = (
     PeerRetrieval,
     PeerExperts,
     PeerMoeExperts,
-    PeerProductKeyMemory,
+    PeerGateLinear,
     PeerTopKMoe,
     PeerExpertChoiceMoe,
     PeerSoftMoe,
     PeerMultilinearMoe,
+    PeerCPLinear,
+    PeerTensorRingLinear,
 )

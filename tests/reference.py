@@ -57,9 +57,10 @@ def expert_mixture(hidden_states, expert_ids, gates, down_embed, up_embed, gate_
     return torch.stack(outputs) if outputs else hidden_states * 1.0
 
 
-def peer_layer(layer, hidden_states):
-    """A whole `PeerLayer` without query BatchNorm in training: `hidden_states` is `(num_tokens, hidden_size)`."""
-    retrieval, experts, config = layer.retrieval, layer.experts, layer.retrieval.config
+def retrieve(retrieval, hidden_states):
+    """Gates and ids of a `PeerRetrieval` without query BatchNorm in training, all heads side by side: `(num_tokens,
+    num_active)`; `hidden_states` is `(num_tokens, hidden_size)`."""
+    config = retrieval.config
     query = hidden_states @ retrieval.query_proj.weight.T + retrieval.query_proj.bias
     norm = retrieval.query_norm
     if config.query_norm == "batch_norm":
@@ -72,15 +73,78 @@ def peer_layer(layer, hidden_states):
         query = centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
     scores, expert_ids = exhaustive_top_k(query, retrieval.sub_keys, config.num_experts_per_head)
     gates = scores.sigmoid() if config.gate_activation == "sigmoid" else scores.exp() / scores.exp().sum(-1, True)
-    return expert_mixture(
-        hidden_states,
-        expert_ids.flatten(1),
-        gates.flatten(1),
-        experts.down_embed,
-        experts.up_embed,
-        experts.gate_embed,
-        experts.activation,
-    )
+    return gates.flatten(1), expert_ids.flatten(1)
+
+
+def peer_layer(layer, hidden_states):
+    """A whole `PeerLayer`, as `retrieve`."""
+    gates, expert_ids = retrieve(layer.retrieval, hidden_states)
+    experts = layer.experts
+    tables = (experts.down_embed, experts.up_embed, experts.gate_embed)
+    return expert_mixture(hidden_states, expert_ids, gates, *tables, experts.activation)
+
+
+def product_key_memory(layer, hidden_states):
+    """Values of one token after the other (Lample et al. 2019, section 3.1); with a gate, eq. 2 of Berges et al."""
+    outputs = []
+    for x, gates, ids in zip(hidden_states, *retrieve(layer.retrieval, hidden_states), strict=True):
+        y = sum(gate * layer.experts.up_embed[i] for gate, i in zip(gates, ids.tolist(), strict=True))
+        if layer.output_gate is not None:
+            gate = layer.output_gate.token_proj.weight @ x
+            y = layer.output_gate.output_proj.weight @ (y * gate * gate.sigmoid())
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def entmax15(logits):
+    """Of one vector: bisection for the threshold at which the squares of what exceeds it, halved, sum to 1."""
+    halves = logits / 2
+    low, high = halves.max() - 1, halves.max()
+    for _ in range(100):
+        threshold = (low + high) / 2
+        total = (halves - threshold).clamp(min=0).square().sum()
+        low, high = (threshold, high) if total > 1 else (low, threshold)
+    return (halves - low).clamp(min=0).square()
+
+
+def multilinear_moe(layer, hidden_states):
+    """A `PeerMultilinearMoe` by its tensors of experts, formed whole, and autograd through each token's sum."""
+    outputs = []
+    for x in hidden_states:
+        logits = x @ layer.gating
+        centred = logits - logits.mean()
+        coefficients = _entmax15_of_support(centred / (centred.square().mean() + 1e-5).sqrt())
+        inner = torch.nn.functional.gelu(_multilinear(layer.first, x, coefficients))
+        outputs.append(_multilinear(layer.second, inner, coefficients))
+    return torch.stack(outputs)
+
+
+def _entmax15_of_support(logits):
+    """Differentiable: with the support known, the threshold solves a quadratic equation."""
+    support = entmax15(logits.detach()) > 0
+    halves = logits[support] / 2
+    size, mean = len(halves), halves.mean()
+    threshold = mean - ((1 - (halves - mean).square().sum()) / size).clamp(min=0).sqrt()
+    return torch.where(support, logits / 2 - threshold, 0.0).square()
+
+
+def _multilinear(linear, x, coefficients):
+    """Mixes the matrices of all experts, then multiplies by the token and a one."""
+    return torch.cat([x, x.new_ones(1)]) @ torch.einsum("n,nio->io", coefficients, experts_tensor(linear))
+
+
+def experts_tensor(linear):
+    """The matrices of all experts, `(num_experts, in_features + 1, out_features)`, entry by entry."""
+    if hasattr(linear, "expert_core"):
+        experts, inputs, outputs = (
+            [core[:, i] for i in range(core.shape[1])]
+            for core in (linear.expert_core, linear.input_core, linear.output_core)
+        )
+        return torch.stack(
+            [torch.stack([torch.stack([torch.trace(a @ b @ c) for c in outputs]) for b in inputs]) for a in experts]
+        )
+    factors = linear.expert_factor, linear.input_factor, linear.output_factor
+    return sum(torch.einsum("n,i,o->nio", *columns) for columns in zip(*(f.unbind(1) for f in factors), strict=True))
 
 
 def peak_memory(function):

@@ -3,6 +3,8 @@
 "cpu" runs as it is; "triton" on a GPU, or without one in Triton's interpreter.
 """
 
+from functools import partial
+
 import pytest
 import reference
 import torch
@@ -215,6 +217,17 @@ class TestMixture:
         inputs = mixture_inputs(device, gated=True)
         inputs[frozen] = inputs[frozen].detach()
         assert_equals_the_loop(mixture, inputs)
+
+    @pytest.mark.parametrize("row_sparse", [False, True])
+    def test_without_readers_writes_the_values_of_a_memory(self, mixture, device, row_sparse):
+        inputs = mixture_inputs(device)
+        inputs["hidden_states"] = inputs["hidden_states"].detach()  # only its dtype counts
+        del inputs["down_embed"]
+        results = [
+            output_and_gradients(partial(function, down_embed=None), inputs, row_sparse_gradients=row_sparse)
+            for function in (mixture, eager_mixture)
+        ]
+        torch.testing.assert_close(*results)
 
     def test_trains_an_activation_that_learns(self, mixture, device):
         inputs = mixture_inputs(device)

@@ -20,6 +20,7 @@ from modeling_peer.parallel_peer import EXPERT_ROWS, require_dense_gradients
 SHARED_OUT = {"num_key_value_heads": 4, "vocab_size": 100}  # numbers that 4 ranks can share out
 RMS = {"query_norm": "rms_norm"}
 SHARED = {"mlp_layer_types": ["sparse", "dense", "sparse"], "share_expert_tables": True, "gated_experts": True}
+MEMORY = {"sparse_mlp": "product_key_memory", "gated_memory": True}
 ROW_SPARSE = {"row_sparse_gradients": True}
 DOUBLE = {"dtype": torch.float64, "experts_implementation": "eager"}
 
@@ -55,12 +56,14 @@ def weights(folder, dtype=torch.float64):
         (4, {"tp_size": 4}, {"num_sub_keys": 9}),  # 81 experts: the last rank has fewer
         (2, {"tp_size": 2}, ROW_SPARSE),
         (4, {"tp_size": 4}, SHARED | ROW_SPARSE),
+        (2, {"tp_size": 2}, MEMORY | ROW_SPARSE),  # one table a layer, and a gate that every rank has
         (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
         (2, {"fsdp_size": 2}, RMS),  # tables as any other parameter
         (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
         (4, {"tp_size": 2, "fsdp_size": 2, "ep_size": 2}, RMS),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS),  # ranks have tokens of their own
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | SHARED),
+        (4, {"fsdp_size": 4, "ep_size": 2}, RMS | MEMORY),
     ],
     ids=str,
 )

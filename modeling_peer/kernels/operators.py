@@ -217,7 +217,7 @@ def expert_mixture(
     hidden_states: torch.Tensor,
     expert_ids: torch.Tensor,
     gates: torch.Tensor,
-    down_embed: torch.Tensor,
+    down_embed: torch.Tensor | None,
     up_embed: torch.Tensor,
     gate_embed: torch.Tensor | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
@@ -228,7 +228,7 @@ def expert_mixture(
     """`experts_peer.expert_mixture`, the same arguments and results, computed by `implementation`."""
     tables = [table for table in (down_embed, up_embed, gate_embed) if table is not None]
     for table in tables:
-        if table.shape != down_embed.shape or table.shape[1] != hidden_states.shape[1]:
+        if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:
             shapes = ", ".join(str(tuple(table.shape)) for table in tables)
             raise ValueError(f"hidden_states {tuple(hidden_states.shape)} and tables {shapes} do not fit together.")
     # `shape[0]`, not `len`: that would fix the number of tokens of a graph.
@@ -241,12 +241,14 @@ def expert_mixture(
     order = None
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
         order = _group(expert_ids, implementation)
-    neurons = _read(hidden_states, expert_ids, down_embed, order, row_sparse_gradients, implementation)
-    if gate_embed is None:
-        neurons = activation(neurons)
-    else:
-        gate = _read(hidden_states, expert_ids, gate_embed, order, row_sparse_gradients, implementation)
-        neurons = activation(gate) * neurons
-    weights = gates.to(torch.float32) * neurons
+    weights = gates.to(torch.float32)
+    if down_embed is not None:
+        neurons = _read(hidden_states, expert_ids, down_embed, order, row_sparse_gradients, implementation)
+        if gate_embed is None:
+            neurons = activation(neurons)
+        else:
+            gate = _read(hidden_states, expert_ids, gate_embed, order, row_sparse_gradients, implementation)
+            neurons = activation(gate) * neurons
+        weights = weights * neurons
     output = _write(weights, expert_ids, up_embed, order, row_sparse_gradients, implementation)
     return output.to(hidden_states.dtype)
