@@ -28,7 +28,7 @@ def plot_losses(groups: Mapping[str, Sequence], path: str) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def draw_group(axes, color: str, label: str, curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+def draw_group(axes, color: str, label: str | None, curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
     """Draw curves of x and y thinly, and the mean over them, as far as the shortest goes."""
     for xs, ys in curves:
         axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)

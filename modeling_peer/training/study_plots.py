@@ -16,13 +16,16 @@ def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Pa
     groups: dict[tuple, list[dict]] = {}
     for run in study["runs"]:
         groups.setdefault((run["size"], run["contender"]), []).append(run)
+    contenders = list(dict.fromkeys(contender for _, contender in groups))
     for name, words in AXES.items():
         figure, axes = _figure()
-        for number, ((size, contender), runs) in enumerate(groups.items()):
+        labelled = set()
+        for (_, contender), runs in groups.items():  # one colour for a contender, whatever its size
+            label = None if contender in labelled else f"{contender} ({len(runs)} seeds)"
+            labelled.add(contender)
             curves = [tuple([point[key] for point in run["curve"]] for key in (name, "loss")) for run in runs]
-            label = f"{contender}{f', {size}' if size else ''} ({len(runs)} seeds)"
-            draw_group(axes, f"C{number}", label, curves)
-        axes.set(xlabel=words, ylabel="validation loss, nats a token", yscale="log")
+            draw_group(axes, f"C{contenders.index(contender)}", label, curves)
+        axes.set(xlabel=words, ylabel="validation loss, nats a token")
         _save(figure, axes, folder / f"loss_by_{name}.png")
     if any(row["size"] for row in rows):
         _plot_sizes(rows, folder / "iso_flop.png")
@@ -42,7 +45,7 @@ def _plot_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
         )
     flops = [row["training_flops"] for row in rows]
     axes.set_title(f"{min(flops):.3g} to {max(flops):.3g} training FLOPs")
-    axes.set(xlabel="parameters", ylabel="validation perplexity", xscale="log", yscale="log")
+    axes.set(xlabel="parameters", ylabel="validation perplexity", xscale="log")
     _save(figure, axes, path)
 
 
