@@ -21,10 +21,11 @@ from modeling_peer.training.evaluation import EvaluationArguments, evaluate_chec
 from modeling_peer.training.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
 from modeling_peer.training.recipes import SettingsError, parse_arguments, parse_recipe
+from modeling_peer.training.show_costs import CostArguments, show_costs
 from modeling_peer.training.tokenizers import train_byte_level_bpe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
-TRAINING_SCRIPTS = ("train_lm", "evaluate_lm", "generate_text", "quickstart", "list_presets")
+TRAINING_SCRIPTS = ("train_lm", "evaluate_lm", "generate_text", "quickstart", "list_presets", "show_costs")
 
 
 @pytest.mark.parametrize(("config", "new_process"), [(TINY_PEER, True), (TINY_LLAMA, False)], ids=["peer", "llama"])
@@ -133,6 +134,23 @@ def test_a_script_opens_with_the_command_to_copy(name):
     text = (REPOSITORY / "scripts" / f"{name}.py").read_text()
     assert f"python scripts/{name}.py" in text.split('"""')[1]
     assert len(text.splitlines()) < 40  # the logic is in the package
+
+
+def test_costs_are_printed_by_part_and_the_budget_is_that_of_the_dense_twin(capsys):
+    words = ["--model", "peer_tiny", "--model_overrides", "sparse_mlp=top_k_moe", "--sequence_length", "64"]
+    result = show_costs(parse_arguments(CostArguments, [*words, "--fit", "flops"]))
+    dense = ["--model", "peer_tiny", "--model_overrides", 'mlp_layer_types=["dense","dense","dense","dense"]']
+    twin = show_costs(parse_arguments(CostArguments, [*dense, "--sequence_length", "64"]))
+    assert result["fields"] == {"moe_intermediate_size": 176}  # half the dense width, two experts a token
+    assert result["ratio"] == pytest.approx(
+        result["total"]["forward_flops"] / twin["total"]["forward_flops"], abs=1e-6
+    )
+    assert sum(part["forward_flops"] for part in result["parts"].values()) == result["total"]["forward_flops"]
+    assert f"| all | {result['total']['parameters']:,} |" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="num_sub_keys does not change the flops"):
+        show_costs(parse_arguments(CostArguments, [*words, "--fit", "flops", "--knobs", "num_sub_keys"]))
+    with pytest.raises(SettingsError, match=r"--fit \(energy\) must be one of flops, parameters, time"):
+        parse_arguments(CostArguments, ["--fit", "energy"])
 
 
 def test_the_plain_loop_learns_and_says_what_it_cannot_resume(tmp_path):

@@ -141,8 +141,7 @@ def retrieval_cost(config: PeerConfig) -> Cost:
 
 
 def top_k_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Sparsely gated mixture, with as many scores of noise as of experts, or Switch, as if no token found its expert
-    full."""
+    """Sparsely gated mixture, whose noise has scores too; or Switch, which computes the tokens that it drops."""
     noisy = config.moe_router == "noisy_top_k"
     router = _matrix(config.hidden_size, config.num_moe_experts) * (2 if noisy else 1)
     return {"routing": router, "experts": _mixture(config, config.num_moe_experts_per_token if noisy else 1)}
@@ -165,24 +164,24 @@ def soft_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def multilinear_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Multilinear mixture: two layers with the same coefficients, each a factorised tensor of experts by inputs, and a
-    channel of ones, by outputs."""
+    """Multilinear mixture: two layers with the same coefficients, each a factorised tensor of experts, inputs with a
+    channel of ones, and outputs."""
     width, inner = config.hidden_size, config.moe_intermediate_size
     layer = {"cp": _cp_layer, "tensor_ring": _tensor_ring_layer}[config.multilinear_form]
     return {
         "routing": _matrix(width, config.num_moe_experts),
-        "experts": layer(config, width + 1, inner) + layer(config, inner + 1, width),
+        "experts": layer(config, width, inner) + layer(config, inner, width),
     }
 
 
 def _cp_layer(config: PeerConfig, inputs: int, outputs: int) -> Cost:
     (rank,) = config.multilinear_ranks or (3 * config.hidden_size // 4,)
-    return _matrix(config.num_moe_experts, rank) + _matrix(inputs, rank) + _matrix(rank, outputs)
+    return _matrix(config.num_moe_experts, rank) + _matrix(inputs, rank, bias=True) + _matrix(rank, outputs)
 
 
 def _tensor_ring_layer(config: PeerConfig, inputs: int, outputs: int) -> Cost:
     first, second, third = config.multilinear_ranks or (4, 4, config.hidden_size // 5)
-    cores = _matrix(config.num_moe_experts, first * second) + _matrix(inputs, second * third)
+    cores = _matrix(config.num_moe_experts, first * second) + _matrix(inputs, second * third, bias=True)
     return cores + Cost(forward_flops=2 * first * second * third) + _matrix(third * first, outputs)
 
 

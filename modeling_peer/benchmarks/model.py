@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modeling_peer.benchmarks.calls import build_optimizer
+from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
 from modeling_peer.benchmarks.contestants import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.machine import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.memory import in_new_process, peak_bytes
@@ -140,15 +140,7 @@ def make_call(
 ) -> Callable[[torch.Tensor], None]:
     """What is measured, a function of token ids: a whole training step; reading a prompt; writing `new_tokens`."""
     if task == "training":
-        optimizer = build_optimizer(model.parameters(), name == row_sparse(settings.device))
-
-        def train(input_ids):
-            model.train()
-            model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return train
+        return make_training_step(model, name == row_sparse(settings.device))
 
     def read(input_ids):
         model.eval()
@@ -165,9 +157,8 @@ def make_call(
 
 def make_input(vocab_size: int, task: str, settings: ModelArguments, number: int) -> torch.Tensor:
     """Random token ids `(batch_size, length)`, others for each number."""
-    generator = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
     shape = (settings.batch_size, settings.length(task))
-    return torch.randint(vocab_size, shape, generator=generator).to(settings.device)
+    return make_token_ids(vocab_size, shape, settings.seed, number, settings.device)
 
 
 def _measure_tasks(models: dict[str, PreTrainedModel], settings: ModelArguments) -> list[dict[str, Any]]:

@@ -1,0 +1,221 @@
+"""Size a model to another one's budget, so that a comparison is at equal compute, equal size or equal time.
+
+    fit = fit_to_budget(peer, reference=dense, budget="flops")
+    fit.config, fit.fields, fit.ratio       # {"intermediate_size": 416}, 0.9965
+
+| budget | what is made equal | ratio at most from 1 |
+|---|---|---|
+| `"flops"` | forward FLOPs per token, and with them those of training | 1 % |
+| `"parameters"` | all parameters | 1 % |
+| `"time"` | median seconds of a training step, measured in turns | 5 % |
+
+The knobs that are turned, unless the caller names others:
+
+| what stands in the sparse layers | `"flops"` and `"time"` | `"parameters"` |
+|---|---|---|
+| nothing: a dense model | intermediate_size | the same |
+| peer, product_key_memory | intermediate_size, of the dense layers | num_sub_keys, then intermediate_size |
+| top_k_moe, expert_choice_moe | moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
+| soft_moe | num_slots_per_expert, then moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
+| multilinear_moe | the last of multilinear_ranks | the same |
+
+Not num_sub_keys for FLOPs: to cost as much as the MLP it replaces, the layer of `peer_million` would need nine million
+experts, where the paper has one million. Only where no layer is dense is that the knob.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+from modeling_peer import PeerConfig
+from modeling_peer.analysis.costs import model_cost
+from modeling_peer.configuration_peer import PRODUCT_KEY_MLPS
+
+TOLERANCES = {"flops": 0.01, "parameters": 0.01, "time": 0.05}
+# Knobs and their steps; the last one turned takes the second where multiples of the first are too coarse.
+KNOBS = {
+    "intermediate_size": (8, 1),
+    "num_sub_keys": (8, 1),
+    "num_retrieval_heads": (1,),
+    "query_dim": (2,),
+    "moe_intermediate_size": (8, 1),
+    "num_moe_experts": (1,),
+    "num_slots_per_expert": (1,),
+    "multilinear_ranks": (1,),
+}
+# Fields that a knob may not go below.
+LOWER_BOUNDS = {"num_sub_keys": "num_experts_per_head", "num_moe_experts": "num_moe_experts_per_token"}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A configuration sized to a budget.
+
+    Args:
+        config: the one sized.
+        fields: what to override in the one given to get it.
+        ratio: its cost over the reference's.
+    """
+
+    config: PeerConfig
+    fields: dict[str, Any]
+    ratio: float
+
+
+def fit_to_budget(
+    config: PeerConfig,
+    reference: PeerConfig,
+    budget: str = "flops",
+    knobs: Sequence[str] | None = None,
+    sequence_length: int | None = None,
+    tolerance: float | None = None,
+    time_ratio: Callable[[PeerConfig, PeerConfig], float] | None = None,
+) -> Fit:
+    """Turn the knobs of `config` until it costs what `reference` costs.
+
+    A knob before the last takes its largest value within the budget, the other knobs being as they are, or its
+    smallest; the last one takes what comes nearest.
+
+    Args:
+        config: what is sized; it stays as it is.
+        reference: whose budget is met: usually the dense twin; or a PEER model, for a dense one as large.
+        budget: `"flops"`, `"parameters"` or `"time"`.
+        knobs: fields to change, in this order; default: see above.
+        sequence_length: tokens of a sequence; default: the reference's max_position_embeddings.
+        tolerance: how far from 1 the ratio may be; default: see above.
+        time_ratio: seconds of a training step of its first argument over those of its second; default:
+            `modeling_peer.benchmarks.step_time.step_time_ratio` with sequences of `sequence_length`.
+
+    Raises:
+        ValueError: the budget is not met within `tolerance`, and how near it is; or a knob that there is not, or that
+            does not change what is counted.
+    """
+    if budget not in TOLERANCES:
+        raise ValueError(f"budget={budget!r} is none of {', '.join(TOLERANCES)}.")
+    tolerance = TOLERANCES[budget] if tolerance is None else tolerance
+    knobs = tuple(default_knobs(config, budget) if knobs is None else knobs)
+    length = reference.max_position_embeddings if sequence_length is None else sequence_length
+
+    def counted_ratio(candidate: PeerConfig) -> float:
+        cost, wanted = model_cost(candidate, length), model_cost(reference, length)
+        if budget == "parameters":
+            return cost.parameters / wanted.parameters
+        return cost.forward_flops / wanted.forward_flops
+
+    def measured_ratio(candidate: PeerConfig) -> float:
+        return time_ratio(candidate, reference)
+
+    if budget == "time" and time_ratio is None:
+        from modeling_peer.benchmarks.step_time import step_time_ratio  # needs what training needs
+
+        time_ratio = partial(step_time_ratio, sequence_length=length)
+    _require_knobs(config, knobs, budget, counted_ratio)
+    fit = Fit(config, {}, math.nan)
+    for knob in knobs:
+        is_last = knob == knobs[-1]
+        for step in KNOBS[knob] if is_last else KNOBS[knob][:1]:
+            if budget == "time":
+                # what is measured can't come nearer than it scatters
+                value, ratio = _turn(fit.config, knob, step, measured_ratio, is_last, near_enough=tolerance)
+            else:
+                value, ratio = _turn(fit.config, knob, step, counted_ratio, is_last)
+            if abs(ratio - 1) <= tolerance:
+                break
+        fit = Fit(_turned(fit.config, knob, value), {}, ratio)
+    if abs(fit.ratio - 1) > tolerance:
+        found = ", ".join(f"{knob}={getattr(fit.config, knob)}" for knob in knobs)
+        raise ValueError(
+            f"sparse_mlp={config.sparse_mlp!r} can't be sized to the reference's {budget} within {tolerance:.1%}: the "
+            f"nearest, with {found}, has {fit.ratio:.3f} times as much. Name other knobs ({', '.join(KNOBS)}), "
+            "change the fields that they leave alone, or allow a larger tolerance."
+        )
+    return replace(fit, fields={knob: getattr(fit.config, knob) for knob in knobs})
+
+
+def default_knobs(config: PeerConfig, budget: str) -> tuple[str, ...]:
+    """The fields that [`fit_to_budget`] changes where it is told none."""
+    has_dense = config.parallel_dense_mlp or "dense" in config.mlp_layer_types
+    if "sparse" not in config.mlp_layer_types:
+        return ("intermediate_size",)
+    if config.sparse_mlp == "multilinear_moe":
+        return ("multilinear_ranks",)
+    if config.sparse_mlp in PRODUCT_KEY_MLPS:
+        if budget == "parameters" and has_dense:
+            return ("num_sub_keys", "intermediate_size")
+        return ("intermediate_size",) if has_dense else ("num_sub_keys",)
+    if budget == "parameters":
+        return ("num_moe_experts", "moe_intermediate_size")
+    if config.sparse_mlp == "soft_moe":
+        return ("num_slots_per_expert", "moe_intermediate_size")
+    return ("moe_intermediate_size",)
+
+
+def _turn(
+    config: PeerConfig,
+    knob: str,
+    step: int,
+    ratio: Callable[[PeerConfig], float],
+    to_nearest: bool,
+    near_enough: float = 0.0,
+) -> tuple[int, float]:
+    """The largest value at which `ratio` is at most 1, or the nearest; and the ratio there. Costs grow with knobs."""
+
+    @cache
+    def ratio_at(value):
+        return ratio(_turned(config, knob, value))
+
+    def is_near(value):
+        return abs(ratio_at(value) - 1) <= near_enough
+
+    below = _lowest(config, knob, step)
+    above = max(below + step, _current(config, knob) // step * step)
+    if ratio_at(below) >= 1 or is_near(below):
+        return below, ratio_at(below)
+    while ratio_at(above) < 1 and not is_near(above):
+        below, above = above, 2 * above
+    while above - below > step and not is_near(above) and not is_near(below):
+        middle = (below + above) // 2 // step * step
+        below, above = (middle, above) if ratio_at(middle) < 1 else (below, middle)
+    if ratio_at(above) <= 1 or (to_nearest and abs(ratio_at(above) - 1) < abs(ratio_at(below) - 1)):
+        below = above
+    return below, ratio_at(below)
+
+
+def _lowest(config: PeerConfig, knob: str, step: int) -> int:
+    bound = getattr(config, LOWER_BOUNDS[knob]) if knob in LOWER_BOUNDS else 1
+    return math.ceil(bound / step) * step
+
+
+def _current(config: PeerConfig, knob: str) -> int:
+    value = getattr(config, knob)
+    return value[-1] if isinstance(value, list) else value or 1
+
+
+def _turned(config: PeerConfig, knob: str, value: int) -> PeerConfig:
+    """A copy with the knob at `value`; of several ranks the last one is turned."""
+    config = copy.deepcopy(config)
+    if knob == "multilinear_ranks":
+        others = (config.multilinear_ranks or [4, 4, value])[:-1] if config.multilinear_form == "tensor_ring" else []
+        config.multilinear_ranks = [*others, value]
+    else:
+        setattr(config, knob, value)
+    config.validate_architecture()
+    return config
+
+
+def _require_knobs(config: PeerConfig, knobs: tuple[str, ...], budget: str, ratio: Callable[[PeerConfig], float]):
+    """Raise ValueError for a knob that there is not, or that turns nothing of this model."""
+    if not knobs:
+        raise ValueError(f"knobs is empty: name at least one of {', '.join(KNOBS)}.")
+    for knob in knobs:
+        if knob not in KNOBS:
+            raise ValueError(f"{knob!r} is no knob. Known: {', '.join(KNOBS)}.")
+        lowest = _lowest(config, knob, KNOBS[knob][0])
+        if ratio(_turned(config, knob, lowest)) == ratio(_turned(config, knob, 4 * lowest)):
+            raise ValueError(
+                f"{knob} does not change the {budget} of a model with sparse_mlp={config.sparse_mlp!r} and "
+                f"mlp_layer_types={config.mlp_layer_types}. Name another knob: {', '.join(KNOBS)}."
+            )

@@ -1,0 +1,40 @@
+"""How long a training step of one model takes beside another's."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_peer import PeerConfig
+from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
+from modeling_peer.benchmarks.timing import Clock, interleave
+
+
+def step_time_ratio(
+    config: PeerConfig,
+    reference: PeerConfig,
+    sequence_length: int,
+    batch_size: int = 4,
+    device: str | None = None,
+    repeats: int = 9,
+    max_seconds: float = 20.0,
+) -> float:
+    """Median seconds of a training step of new weights of `config` over those of `reference`, measured in turns.
+
+    Args:
+        device: default: CUDA where there is any.
+        repeats, max_seconds: as in `interleave`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {}
+    for name, one in (("candidate", config), ("reference", reference)):
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(one))
+        steps[name] = make_training_step(model, one.row_sparse_gradients)
+    vocab_size = min(config.vocab_size, reference.vocab_size)
+
+    def new_input(number):
+        return make_token_ids(vocab_size, (batch_size, sequence_length), seed=0, number=number, device=device)
+
+    measured = interleave(steps, new_input, Clock(torch.device(device)), repeats, max_seconds)
+    return measured["candidate"].median_ms / measured["reference"].median_ms
