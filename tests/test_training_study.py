@@ -59,7 +59,9 @@ def write_study(folder, **changes):
     training |= {"per_device_train_batch_size": 4, "learning_rate": 0.01, "max_evaluation_examples": 8}
     (folder / "training.yaml").write_text(yaml.safe_dump(training))
     recipe = {**STUDY, "recipe": str(folder / "training.yaml"), **changes}
-    (folder / "study.yaml").write_text(yaml.safe_dump({n: v for n, v in recipe.items() if v is not None}))
+    (folder / "study.yaml").write_text(
+        yaml.safe_dump({n: v for n, v in recipe.items() if v is not None}, sort_keys=False)
+    )
     text = {"train_file": folder / "text.txt", "validation_file": folder / "held_out.txt"}
     return [str(folder / "study.yaml"), *as_command_line(**text)]
 
