@@ -25,7 +25,15 @@ from modeling_peer.training.show_costs import CostArguments, show_costs
 from modeling_peer.training.tokenizers import train_byte_level_bpe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
-TRAINING_SCRIPTS = ("train_lm", "evaluate_lm", "generate_text", "quickstart", "list_presets", "show_costs")
+TRAINING_SCRIPTS = (
+    "train_lm",
+    "compare_feed_forwards",
+    "evaluate_lm",
+    "generate_text",
+    "quickstart",
+    "list_presets",
+    "show_costs",
+)
 
 
 @pytest.mark.parametrize(("config", "new_process"), [(TINY_PEER, True), (TINY_LLAMA, False)], ids=["peer", "llama"])

@@ -100,9 +100,9 @@ def _summarize(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Any]:
     pairs = zip(losses, _values(first, "eval_loss"), strict=False)
     return {
         "seeds": len(runs),
-        "validation_loss": _mean_and_deviation(losses),
-        "difference": _mean_and_deviation([one - other for one, other in pairs]),
-        "bits_per_byte": _mean_and_deviation(_values(runs, "validation_bits_per_byte")),
+        "validation_loss": mean_and_deviation(losses),
+        "difference": mean_and_deviation([one - other for one, other in pairs]),
+        "bits_per_byte": mean_and_deviation(_values(runs, "validation_bits_per_byte")),
         "seconds_per_step": median(_values(runs, "seconds_per_step") or [math.nan]),
         "peak_memory_bytes": max(_values(runs, "peak_memory_bytes"), default=None),
         "parameters": runs[0].summary["parameters"],
@@ -113,7 +113,7 @@ def _values(runs: Sequence[Run], name: str) -> list[float]:
     return [run.summary[name] for run in runs if run.summary.get(name) is not None]
 
 
-def _mean_and_deviation(values: Sequence[float]) -> list[float | None]:
+def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
     """Mean and sample standard deviation; None where there are too few values."""
     if not values:
         return [None, None]
@@ -125,11 +125,16 @@ def _printed(row: dict[str, Any]) -> dict[str, Any]:
     cells = {}
     for name, value in row.items():
         if isinstance(value, list):
-            center, deviation = value
-            value = (
-                "-" if center is None else f"{center:.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
-            )
+            value = with_deviation(value, ".4f")
         elif name == "peak_memory_bytes":
             name, value = "peak memory, MiB", "-" if value is None else round(value / 2**20)
         cells[name.replace("_", " ")] = value
     return cells
+
+
+def with_deviation(pair: Sequence[float | None], spec: str) -> str:
+    """What `mean_and_deviation` returns, as a table shows it."""
+    center, deviation = pair
+    if center is None:
+        return "-"
+    return f"{center:{spec}}" + (f" ± {deviation:{spec.lstrip('+')}}" if deviation is not None else "")

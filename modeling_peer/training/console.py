@@ -9,8 +9,8 @@ from typing import Any
 from modeling_peer.training.recipes import SettingsError
 
 
-def run_script(main: Callable[[], dict[str, Any]]) -> None:
-    """Call `main` and print the dict it returns as the last line, in JSON.
+def run_script(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Call `main`, print the dict it returns as the last line, in JSON, and return it.
 
     A `SettingsError` becomes one line on stderr and exit status 2; any other error keeps its traceback.
     """
@@ -21,6 +21,7 @@ def run_script(main: Callable[[], dict[str, Any]]) -> None:
     # torchrun starts the script once for every process; the first one speaks for all
     if result and os.environ.get("RANK", "0") == "0":
         print(json.dumps(result, allow_nan=False), flush=True)
+    return result
 
 
 def _fail(error: SettingsError) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
@@ -44,10 +45,13 @@ class TrainingResult:
     summary: dict[str, Any] = field(default_factory=dict)
 
 
-def train_language_model(recipe: Recipe) -> TrainingResult:
+def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
     """Train (or fine-tune) as the recipe says, evaluate, save, write the card, push if asked.
 
     Whatever can be refused is refused before the first step.
+
+    Args:
+        callbacks: Trainer's, beside those that the recipe asks for.
 
     Raises:
         SettingsError: settings or data that cannot work, with the numbers and the way out.
@@ -80,7 +84,7 @@ def train_language_model(recipe: Recipe) -> TrainingResult:
         announce_changes(checkpoint, settings, announce)
 
     cost = CostOfSteps()
-    callbacks = [cost, *([ExpertUsageCallback()] if run.log_expert_usage else [])]
+    callbacks = [cost, *([ExpertUsageCallback()] if run.log_expert_usage else []), *callbacks]
     if run.max_train_minutes:
         callbacks.append(TimeLimit(60 * run.max_train_minutes))
     trainer = LanguageModelTrainer(
@@ -168,6 +172,10 @@ def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
             # the examples and not the rows: a long document is several rows in order
             train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
     validation = corpus.validation and pack(corpus.validation, **options, name="validation")
+    if validation is not None and data.max_evaluation_examples:
+        most = data.max_evaluation_examples
+        chosen = range(0, len(validation), max(1, len(validation) // most))[:most]
+        validation = torch.utils.data.Subset(validation, chosen)
     if validation is None:
         run.eval_strategy = transformers.IntervalStrategy.NO
     return train, validation

@@ -17,18 +17,27 @@ def plot_losses(groups: Mapping[str, Sequence], path: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, runs) in enumerate(groups.items()):
-        color = f"C{number}"
-        curves = [_smooth(run.losses) for run in runs]
-        for run, curve in zip(runs, curves, strict=True):
-            axes.plot(run.steps[len(run.steps) - len(curve) :], curve, color=color, alpha=0.3, linewidth=0.8)
-        steps = runs[0].steps
-        length = min(map(len, curves))
-        average = [sum(values) / len(values) for values in zip(*(curve[:length] for curve in curves), strict=True)]
-        axes.plot(steps[len(steps) - length :], average, color=color, label=f"{name} ({len(runs)} seeds)")
+        curves = []
+        for run in runs:
+            losses = _smooth(run.losses)
+            curves.append((run.steps[len(run.steps) - len(losses) :], losses))
+        draw_group(axes, f"C{number}", f"{name} ({len(runs)} seeds)", curves)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED} logged values")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=150)
+
+
+def draw_group(axes, color: str, label: str | None, curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    """Draw curves of x and y thinly, and the mean over them, as far as the shortest goes."""
+    for xs, ys in curves:
+        axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
+    mean_xs, mean_ys = (_mean_curve([curve[axis] for curve in curves]) for axis in (0, 1))
+    axes.plot(mean_xs, mean_ys, color=color, label=label)
+
+
+def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*curves, strict=False)]
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -124,13 +124,17 @@ class DataArguments:
     preprocessing_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize. Unset: one (the tokenizer itself is threaded)."}
     )
+    max_evaluation_examples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations while training use this many examples, evenly spread. Unset: all of them."},
+    )
     max_evaluation_bytes: int | None = field(
         default=None,
         metadata={"help": "Final perplexity and bits per byte use this much validation text. Unset: all of it."},
     )
 
     def __post_init__(self):
-        require_at_least_one(self, "max_evaluation_bytes", "preprocessing_workers")
+        require_at_least_one(self, "max_evaluation_bytes", "max_evaluation_examples", "preprocessing_workers")
         percent = self.validation_percent
         require(0 <= percent <= 100, "validation_percent", percent, "from 0 to 100")
 
@@ -247,9 +251,9 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
             raise SettingsError(f"{recipe_path}: unknown field {name!r}.{nearest(name, known)}")
     defaults = vars(parser.parse_args([]))
 
-    _drop_other_source(recipe, arguments)
+    drop_other_source(recipe, arguments)
     recipe.setdefault("output_dir", f"runs/{recipe_path.stem if recipe_path else 'train_lm'}")
-    namespace, unknown = parser.parse_known_args(_as_command_line(recipe) + arguments)
+    namespace, unknown = parser.parse_known_args(as_command_line(recipe) + arguments)
     _refuse_unknown(unknown, known)
     values = vars(namespace)
     settings = {n: v for n, v in sorted(values.items()) if v != defaults[n] and n != "hub_token"}
@@ -263,12 +267,18 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     return Recipe(model, data, run, settings)
 
 
-def parse_arguments(group: type, arguments: Sequence[str] | None = None) -> Any:
-    """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`."""
+def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_others: bool = False) -> Any:
+    """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`.
+
+    Args:
+        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
+    """
     parser = HfArgumentParser(group, allow_abbrev=False)
     parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
+    if return_others:
+        return parsed, unknown
     _refuse_unknown(unknown, {action.dest for action in parser._actions})
     return parsed
 
@@ -330,13 +340,18 @@ def _refuse_unknown(words: list[str], known: set[str]) -> None:
         raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
 
 
-def _drop_other_source(recipe: dict[str, Any], arguments: list[str]) -> None:
-    # text named on the command line stands for the recipe's, whichever way each is named
+def named_fields(arguments: Sequence[str]) -> set[str]:
+    """The fields that a command line names."""
+    return {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
+
+
+def drop_other_source(recipe: dict[str, Any], arguments: list[str]) -> None:
+    """Text named on the command line stands for the recipe's, whichever way each is named."""
     sources = {
         "train_file": ("dataset_name", "dataset_config", "streaming"),
         "dataset_name": ("train_file", "validation_file", "dataset_config"),
     }
-    given = {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
+    given = named_fields(arguments)
     for name, others in sources.items():
         if name in given:
             for other in others:
@@ -347,8 +362,8 @@ def _has_recipe(arguments: list[str]) -> bool:
     return bool(arguments) and not arguments[0].startswith("-")
 
 
-def _as_command_line(recipe: dict[str, Any]) -> list[str]:
-    # through argparse, so that a recipe's values get the same types, choices and errors as the command line's
+def as_command_line(recipe: dict[str, Any]) -> list[str]:
+    """The fields of a recipe as words: through argparse they get the same types, choices and errors as others."""
     words = []
     for name, value in recipe.items():
         if value is None:

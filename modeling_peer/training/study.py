@@ -1,0 +1,61 @@
+"""Feed-forwards side by side at an equal budget: what `scripts/compare_feed_forwards.py` does."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from modeling_peer.training.models import load_config
+from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study_data import TOKENIZER_FOLDER, prepare_data
+from modeling_peer.training.study_plan import plan_runs, shared_recipe
+from modeling_peer.training.study_queue import Tally, select_runs, work_off
+from modeling_peer.training.study_recipe import Study, parse_study
+from modeling_peer.training.study_report import STUDY_FILE, collect, read_study, write_report
+
+
+def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what is left of a study, and report on all of it.
+
+    Args:
+        words: `recipe.yaml --field value ...`; see `parse_study`.
+
+    Returns:
+        Rows of the table, and the names of the runs that are done, failed, paused or waiting.
+
+    Raises:
+        SettingsError: anything wrong with the study, before its first run.
+    """
+    study = parse_study(words)
+    if study.arguments.report_only:
+        return _answer(study, write_report(read_study(study.output_dir), study.output_dir), Tally())
+    began = time.monotonic()
+    tally = _train(study, began)
+    return _answer(study, write_report(collect(study), study.output_dir), tally)
+
+
+def _train(study: Study, began: float) -> Tally:
+    try:
+        study.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to --output_dir {study.output_dir}: {error.strerror}.") from error
+    recipe = shared_recipe(study)
+    data = prepare_data(recipe, load_config(recipe.model), study.output_dir)
+    print(f"data: {data['data']}; {data['training_tokens']:,} tokens", flush=True)
+    arguments = study.arguments
+    runs = plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER)
+    left, tally = select_runs(runs, arguments.retry_failed)
+    counts = f"{len(tally.done)} done, {len(tally.failed)} failed before, {len(left)} to do"
+    print(f"{len(runs)} runs: {counts}", flush=True)
+    work_off(
+        left,
+        tally,
+        arguments.num_workers,
+        arguments.keep_models,
+        deadline=None if arguments.max_minutes is None else began + 60 * arguments.max_minutes,
+        after_each=lambda: write_report(collect(study), study.output_dir, announce=False),
+    )
+    return tally
+
+
+def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
+    return {"path": str(study.output_dir / STUDY_FILE), "rows": rows, **vars(tally)}

@@ -1,0 +1,73 @@
+"""The tokens that all runs of a study train on: made once, and the same when the study is continued."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.data import load_corpus
+from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
+from modeling_peer.training.models import load_tokenizer
+from modeling_peer.training.packing import PackedBlocks
+from modeling_peer.training.recipes import Recipe, SettingsError
+
+TOKENIZER_FOLDER = "tokenizer"
+DATA_FILE = "data.json"
+
+
+def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> dict[str, Any]:
+    """Learn the tokenizer into `output_dir/tokenizer`, unless it is there, and tokenize into the cache of `datasets`,
+    where the runs find it.
+
+    Returns:
+        What was read, its size in tokens, and a hash of the tokens.
+
+    Raises:
+        SettingsError: nothing to train on or to validate with, or other tokens than the study began with.
+    """
+    corpus = load_corpus(recipe.data)
+    if corpus.validation is None:
+        raise SettingsError("a study needs validation text: name a --validation_file, or set --validation_percent.")
+    folder = output_dir / TOKENIZER_FOLDER
+    if not folder.is_dir():
+        tokenizer, origin = load_tokenizer(recipe.model, config, corpus, None)
+        print(f"tokenizer: {origin}, {len(tokenizer)} tokens", flush=True)
+        unfinished = folder.with_name(f"_{TOKENIZER_FOLDER}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
+    # Read from there even now: what the runs read is then found in the cache, whose key is the tokenizer's state.
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    block_size = choose_block_size(recipe.data.block_size, config)
+    train, validation = pack_corpus(corpus, tokenizer, block_size, recipe)
+    facts = {
+        "data": corpus.description,
+        "vocab_size": len(tokenizer),
+        "block_size": block_size,
+        "training_tokens": train.num_tokens,
+        "validation_examples": len(validation),
+        # of the whole validation text, whichever examples of it are used
+        "tokens_sha256": _hash(train, getattr(validation, "dataset", validation)),
+    }
+    path = output_dir / DATA_FILE
+    before = read_json(path)
+    changes = [f"{name} was {before[name]!r}, is {facts[name]!r}" for name in before if before[name] != facts[name]]
+    if changes:
+        raise SettingsError(
+            f"{output_dir} was begun on other data: {'; '.join(changes)}. Name another --output_dir, or delete it."
+        )
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _hash(*parts: PackedBlocks) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        for chunk in part.chunks:
+            digest.update(chunk.tobytes())
+    return digest.hexdigest()

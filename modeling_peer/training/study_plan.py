@@ -1,0 +1,208 @@
+"""The runs of a study: each contender's configuration, fitted to the budget, and how long it is trained."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_peer.analysis.budgets import fit_to_budget
+from modeling_peer.analysis.costs import model_cost
+from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.models import load_config
+from modeling_peer.training.recipes import (
+    Recipe,
+    SettingsError,
+    as_command_line,
+    drop_other_source,
+    parse_recipe,
+)
+from modeling_peer.training.study_recipe import Contender, Size, Study
+
+FITS_FILE = "fits.json"
+# of a run's settings: where things are, and how it is watched; and what `architecture` holds
+NOT_COMPARED = {"train_file", "validation_file", "tokenizer", "disable_tqdm", "report_to", "model_overrides"}
+NOT_COMPARED |= {
+    "output_dir",
+    "logging_steps",
+    "eval_steps",
+    "eval_strategy",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training.
+
+    Args:
+        settings: all that decides its result, but for code and machine; a finished run with others is not this run.
+        words: its command line, as for scripts/train_lm.py.
+        cost: parameters, FLOPs and steps.
+    """
+
+    contender: str
+    size: str | None
+    seed: int
+    study_dir: Path
+    settings: dict[str, Any]
+    words: list[str]
+    cost: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For people, and for its folder."""
+        return f"{f'{self.size}-' if self.size else ''}{self.contender}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.study_dir / self.name
+
+
+def shared_recipe(study: Study) -> Recipe:
+    """What all runs have in common."""
+    return parse_recipe(_shared_words(study))
+
+
+def plan_runs(study: Study, data: dict[str, Any], tokenizer: Path) -> list[PlannedRun]:
+    """The runs that the command line asks for, seed by seed, so that a part of them is balanced.
+
+    Args:
+        data: what `prepare_data` returned.
+        tokenizer: folder of the tokenizer that all use.
+
+    Raises:
+        SettingsError: a configuration that can't be built, a budget that can't be met, runs that do not compare.
+    """
+    recipe, wanted = study.recipe, study.arguments
+    runs = []
+    for size in wanted.sizes or recipe.sizes or [None]:
+        reference = _configure(study, recipe.reference, size, data)
+        for name in wanted.contenders or recipe.contenders:
+            runs += _plan(study, name, size, reference, data, tokenizer)
+    return sorted(runs, key=lambda run: recipe.seeds.index(run.seed))  # stable
+
+
+def _plan(study: Study, name: str, size: str | None, reference: PreTrainedConfig, data, tokenizer) -> list[PlannedRun]:
+    """One contender at one size, for every seed."""
+    config, fitted = reference, {}
+    try:
+        if name != study.recipe.reference:
+            config, fitted = _fit(study, name, size, reference, data)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+        cost = model_cost(config, data["block_size"])
+    except (ValueError, NotImplementedError) as error:
+        raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error
+    words = [*_words(study, name, size, fitted), f"--tokenizer={tokenizer}"]
+    first = parse_recipe(words)
+    tokens_per_step = _tokens_per_step(first, data["block_size"])
+    shared = _tokens_per_step(shared_recipe(study), data["block_size"])
+    if tokens_per_step != shared:
+        raise SettingsError(f"contender {name} trains on {tokens_per_step:,} tokens a step, the others on {shared:,}.")
+    steps = _count_steps(study, first, cost.training_flops, tokens_per_step)
+    facts = {
+        "total_parameters": round(cost.parameters),
+        "active_parameters": round(cost.active_parameters),
+        "forward_flops_per_token": round(cost.forward_flops),
+        "training_flops_per_token": round(cost.training_flops),
+        "tokens_per_step": tokens_per_step,
+        "steps": steps,
+    }
+    words += [
+        f"--max_steps={steps}",
+        f"--eval_steps={-(-steps // study.recipe.evaluations)}",
+        f"--save_steps={-(-steps // study.recipe.checkpoints)}",
+        *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
+        *("--report_to=none", "--disable_tqdm=true"),
+    ]
+    settings = {n: v for n, v in parse_recipe(words).settings.items() if n not in NOT_COMPARED}
+    settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    return [
+        PlannedRun(name, size, seed, study.output_dir, {**settings, "seed": seed}, [*words, f"--seed={seed}"], facts)
+        for seed in study.recipe.seeds
+    ]
+
+
+def _configure(study: Study, name: str, size: str | None, data: dict[str, Any], fitted=None) -> PreTrainedConfig:
+    """The configuration of a contender, with the vocabulary of the tokens at hand."""
+    config = load_config(parse_recipe(_words(study, name, size, fitted or {})).model)
+    if config.model_type != "peer":
+        raise SettingsError(f"a study compares configurations of PEER; model_type is {config.model_type!r}.")
+    config.vocab_size = data["vocab_size"]
+    return config
+
+
+def _fit(study: Study, name: str, size: str | None, reference: PreTrainedConfig, data: dict[str, Any]):
+    """A contender's configuration that meets the budget, and the fields that make it so."""
+    config = _configure(study, name, size, data)
+    budget, knobs = study.recipe.budget, study.recipe.contenders[name].fit
+    knobs = study.recipe.fit if knobs is None else knobs
+    if budget == "none" or knobs == []:
+        return config, {}
+    key, path = f"{f'{size}-' if size else ''}{name}", study.output_dir / FITS_FILE
+    inputs = {"budget": budget, "knobs": knobs, "config": config.to_diff_dict(), "reference": reference.to_diff_dict()}
+    inputs = json.loads(json.dumps(inputs))
+    known = read_json(path)
+    if known.get(key, {}).get("inputs") != inputs:
+        options = {"knobs": tuple(knobs)} if knobs else {}
+        result = fit_to_budget(config, reference, budget=budget, sequence_length=data["block_size"], **options)
+        # also what follows from a knob unless it is said
+        changed = _changes(result.config, config)
+        changed |= _changes(result.config, _configure(study, name, size, data, changed))
+        print(f"{key}: {result.ratio:.4f} of the reference's {budget} with {changed}", flush=True)
+        known[key] = {"inputs": inputs, "changed": changed, "ratio": result.ratio}
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    # kept, since a measured time would not come out the same twice
+    changed = known[key]["changed"]
+    return _configure(study, name, size, data, changed), changed
+
+
+def _changes(config: PreTrainedConfig, before: PreTrainedConfig) -> dict[str, Any]:
+    other = before.to_dict()
+    return {name: value for name, value in config.to_dict().items() if other.get(name) != value}
+
+
+def _count_steps(study: Study, recipe: Recipe, training_flops_per_token: float, tokens_per_step: int) -> int:
+    tokens = study.recipe.training_tokens
+    if study.recipe.training_flops:
+        tokens = study.recipe.training_flops / training_flops_per_token
+    if tokens:
+        return max(1, round(tokens / tokens_per_step))
+    if recipe.run.max_steps <= 0:
+        raise SettingsError("how long is a run? Set training_tokens, training_flops or, under training, max_steps.")
+    return recipe.run.max_steps
+
+
+def _tokens_per_step(recipe: Recipe, block_size: int) -> int:
+    run = recipe.run
+    return run.train_batch_size * run.gradient_accumulation_steps * run.world_size * block_size
+
+
+def _shared_words(study: Study) -> list[str]:
+    recipe, training = study.recipe, dict(study.recipe.training)
+    drop_other_source(training, study.words)
+    return [recipe.recipe, *as_command_line(training), *_overrides(recipe.model_overrides), *study.words]
+
+
+def _words(study: Study, name: str, size: str | None, fitted: dict[str, Any]) -> list[str]:
+    """The command line of a contender: what belongs to one wins over what all share."""
+    contender: Contender = study.recipe.contenders[name]
+    scaled: Size = study.recipe.sizes.get(size) or Size()
+    words = [*_shared_words(study), *as_command_line(scaled.training), *as_command_line(contender.training)]
+    overrides = {**scaled.model_overrides, **contender.model_overrides, **fitted}
+    if isinstance(kind := overrides.get("mlp_layer_types"), str):
+        plain = {key: value for key, value in overrides.items() if key != "mlp_layer_types"}
+        layers = load_config(parse_recipe([*words, *_overrides(plain)]).model).num_hidden_layers
+        overrides["mlp_layer_types"] = [kind] * layers
+    return [*words, *_overrides(overrides)]
+
+
+def _overrides(overrides: dict[str, Any]) -> list[str]:
+    return ["--model_overrides", json.dumps(overrides)] if overrides else []

@@ -1,0 +1,60 @@
+"""A study as pictures: loss against FLOPs, loss against time, and perplexity over sizes of equal training FLOPs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from modeling_peer.training.loss_curves import draw_group
+
+AXES = {"training_flops": "training FLOPs", "seconds": "seconds of training"}
+
+
+def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write `loss_by_training_flops.png`, `loss_by_seconds.png` and, where there are sizes, `iso_flop.png`."""
+    groups: dict[tuple, list[dict]] = {}
+    for run in study["runs"]:
+        groups.setdefault((run["size"], run["contender"]), []).append(run)
+    contenders = list(dict.fromkeys(contender for _, contender in groups))
+    for name, words in AXES.items():
+        figure, axes = _figure()
+        labelled = set()
+        for (_, contender), runs in groups.items():  # one colour for a contender, whatever its size
+            label = None if contender in labelled else f"{contender} ({len(runs)} seeds)"
+            labelled.add(contender)
+            curves = [tuple([point[key] for point in run["curve"]] for key in (name, "loss")) for run in runs]
+            draw_group(axes, f"C{contenders.index(contender)}", label, curves)
+        axes.set(xlabel=words, ylabel="validation loss, nats a token")
+        _save(figure, axes, folder / f"loss_by_{name}.png")
+    if any(row["size"] for row in rows):
+        _plot_sizes(rows, folder / "iso_flop.png")
+
+
+def _plot_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    figure, axes = _figure()
+    for contender in dict.fromkeys(row["contender"] for row in rows):
+        own = sorted((row for row in rows if row["contender"] == contender), key=lambda row: row["total_parameters"])
+        axes.errorbar(
+            [row["total_parameters"] for row in own],
+            [row["perplexity"][0] for row in own],
+            yerr=[row["perplexity"][1] or 0.0 for row in own],
+            marker="o",
+            capsize=3,
+            label=contender,
+        )
+    flops = [row["training_flops"] for row in rows]
+    axes.set_title(f"{min(flops):.3g} to {max(flops):.3g} training FLOPs")
+    axes.set(xlabel="parameters", ylabel="validation perplexity", xscale="log")
+    _save(figure, axes, path)
+
+
+def _figure() -> tuple:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _save(figure: Figure, axes, path: Path) -> None:
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, format="png", dpi=150)

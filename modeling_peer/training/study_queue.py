@@ -1,0 +1,172 @@
+"""Runs of a study worked off in processes: some at a time, until all are done or the time is over."""
+
+import multiprocessing
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing import connection
+from statistics import mean
+
+import torch
+
+from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study_plan import PlannedRun
+from modeling_peer.training.study_run import (
+    FAILURE_FILE,
+    PAUSED,
+    RUN_FILE,
+    RUN_RESULTS_FILE,
+    run_in_process,
+    write_failure,
+)
+
+# A new interpreter for each run: its memory is measured from scratch, CUDA and OpenMP do not survive a fork, and a run
+# that is killed takes nobody with it.
+START_METHOD = "spawn"
+SECONDS_BETWEEN_LOOKS = 0.5
+
+
+@dataclass
+class Tally:
+    """What became of the runs, by name; causes of those that failed."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    paused: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+
+
+def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[PlannedRun], Tally]:
+    """The runs that are left to do, and those that are done or have failed before.
+
+    A run that failed is continued when asked for, and begun anew when its settings have changed since.
+
+    Raises:
+        SettingsError: a run was begun or done with other settings.
+    """
+    left, tally = [], Tally()
+    for run in runs:
+        failure = read_json(run.folder / FAILURE_FILE)
+        if failure and failure["settings"] != run.settings:
+            shutil.rmtree(run.folder)
+        elif failure and retry_failed:
+            (run.folder / FAILURE_FILE).unlink()
+        elif failure:
+            tally.failed[run.name] = failure["cause"]
+            continue
+        begun = read_json(run.folder / RUN_FILE)
+        if begun:
+            _require_same_settings(run, begun["settings"])
+        if (run.folder / RUN_RESULTS_FILE).is_file():
+            tally.done.append(run.name)
+        else:
+            left.append(run)
+    return left, tally
+
+
+def work_off(
+    runs: Sequence[PlannedRun],
+    tally: Tally,
+    num_workers: int,
+    keep_models: bool,
+    deadline: float | None,
+    after_each: Callable[[], None],
+) -> None:
+    """Train `runs` in order, `num_workers` at a time, and put down in `tally` what became of them.
+
+    Args:
+        deadline: of `time.monotonic()`, at which runs are saved to be continued.
+        after_each: called whenever a run is done.
+    """
+    context = multiprocessing.get_context(START_METHOD)
+    stop = context.Event()
+    num_threads = max(1, torch.get_num_threads() // num_workers)
+    progress = _Progress(len(runs), num_workers)
+    waiting, working = deque(runs), {}
+    try:
+        while waiting or working:
+            try:
+                if deadline is not None and time.monotonic() > deadline:
+                    stop.set()
+                while waiting and len(working) < num_workers and not stop.is_set():
+                    run = waiting.popleft()
+                    process = context.Process(target=run_in_process, args=(run, stop, num_threads, keep_models))
+                    process.start()
+                    working[process.sentinel] = run, process, time.monotonic()
+                    print(f"begins: {run.name}, {run.cost['steps']:,} steps; see {run.folder}", flush=True)
+                if stop.is_set() and not working:
+                    break
+                for sentinel in connection.wait(list(working), timeout=SECONDS_BETWEEN_LOOKS):
+                    run, process, began = working.pop(sentinel)
+                    process.join()
+                    _put_down(run, process.exitcode, stop.is_set(), tally)
+                    progress.say(run, time.monotonic() - began, tally, waiting)
+                    if run.name in tally.done:
+                        after_each()
+            except KeyboardInterrupt:
+                if stop.is_set():
+                    raise
+                print("stopping: runs are saved first (interrupt again to kill them)", flush=True)
+                stop.set()
+    finally:
+        for _, process, _ in working.values():
+            process.kill()
+        tally.waiting += [run.name for run in waiting]
+
+
+def _put_down(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> None:
+    has_failed = (run.folder / FAILURE_FILE).is_file()
+    if (run.folder / RUN_RESULTS_FILE).is_file():
+        tally.done.append(run.name)
+        return
+    if status == PAUSED or (stopping and not has_failed):  # an interrupt may hit a process that has just begun
+        tally.paused.append(run.name)
+        return
+    if not has_failed:
+        name = signal.Signals(-status).name if status < 0 else f"status {status}"
+        hint = ": out of memory, perhaps" if status == -signal.SIGKILL else ""
+        write_failure(run, f"the process ended with {name}{hint}")
+    tally.failed[run.name] = read_json(run.folder / FAILURE_FILE)["cause"]
+
+
+def _require_same_settings(run: PlannedRun, before: dict) -> None:
+    now = run.settings | run.settings["architecture"]
+    before = before | before["architecture"]
+    names = sorted((now.keys() | before.keys()) - {"architecture"})
+    changes = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+    if changes:
+        raise SettingsError(
+            f"{run.folder} holds a run with other settings: {'; '.join(changes)}. Delete it, or name another "
+            "--output_dir."
+        )
+
+
+class _Progress:
+    """Says what became of a run, and how long the others will take if they take as long."""
+
+    def __init__(self, total: int, num_workers: int):
+        self.total, self.num_workers = total, num_workers
+        self.ended = 0
+        self.seconds: dict[tuple[str, str | None], list[float]] = {}
+
+    def say(self, run: PlannedRun, seconds: float, tally: Tally, waiting: Sequence[PlannedRun]) -> None:
+        """Print one line; a paused run counts with the seconds of this call only."""
+        self.ended += 1
+        if run.name in tally.done:
+            self.seconds.setdefault((run.contender, run.size), []).append(seconds)
+            results = read_json(run.folder / RUN_RESULTS_FILE)
+            words = f"perplexity {results['validation_perplexity']:.3f}"
+        elif run.name in tally.paused:
+            words = "saved, to be continued"
+        else:
+            words = f"FAILED: {tally.failed[run.name]}"
+        left = ""
+        if self.seconds and waiting:
+            average = mean(value for values in self.seconds.values() for value in values)
+            rest = sum(mean(self.seconds.get((r.contender, r.size), [average])) for r in waiting)
+            left = f"; {len(waiting)} wait, about {rest / self.num_workers / 60:.0f} min"
+        print(f"[{self.ended}/{self.total}] {run.name}: {words}, in {seconds:.0f} s{left}", flush=True)

@@ -1,0 +1,213 @@
+"""What a study compares: a file of configuration/training/compare, and which of it the command line asks for."""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from modeling_peer.training.recipes import (
+    DataArguments,
+    SettingsError,
+    find_file,
+    named_fields,
+    nearest,
+    parse_arguments,
+    read_yaml,
+    require,
+    require_at_least_one,
+)
+
+FOLDER = "configuration/training/compare"
+BUDGETS = ("flops", "parameters", "time", "none")
+# What a study decides for each of its runs.
+OF_THE_STUDY = {
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "seed",
+    "max_train_minutes",
+    "num_train_epochs",
+    "push_to_hub",
+    "streaming",
+}
+# What contenders must have in common, or their losses are not of the same task.
+IN_COMMON = OF_THE_STUDY | set(DataArguments.__dataclass_fields__)
+IN_COMMON |= {"model", "model_overrides", "tokenizer", "tokenizer_vocab_size", "max_steps"}
+
+
+@dataclass
+class Contender:
+    """One feed-forward in the running: how its configuration and its training differ from what all share."""
+
+    model_overrides: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    fit: list | None = None
+
+
+@dataclass
+class Size:
+    """One size of the models of all contenders."""
+
+    model_overrides: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+
+@dataclass
+class StudyRecipe:
+    """A study.
+
+    Args:
+        recipe: recipe of train_lm.py that every run begins with: model, corpus, batch, optimizer.
+        contenders: by name.
+        reference: the contender with which the others are compared, and to whose budget they are fitted.
+        training: fields of train_lm.py over those of `recipe`.
+        model_overrides: fields of the configuration, of all models. A contender's or a size's `mlp_layer_types:
+            dense` stands for as many as there are layers.
+        budget: what a contender is given as much of as the reference: forward "flops" per token, "parameters",
+            "time" of a training step, or "none".
+        fit: fields of the configuration that are moved to meet the budget, in that order; unset, those that
+            `modeling_peer.analysis.budgets` names for its feed-forward. A contender may have its own, or [] to stay as
+            it is.
+        seeds: one run of every contender for each.
+        sizes: models smaller or larger than the base, by name, with fields of train_lm.py if need be.
+        training_tokens: tokens of each run, in place of `max_steps`.
+        training_flops: FLOPs of each run, in place of `max_steps`: a model whose tokens cost less sees more of them.
+        evaluations: during a run, evenly spread; as many points has its curve.
+        checkpoints: in a run, evenly spread, beside those where it is interrupted.
+    """
+
+    recipe: str
+    contenders: dict
+    reference: str
+    training: dict = field(default_factory=dict)
+    model_overrides: dict = field(default_factory=dict)
+    budget: str = "flops"
+    fit: list | None = None
+    seeds: list = field(default_factory=lambda: [0, 1, 2])
+    sizes: dict = field(default_factory=dict)
+    training_tokens: float | None = None
+    training_flops: float | None = None
+    evaluations: int = 10
+    checkpoints: int = 10
+
+    def __post_init__(self):
+        require_at_least_one(self, "evaluations", "checkpoints")
+        require(self.budget in BUDGETS, "budget", self.budget, f"one of {', '.join(BUDGETS)}")
+        for name in (*self.contenders, *self.sizes):
+            if not re.fullmatch(r"[\w.+-]+", str(name)):
+                raise SettingsError(f"{name!r} names folders: use letters, digits and _ . + - only.")
+        _require_known(self.reference, self.contenders, "the reference")
+        if not self.seeds or not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
+            raise SettingsError(f"seeds are whole numbers from 0 on, at least one; got {self.seeds}.")
+        if self.training_tokens and self.training_flops:
+            raise SettingsError("training_tokens and training_flops both say how long a run is: name one of the two.")
+        _refuse_fields(self.training, OF_THE_STUDY | {"model_overrides"}, "training")
+        for name, contender in self.contenders.items():
+            _refuse_fields(contender.training, IN_COMMON, f"contender {name}")
+        for name, size in self.sizes.items():
+            _refuse_fields(size.training, IN_COMMON - {"max_steps"}, f"size {name}")
+
+
+@dataclass
+class StudyArguments:
+    """Where a study is made, and how much of it now."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the study, continued if it is there. Unset: runs/compare/<recipe>."}
+    )
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
+    sizes: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
+    seeds: list[int] = field(default_factory=list, metadata={"help": "In place of the recipe's."})
+    num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores, or the GPU."})
+    max_minutes: float | None = field(
+        default=None, metadata={"help": "After that long, save and stop; the same command continues."}
+    )
+    keep_models: bool = field(default=False, metadata={"help": "Keep the weights of finished runs."})
+    retry_failed: bool = field(
+        default=False, metadata={"help": "Continue runs that failed in an earlier call, from their last checkpoints."}
+    )
+    report_only: bool = field(default=False, metadata={"help": "Draw table and plots from study.json, train nothing."})
+
+    def __post_init__(self):
+        require_at_least_one(self, "num_workers")
+        require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "more than 0")
+
+
+@dataclass
+class Study:
+    """A recipe as the command line changes it; `words` are fields of train_lm.py, for all runs."""
+
+    recipe: StudyRecipe
+    arguments: StudyArguments
+    words: list[str]
+    output_dir: Path
+
+
+def parse_study(words: Sequence[str] | None = None) -> Study:
+    """Read `recipe.yaml --field value ...`: fields of `StudyArguments`, and any others as for scripts/train_lm.py.
+
+    Args:
+        words: the command line without the program's name; `sys.argv[1:]` by default.
+
+    Raises:
+        SettingsError: a recipe that is not one, with the field and what it must be.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if words[:1] in (["-h"], ["--help"]):
+        parse_arguments(StudyArguments, words)
+    if not words or words[0].startswith("-"):
+        known = sorted(path.stem for path in find_file("smoke", FOLDER, ".yaml").parent.glob("*.yaml"))
+        raise SettingsError(f"name a study first: {', '.join(known)}, or a file like those in {FOLDER}.")
+    path = find_file(words[0], FOLDER, ".yaml")
+    arguments, words = parse_arguments(StudyArguments, words[1:], return_others=True)
+    for name in sorted(named_fields(words) & OF_THE_STUDY):
+        raise SettingsError(f"--{name}: a study sets that for each of its runs{'; see --seeds' * (name == 'seed')}.")
+    try:
+        recipe = _read(StudyRecipe, read_yaml(path))
+    except SettingsError as error:
+        raise SettingsError(f"{path}: {error}") from error
+    for kind, names in (("contenders", arguments.contenders), ("sizes", arguments.sizes)):
+        for name in names:
+            _require_known(name, getattr(recipe, kind), f"--{kind}")
+    recipe.seeds = arguments.seeds or recipe.seeds
+    return Study(recipe, arguments, words, Path(arguments.output_dir or f"runs/compare/{path.stem}"))
+
+
+def _read(kind: type, values: Any, place: str = "") -> Any:
+    """A dataclass from a mapping: names and types checked, contenders and sizes read in turn."""
+    if not isinstance(values, dict):
+        raise SettingsError(f"{place or 'a study'} must be a mapping of fields to values; got {values!r}.")
+    inside = f" of {place}" if place else ""
+    known, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)
+    for name, value in values.items():
+        if name not in known:
+            raise SettingsError(f"unknown field {name!r}{inside}.{nearest(str(name), known)}")
+        expected = get_args(hints[name]) or (hints[name],)
+        accepted = (*expected, int) if float in expected else expected
+        if not isinstance(value, accepted) or isinstance(value, bool):
+            words = " or ".join(e.__name__ for e in expected if e is not type(None))
+            hint = " YAML takes 1.0e+13 for a number, and 1e13 for a word." if float in expected else ""
+            raise SettingsError(f"{name}{inside} ({value!r}) must be a {words}.{hint}")
+    missing = [name for name in ("recipe", "contenders", "reference") if name in known and not values.get(name)]
+    if missing:
+        raise SettingsError(f"it lacks {', '.join(missing)}.")
+    parts = {"contenders": Contender, "sizes": Size} if kind is StudyRecipe else {}
+    for name, part in parts.items():
+        values[name] = {
+            key: _read(part, {} if value is None else value, f"{name} {key}")
+            for key, value in values.get(name, {}).items()
+        }
+    return kind(**values)
+
+
+def _require_known(name: str, known: dict, place: str) -> None:
+    if name not in known:
+        raise SettingsError(f"{place} ({name}) is none of {', '.join(known) or 'none'}.{nearest(name, known)}")
+
+
+def _refuse_fields(given: dict, refused: set[str], place: str) -> None:
+    for name in given:
+        if name in refused:
+            raise SettingsError(f"{place} sets {name}, which the study or all its runs together decide: leave it out.")

@@ -1,0 +1,176 @@
+"""What a study found: one file of JSON with all its runs, a table, and plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.comparison import mean_and_deviation, with_deviation
+from modeling_peer.training.presets import as_markdown
+from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study_data import DATA_FILE
+from modeling_peer.training.study_plots import plot_study
+from modeling_peer.training.study_recipe import Study
+from modeling_peer.training.study_run import FAILURE_FILE, RUN_RESULTS_FILE, USAGE, write_json
+
+STUDY_FILE = "study.json"
+TABLE_FILE = "table.md"
+
+
+def collect(study: Study) -> dict[str, Any]:
+    """All of a study that its folder holds, of earlier calls too."""
+    recipe = study.recipe
+    names = [f"{size}-{name}" if size else name for size in recipe.sizes or [None] for name in recipe.contenders]
+    folders = [path for name in names for path in sorted(study.output_dir.glob(f"{name}-*")) if _is_seed(path, name)]
+    runs = [results for folder in folders if (results := read_json(folder / RUN_RESULTS_FILE))]
+    places = []  # few: said once
+    for run in runs:
+        place = {"machine": run.pop("machine"), "versions": run.pop("versions")}
+        if place not in places:
+            places.append(place)
+        run["place"] = places.index(place)
+    return {
+        "reference": recipe.reference,
+        "budget": recipe.budget,
+        "training": recipe.training,
+        **read_json(study.output_dir / DATA_FILE),
+        "places": places,
+        "failed": {f.name: why["cause"] for f in folders if (why := read_json(f / FAILURE_FILE))},
+        "runs": runs,
+    }
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """What `write_report` left."""
+    content = read_json(folder / STUDY_FILE)
+    if not content:
+        raise SettingsError(f"--report_only: no {STUDY_FILE} in {folder}. Train first, or name its --output_dir.")
+    return content
+
+
+def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> list[dict[str, Any]]:
+    """Write JSON, table and plots into `folder`; return the rows of the table, and print it if asked to."""
+    write_json(folder / STUDY_FILE, study)
+    rows = make_rows(study)
+    table = as_tables(study, rows)
+    (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+    if announce:
+        print(table, flush=True)
+    if study["runs"]:
+        plot_study(study, rows, folder)
+    return rows
+
+
+def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each contender and size: means and standard deviations over its seeds.
+
+    `against_reference` is the perplexity's difference from the reference's in percent, seed by seed.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for run in study["runs"]:
+        groups.setdefault((run["size"], run["contender"]), []).append(run)
+    rows = []
+    for (size, contender), runs in groups.items():
+        others = {run["seed"]: run["validation_perplexity"] for run in groups.get((size, study["reference"]), [])}
+        ratios = [run["validation_perplexity"] / others[run["seed"]] for run in runs if run["seed"] in others]
+        peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
+        steps = [run["seconds_per_step"] for run in runs if run["seconds_per_step"]]
+        row = {
+            "contender": contender,
+            "size": size,
+            "seeds": len(runs),
+            "perplexity": mean_and_deviation([run["validation_perplexity"] for run in runs]),
+            "against_reference": mean_and_deviation([100 * (ratio - 1) for ratio in ratios]),
+            "bits_per_byte": mean_and_deviation([run["validation_bits_per_byte"] for run in runs]),
+            "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
+            "seconds_per_step": median(steps) if steps else None,
+            "peak_memory_bytes": max(peaks, default=None),
+        }
+        same = ("total_parameters", "active_parameters", "forward_flops_per_token", "training_flops")
+        row |= {name: runs[0][name] for name in same}
+        for figure in USAGE:
+            row[figure] = mean_and_deviation([value for run in runs for value in _of_layers(run["usage"], figure)])
+        rows.append(row)
+    return rows
+
+
+def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: what each contender learned and cost, how its experts were used, and what is missing."""
+    if not rows:
+        parts = ["No run is done."]
+    else:
+        parts = [_headline(study), as_markdown([_cells(row, study["reference"]) for row in rows])]
+    used = [row for row in rows if row["unevenness"][0] is not None]
+    if used:
+        parts += ["Experts in use, on the validation examples:", as_markdown([_usage_cells(row) for row in used])]
+    parts += [f"- {name} failed: {cause}" for name, cause in study["failed"].items()]
+    return "\n\n".join(parts)
+
+
+def _headline(study: dict[str, Any]) -> str:
+    first = study["runs"][0]
+    tokens = {run["tokens"] for run in study["runs"]}
+    trained = f"{min(tokens):,} tokens" + (f" to {max(tokens):,}" if len(tokens) > 1 else "")
+    budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']}"
+    places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
+    return (
+        f"{study['data']}; {trained} a run, {first['steps']:,} steps; {budget} as {study['reference']}; "
+        f"mean ± standard deviation over seeds. {'; '.join(places)}."
+    )
+
+
+def _hardware(machine: dict[str, Any]) -> str:
+    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads a run"
+
+
+def _software(versions: dict[str, Any]) -> str:
+    commit = (versions["modeling_peer"] or "unknown")[:10] + " with changes" * bool(versions["uncommitted_changes"])
+    return f"torch {versions['torch']}, Transformers {versions['transformers']}, commit {commit}"
+
+
+def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
+    peak = row["peak_memory_bytes"]
+    per_step = row["seconds_per_step"]
+    return {
+        **_name(row),
+        "seeds": row["seeds"],
+        "perplexity": with_deviation(row["perplexity"], ".2f"),
+        f"against {reference}, %": with_deviation(row["against_reference"], "+.2f"),
+        "bits per byte": with_deviation(row["bits_per_byte"], ".4f"),
+        "parameters": row["total_parameters"],
+        "active": row["active_parameters"],
+        "forward MFLOPs a token": f"{row['forward_flops_per_token'] / 1e6:.3f}",
+        "training, s": f"{row['train_seconds']:.0f}",
+        "ms a step": "-" if per_step is None else f"{1000 * per_step:.1f}",
+        "peak memory, MiB": "-" if peak is None else round(peak / 2**20),
+    }
+
+
+def _usage_cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_name(row),
+        "perplexity": with_deviation(row["perplexity"], ".2f"),
+        "usage, %": _percent(row["expert_usage"]),
+        "of best experts, %": _percent(row["top_1_usage"]),
+        "unevenness": with_deviation(row["unevenness"], ".3f"),
+        "unused experts": with_deviation(row["dead_experts"], ".0f"),
+    }
+
+
+def _name(row: dict[str, Any]) -> dict[str, str]:
+    return {"contender": row["contender"]} | ({"size": row["size"]} if row["size"] else {})
+
+
+def _percent(pair: Sequence[float | None]) -> str:
+    return with_deviation([value and 100 * value for value in pair], ".1f")
+
+
+def _of_layers(usage: dict[str, float], figure: str) -> list[float]:
+    """The mean over the layers that retrieve, as a list of one; empty where none does."""
+    values = [value for name, value in usage.items() if name.startswith(figure)]
+    return [mean(values)] if values else []
+
+
+def _is_seed(path: Path, name: str) -> bool:
+    return path.name.removeprefix(f"{name}-").isdecimal()

@@ -1,0 +1,188 @@
+"""One run of a study, in a process of its own: trained, or continued, measured, written down."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import traceback
+from multiprocessing import parent_process
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from transformers import TrainerCallback
+
+from modeling_peer.benchmarks.machine import describe_machine, describe_versions
+from modeling_peer.training.checkpoint_folders import list_checkpoints, newest_checkpoint, read_json
+from modeling_peer.training.language_modeling import train_language_model
+from modeling_peer.training.measurements import CostOfSteps
+from modeling_peer.training.recipes import SettingsError, parse_recipe
+from modeling_peer.training.study_plan import PlannedRun
+
+RUN_FILE = "run.json"
+RUN_RESULTS_FILE = "results.json"
+FAILURE_FILE = "failure.json"
+CURVE_FILE = "curve.json"
+LOG_FILE = "log.txt"
+MODEL_FOLDER = "model"
+# exit status of a process whose run was saved to be continued
+PAUSED = 75
+USAGE = ("expert_usage", "top_1_usage", "unevenness", "dead_experts")
+# a process whose study was killed ends after its step
+SECONDS_TO_WAIT = 120
+
+
+class RunPaused(Exception):
+    """The run was asked to stop, and has saved what continues it."""
+
+
+class Pause(TrainerCallback):
+    """Saves after the step in which the study asks to stop, or has died, and ends the run there.
+
+    Nothing is saved at the last step: Trainer, resumed there in the middle of an epoch, would do one more.
+    """
+
+    def __init__(self, stop: Event):
+        self.stop = stop
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step < state.max_steps and (control.should_save or self._is_wanted())
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._is_wanted():
+            raise RunPaused(f"saved at step {state.global_step} of {state.max_steps}")
+
+    def _is_wanted(self) -> bool:
+        parent = parent_process()
+        return self.stop.is_set() or (parent is not None and not parent.is_alive())
+
+
+class LossByCost(CostOfSteps):
+    """Validation loss and use of experts by step and by seconds of training, evaluation and saving left out; kept in
+    a file, in which a run that is continued goes on from where its checkpoint was saved."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        self.points: list[dict[str, Any]] = []
+        self.seconds_before = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        known = read_json(self.path).get("points", [])
+        self.points = [point for point in known if point["step"] <= state.global_step]
+        self.seconds_before = self.points[-1]["seconds"] if self.points else 0.0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        usage = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        usage = {name: value for name, value in usage.items() if name.startswith(USAGE)}
+        self._add(state.global_step, loss=metrics["eval_loss"], usage=usage)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._add(state.global_step)
+
+    def _add(self, step: int, **facts):
+        seconds = round(self.seconds_before + sum(self.seconds), 3)
+        self.points.append({"step": step, "seconds": seconds, **facts})
+        write_json(self.path, {"points": self.points})
+
+
+def run_in_process(run: PlannedRun, stop: Event, num_threads: int, keep_model: bool) -> None:
+    """What a process of a study does: it ends with status 0 when the run is done, with `PAUSED` when it waits to be
+    continued, with another when it failed, the cause in `failure.json`. What it prints goes to `log.txt`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study hears it, and says when to stop
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / LOG_FILE, "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    torch.set_num_threads(num_threads)
+    try:
+        with FileLock(run.folder / "lock").acquire(timeout=SECONDS_TO_WAIT):
+            train_run(run, stop, keep_model)
+    except (RunPaused, Timeout) as pause:  # a lock that stays taken: another process is training this run
+        print(pause)
+        sys.exit(PAUSED)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        write_failure(run, explain(error))
+        sys.exit(1)
+
+
+def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[str, Any]:
+    """Train, or continue from the newest whole checkpoint; write and return the results."""
+    folder = run.folder / MODEL_FOLDER
+    write_json(run.folder / RUN_FILE, {"settings": run.settings})
+    words = [*run.words, f"--output_dir={folder}"]
+    with contextlib.suppress(SettingsError):  # nothing to continue
+        words += [f"--resume_from_checkpoint={newest_checkpoint(folder)[0]}"]
+    if words[-1].startswith("--output_dir"):
+        shutil.rmtree(folder, ignore_errors=True)
+    curve = LossByCost(run.folder / CURVE_FILE)
+    result = train_language_model(parse_recipe(words), callbacks=[curve, Pause(stop)])
+    results = describe_run(run, result.summary, curve.points, result.model.device)
+    write_json(run.folder / RUN_RESULTS_FILE, results)
+    if keep_model:
+        for checkpoint in list_checkpoints(folder):
+            shutil.rmtree(checkpoint)
+    else:
+        shutil.rmtree(folder)
+    return results
+
+
+def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, device: torch.device) -> dict[str, Any]:
+    """What is kept of a run that is done."""
+    evaluated = [point for point in points if "loss" in point]
+    flops_per_step = run.cost["training_flops_per_token"] * run.cost["tokens_per_step"]
+    seconds = points[-1]["seconds"]
+    return {
+        "contender": run.contender,
+        "size": run.size,
+        "seed": run.seed,
+        "validation_loss": math.log(summary["validation_perplexity"]),
+        "validation_perplexity": summary["validation_perplexity"],
+        "validation_bits_per_byte": summary["validation_bits_per_byte"],
+        **{name: run.cost[name] for name in ("total_parameters", "active_parameters", "forward_flops_per_token")},
+        "training_flops": summary["steps"] * flops_per_step,
+        "steps": summary["steps"],
+        "tokens": summary["tokens"],
+        "train_seconds": seconds,
+        "seconds_per_step": summary["seconds_per_step"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        "usage": evaluated[-1]["usage"],
+        "curve": [
+            {
+                "step": point["step"],
+                "training_flops": point["step"] * flops_per_step,
+                "seconds": point["seconds"],
+                "loss": round(point["loss"], 5),
+            }
+            for point in evaluated
+        ],
+        "settings": run.settings,
+        "machine": describe_machine(device),
+        "versions": describe_versions(),
+    }
+
+
+def write_failure(run: PlannedRun, cause: str) -> None:
+    """Put down that a run failed, and with which settings: others are worth another try."""
+    write_json(run.folder / FAILURE_FILE, {"cause": cause, "settings": run.settings})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    unfinished = path.with_name(f"_{path.name}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def explain(error: BaseException) -> str:
+    """An error as one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, SettingsError) else f"{type(error).__name__}: {first}"
