@@ -26,7 +26,7 @@ experts, where the paper has one million. Only where no layer is dense is that t
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -113,26 +113,23 @@ def fit_to_budget(
 
         time_ratio = partial(step_time_ratio, sequence_length=length)
     _require_knobs(config, knobs, budget, counted_ratio)
-    fit = Fit(config, {}, math.nan)
+    # What is measured can't come nearer than it scatters.
+    ratio, near_enough = (measured_ratio, tolerance) if budget == "time" else (counted_ratio, 0.0)
     for knob in knobs:
         is_last = knob == knobs[-1]
         for step in KNOBS[knob] if is_last else KNOBS[knob][:1]:
-            if budget == "time":
-                # what is measured can't come nearer than it scatters
-                value, ratio = _turn(fit.config, knob, step, measured_ratio, is_last, near_enough=tolerance)
-            else:
-                value, ratio = _turn(fit.config, knob, step, counted_ratio, is_last)
-            if abs(ratio - 1) <= tolerance:
+            value, achieved = _turn(config, knob, step, ratio, is_last, near_enough)
+            if abs(achieved - 1) <= tolerance:
                 break
-        fit = Fit(_turned(fit.config, knob, value), {}, ratio)
-    if abs(fit.ratio - 1) > tolerance:
-        found = ", ".join(f"{knob}={getattr(fit.config, knob)}" for knob in knobs)
+        config = _turned(config, knob, value)
+    fields = {knob: getattr(config, knob) for knob in knobs}
+    if abs(achieved - 1) > tolerance:
         raise ValueError(
             f"sparse_mlp={config.sparse_mlp!r} can't be sized to the reference's {budget} within {tolerance:.1%}: the "
-            f"nearest, with {found}, has {fit.ratio:.3f} times as much. Name other knobs ({', '.join(KNOBS)}), "
-            "change the fields that they leave alone, or allow a larger tolerance."
+            f"nearest, with {fields}, has {achieved:.3f} times as much. Name other knobs ({', '.join(KNOBS)}), change "
+            "the fields that they leave alone, or allow a larger tolerance."
         )
-    return replace(fit, fields={knob: getattr(fit.config, knob) for knob in knobs})
+    return Fit(config, fields, achieved)
 
 
 def default_knobs(config: PeerConfig, budget: str) -> tuple[str, ...]:
@@ -159,7 +156,7 @@ def _turn(
     step: int,
     ratio: Callable[[PeerConfig], float],
     to_nearest: bool,
-    near_enough: float = 0.0,
+    near_enough: float,
 ) -> tuple[int, float]:
     """The largest value at which `ratio` is at most 1, or the nearest; and the ratio there. Costs grow with knobs."""
 
@@ -179,7 +176,7 @@ def _turn(
     while above - below > step and not is_near(above) and not is_near(below):
         middle = (below + above) // 2 // step * step
         below, above = (middle, above) if ratio_at(middle) < 1 else (below, middle)
-    if ratio_at(above) <= 1 or (to_nearest and abs(ratio_at(above) - 1) < abs(ratio_at(below) - 1)):
+    if is_near(above) or (to_nearest and abs(ratio_at(above) - 1) < abs(ratio_at(below) - 1)):
         below = above
     return below, ratio_at(below)
 
