@@ -1,10 +1,10 @@
 """Train PEER and its rivals from the same seeds at an equal budget, and say who learned more, with tables and plots.
 
 python scripts/compare_feed_forwards.py smoke
-python scripts/compare_feed_forwards.py configuration/training/compare/wikitext2.yaml --train_file train.txt \\
+python scripts/compare_feed_forwards.py configuration/training/compare/cpu.yaml --train_file train.txt \\
     --validation_file valid.txt --output_dir runs/wikitext2 --num_workers 2
-python scripts/compare_feed_forwards.py enwiki2015 --contenders peer dense --seeds 0 1 --max_minutes 9
-python scripts/compare_feed_forwards.py wikitext2 --output_dir runs/wikitext2 --report_only
+python scripts/compare_feed_forwards.py cpu --contenders peer dense --seeds 0 1 --max_minutes 9
+python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report_only
 """
 
 import sys
