@@ -218,6 +218,7 @@ def test_generation_with_a_cache_gives_the_argmax_of_growing_prompts(new_model, 
 
 
 @EVERY
+@pytest.mark.slow
 def test_training_compiles_to_one_graph(new_model, tokens, name):
     torch._dynamo.reset()
     model = trained(new_model(name, num_hidden_layers=1), tokens).train()
@@ -232,6 +233,6 @@ def test_training_compiles_to_one_graph(new_model, tokens, name):
 @EVERY
 def test_parallel_plans_shard_tables_of_product_keys_and_replicate_other_experts(new_model, name):
     model = new_model(name, num_key_value_heads=4)
-    own = {key: style for plan in (model.tp_plan, model.ep_plan) for key, style in plan.items() if ".mlp" in key}
+    own = {key: style for plan in (model._tp_plan, model._ep_plan) for key, style in plan.items() if ".mlp" in key}
     assert bool(own) == (model.config.sparse_mlp in PRODUCT_KEY_MLPS), own
     assert model.tp_plan["model.layers.*.self_attn.q_proj"] == "colwise"
