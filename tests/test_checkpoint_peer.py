@@ -357,7 +357,13 @@ def run_remote(script, *args, cache):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"share_expert_tables": True, "gated_experts": True}, {"sparse_mlp": "top_k_moe"}], ids=str
+    "fields",
+    [
+        {"share_expert_tables": True, "gated_experts": True},
+        {"sparse_mlp": "product_key_memory", "gated_memory": True},
+        {"sparse_mlp": "top_k_moe"},
+    ],
+    ids=str,
 )
 def test_remote_code_loads_where_the_package_cannot_be_imported(tiny_config, tmp_path, fields):
     model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3, **fields)).eval()
