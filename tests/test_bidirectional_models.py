@@ -84,6 +84,7 @@ def test_a_sequence_does_not_depend_on_padding_or_batch_neighbours(build, tokens
             torch.testing.assert_close(together[row, left : left + length], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_implementations_agree(build, tokens):
     model = build()
     inputs, mask = padded(tokens, 2, 3)
