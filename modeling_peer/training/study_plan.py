@@ -1,7 +1,7 @@
 """The runs of a study: each contender's configuration, fitted to the budget, and how long it is trained."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from modeling_peer.training.recipes import (
     drop_other_source,
     parse_recipe,
 )
-from modeling_peer.training.study_recipe import Contender, Size, Study
+from modeling_peer.training.study_recipe import Size, Study
 
 FITS_FILE = "fits.json"
 # of a run's settings: where things are, and how it is watched; and what `architecture` holds
@@ -80,88 +80,119 @@ def plan_runs(study: Study, data: dict[str, Any], tokenizer: Path) -> list[Plann
         SettingsError: a configuration that can't be built, a budget that can't be met, runs that do not compare.
     """
     recipe, wanted = study.recipe, study.arguments
+    planner = _Planner(study, data, shared_recipe(study), [*_shared_words(study), f"--tokenizer={tokenizer}"])
     runs = []
     for size in wanted.sizes or recipe.sizes or [None]:
-        reference = _configure(study, recipe.reference, size, data)
+        reference = planner.configure(recipe.reference, size)
         for name in wanted.contenders or recipe.contenders:
-            runs += _plan(study, name, size, reference, data, tokenizer)
+            runs += planner.plan(name, size, reference)
     return sorted(runs, key=lambda run: recipe.seeds.index(run.seed))  # stable
 
 
-def _plan(study: Study, name: str, size: str | None, reference: PreTrainedConfig, data, tokenizer) -> list[PlannedRun]:
-    """One contender at one size, for every seed."""
-    config, fitted = reference, {}
-    try:
-        if name != study.recipe.reference:
-            config, fitted = _fit(study, name, size, reference, data)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
-        cost = model_cost(config, data["block_size"])
-    except (ValueError, NotImplementedError) as error:
-        raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error
-    words = [*_words(study, name, size, fitted), f"--tokenizer={tokenizer}"]
-    first = parse_recipe(words)
-    tokens_per_step = _tokens_per_step(first, data["block_size"])
-    shared = _tokens_per_step(shared_recipe(study), data["block_size"])
-    if tokens_per_step != shared:
-        raise SettingsError(f"contender {name} trains on {tokens_per_step:,} tokens a step, the others on {shared:,}.")
-    steps = _count_steps(study, first, cost.training_flops, tokens_per_step)
-    facts = {
-        "total_parameters": round(cost.parameters),
-        "active_parameters": round(cost.active_parameters),
-        "forward_flops_per_token": round(cost.forward_flops),
-        "training_flops_per_token": round(cost.training_flops),
-        "tokens_per_step": tokens_per_step,
-        "steps": steps,
-    }
-    words += [
-        f"--max_steps={steps}",
-        f"--eval_steps={-(-steps // study.recipe.evaluations)}",
-        f"--save_steps={-(-steps // study.recipe.checkpoints)}",
-        *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
-        *("--report_to=none", "--disable_tqdm=true"),
-    ]
-    settings = {n: v for n, v in parse_recipe(words).settings.items() if n not in NOT_COMPARED}
-    settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
-    settings = json.loads(json.dumps(settings))  # as they will be read
-    return [
-        PlannedRun(name, size, seed, study.output_dir, {**settings, "seed": seed}, [*words, f"--seed={seed}"], facts)
-        for seed in study.recipe.seeds
-    ]
+@dataclass(frozen=True)
+class _Planner:
+    """Plans a contender at a size. `shared` and `words` are what all runs have in common."""
 
+    study: Study
+    data: dict[str, Any]
+    shared: Recipe
+    words: list[str]
 
-def _configure(study: Study, name: str, size: str | None, data: dict[str, Any], fitted=None) -> PreTrainedConfig:
-    """The configuration of a contender, with the vocabulary of the tokens at hand."""
-    config = load_config(parse_recipe(_words(study, name, size, fitted or {})).model)
-    if config.model_type != "peer":
-        raise SettingsError(f"a study compares configurations of PEER; model_type is {config.model_type!r}.")
-    config.vocab_size = data["vocab_size"]
-    return config
+    def plan(self, name: str, size: str | None, reference: PreTrainedConfig) -> list[PlannedRun]:
+        """One contender at one size, for every seed."""
+        study, block_size = self.study, self.data["block_size"]
+        config, fitted = reference, {}
+        try:
+            if name != study.recipe.reference:
+                config, fitted = self.fit(name, size, reference)
+            with torch.device("meta"):
+                AutoModelForCausalLM.from_config(config)
+            cost = model_cost(config, block_size)
+        except (ValueError, NotImplementedError) as error:
+            raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error
+        # what belongs to one wins over what all share
+        words = [*self.words, *as_command_line(self.size(size).training)]
+        words += as_command_line(study.recipe.contenders[name].training)
+        words += _as_words(self.overrides(name, size) | fitted)
+        recipe = parse_recipe(words)
+        tokens_per_step, shared = (_tokens_per_step(one, block_size) for one in (recipe, self.shared))
+        if tokens_per_step != shared:
+            raise SettingsError(
+                f"contender {name} trains on {tokens_per_step:,} tokens a step, the others on {shared:,}."
+            )
+        steps = _count_steps(study, recipe, cost.training_flops, tokens_per_step)
+        facts = {
+            "total_parameters": round(cost.parameters),
+            "active_parameters": round(cost.active_parameters),
+            "forward_flops_per_token": round(cost.forward_flops),
+            "training_flops_per_token": round(cost.training_flops),
+            "tokens_per_step": tokens_per_step,
+            "steps": steps,
+        }
+        words += [
+            f"--max_steps={steps}",
+            f"--eval_steps={-(-steps // study.recipe.evaluations)}",
+            f"--save_steps={-(-steps // study.recipe.checkpoints)}",
+            *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
+            *("--report_to=none", "--disable_tqdm=true"),
+        ]
+        settings = {n: v for n, v in recipe.settings.items() if n not in NOT_COMPARED} | {"max_steps": steps}
+        settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
+        settings = json.loads(json.dumps(settings))  # as they will be read
+        return [
+            PlannedRun(
+                name, size, seed, study.output_dir, {**settings, "seed": seed}, [*words, f"--seed={seed}"], facts
+            )
+            for seed in study.recipe.seeds
+        ]
 
+    def fit(self, name: str, size: str | None, reference: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
+        """A contender's configuration that meets the budget, and the fields that make it so."""
+        config, recipe = self.configure(name, size), self.study.recipe
+        knobs = recipe.fit if recipe.contenders[name].fit is None else recipe.contenders[name].fit
+        if recipe.budget == "none" or knobs == []:
+            return config, {}
+        key, path = f"{f'{size}-' if size else ''}{name}", self.study.output_dir / FITS_FILE
+        inputs = {"budget": recipe.budget, "knobs": knobs, "config": config.to_diff_dict()}
+        inputs = json.loads(json.dumps(inputs | {"reference": reference.to_diff_dict()}))
+        known = read_json(path)
+        if known.get(key, {}).get("inputs") != inputs:
+            options = {"knobs": tuple(knobs)} if knobs else {}
+            result = fit_to_budget(
+                config, reference, budget=recipe.budget, sequence_length=self.data["block_size"], **options
+            )
+            # also what follows from a knob unless it is said
+            changed = _changes(result.config, config)
+            changed |= _changes(result.config, self.configure(name, size, changed))
+            print(f"{key}: {result.ratio:.4f} of the reference's {recipe.budget} with {changed}", flush=True)
+            known[key] = {"inputs": inputs, "changed": changed, "ratio": result.ratio}
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        # kept, since a measured time would not come out the same twice
+        changed = known[key]["changed"]
+        return self.configure(name, size, changed), changed
 
-def _fit(study: Study, name: str, size: str | None, reference: PreTrainedConfig, data: dict[str, Any]):
-    """A contender's configuration that meets the budget, and the fields that make it so."""
-    config = _configure(study, name, size, data)
-    budget, knobs = study.recipe.budget, study.recipe.contenders[name].fit
-    knobs = study.recipe.fit if knobs is None else knobs
-    if budget == "none" or knobs == []:
-        return config, {}
-    key, path = f"{f'{size}-' if size else ''}{name}", study.output_dir / FITS_FILE
-    inputs = {"budget": budget, "knobs": knobs, "config": config.to_diff_dict(), "reference": reference.to_diff_dict()}
-    inputs = json.loads(json.dumps(inputs))
-    known = read_json(path)
-    if known.get(key, {}).get("inputs") != inputs:
-        options = {"knobs": tuple(knobs)} if knobs else {}
-        result = fit_to_budget(config, reference, budget=budget, sequence_length=data["block_size"], **options)
-        # also what follows from a knob unless it is said
-        changed = _changes(result.config, config)
-        changed |= _changes(result.config, _configure(study, name, size, data, changed))
-        print(f"{key}: {result.ratio:.4f} of the reference's {budget} with {changed}", flush=True)
-        known[key] = {"inputs": inputs, "changed": changed, "ratio": result.ratio}
-        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-    # kept, since a measured time would not come out the same twice
-    changed = known[key]["changed"]
-    return _configure(study, name, size, data, changed), changed
+    def configure(self, name: str, size: str | None, fitted: dict[str, Any] | None = None) -> PreTrainedConfig:
+        """The configuration of a contender, with the vocabulary of the tokens at hand."""
+        config = self._load(self.overrides(name, size) | (fitted or {}))
+        if config.model_type != "peer":
+            raise SettingsError(f"a study compares configurations of PEER; model_type is {config.model_type!r}.")
+        config.vocab_size = self.data["vocab_size"]
+        return config
+
+    def overrides(self, name: str, size: str | None) -> dict[str, Any]:
+        """Fields of the configuration that a contender and a size bring."""
+        overrides = {**self.size(size).model_overrides, **self.study.recipe.contenders[name].model_overrides}
+        if isinstance(kind := overrides.pop("mlp_layer_types", None), str):
+            kind = [kind] * self._load(overrides).num_hidden_layers
+        return overrides | ({"mlp_layer_types": kind} if kind else {})
+
+    def size(self, name: str | None) -> Size:
+        """The size of that name; of None, one that changes nothing."""
+        return self.study.recipe.sizes.get(name) or Size()
+
+    def _load(self, overrides: dict[str, Any]) -> PreTrainedConfig:
+        model = self.shared.model
+        return load_config(replace(model, model_overrides=[*model.model_overrides, json.dumps(overrides)]))
 
 
 def _changes(config: PreTrainedConfig, before: PreTrainedConfig) -> dict[str, Any]:
@@ -188,21 +219,8 @@ def _tokens_per_step(recipe: Recipe, block_size: int) -> int:
 def _shared_words(study: Study) -> list[str]:
     recipe, training = study.recipe, dict(study.recipe.training)
     drop_other_source(training, study.words)
-    return [recipe.recipe, *as_command_line(training), *_overrides(recipe.model_overrides), *study.words]
+    return [recipe.recipe, *as_command_line(training), *_as_words(recipe.model_overrides), *study.words]
 
 
-def _words(study: Study, name: str, size: str | None, fitted: dict[str, Any]) -> list[str]:
-    """The command line of a contender: what belongs to one wins over what all share."""
-    contender: Contender = study.recipe.contenders[name]
-    scaled: Size = study.recipe.sizes.get(size) or Size()
-    words = [*_shared_words(study), *as_command_line(scaled.training), *as_command_line(contender.training)]
-    overrides = {**scaled.model_overrides, **contender.model_overrides, **fitted}
-    if isinstance(kind := overrides.get("mlp_layer_types"), str):
-        plain = {key: value for key, value in overrides.items() if key != "mlp_layer_types"}
-        layers = load_config(parse_recipe([*words, *_overrides(plain)]).model).num_hidden_layers
-        overrides["mlp_layer_types"] = [kind] * layers
-    return [*words, *_overrides(overrides)]
-
-
-def _overrides(overrides: dict[str, Any]) -> list[str]:
+def _as_words(overrides: dict[str, Any]) -> list[str]:
     return ["--model_overrides", json.dumps(overrides)] if overrides else []
