@@ -108,7 +108,7 @@ class _Planner:
             with torch.device("meta"):
                 AutoModelForCausalLM.from_config(config)
             cost = model_cost(config, block_size)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error
         # what belongs to one wins over what all share
         words = [*self.words, *as_command_line(self.size(size).training)]
