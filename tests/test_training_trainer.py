@@ -148,26 +148,28 @@ def test_a_plain_trainer_trains_with_our_optimizer_and_groups(tmp_path, model):
         optimizer_cls_and_kwargs=(RowSparseAdamW, options),
     )
     trainer.train()
-    assert [group["name"] for group in trainer.optimizer.param_groups] == ["dense", "without_decay", "expert_tables"]
+    names = [group["name"] for group in trainer.optimizer.param_groups]
+    assert names == ["dense", "without_decay", "retrieval", "expert_tables"]
     assert logged(trainer, "loss") == pytest.approx(logged(expected, "loss"), rel=1e-5)
 
 
 def test_an_optimizer_that_the_user_names_gets_the_groups_too(tmp_path, model):
     trainer = PeerTrainer(
         model,
-        arguments(tmp_path, table_learning_rate_multiple=3.0),
+        arguments(tmp_path, table_learning_rate_multiple=3.0, retrieval_learning_rate_multiple=0.5),
         train_dataset=BLOCKS,
         optimizer_cls_and_kwargs=(torch.optim.Adamax, {"lr": 0.02}),
     )
     trainer.train()
     assert isinstance(trainer.optimizer.optimizer, torch.optim.Adamax)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.02, 0.02, 0.06]
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.02, 0.02, 0.01, 0.06]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"table_learning_rate_multiple": 0.0}, r"--table_learning_rate_multiple \(0.0\) must be more than 0"),
+        ({"retrieval_learning_rate_multiple": -1.0}, r"--retrieval_learning_rate_multiple \(-1.0\) must be more than 0"),
         ({"table_learning_rate_schedule": "x"}, r"\(x\) must be one of multiple, decaying, constant"),
         ({"table_optimizer_state": "int8"}, r"\(int8\) must be one of float32, bfloat16, factored"),
         ({"table_optimizer_state": "factored"}, "factored needs --row_sparse_gradients true"),
