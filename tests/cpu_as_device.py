@@ -23,7 +23,7 @@ def init_of_cpus(self, *args, fsdp_plugin=None, **kwargs):
 def take_cpus_for_devices():
     """For the rest of this process."""
     AcceleratorState.__init__ = init_of_cpus
-    Accelerator.multi_device = property(lambda self: self.use_distributed)
+    Accelerator.multi_device = property(lambda self: self.use_distributed and bool(self.parallelism_config))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ FOLDER = REPOSITORY / "configuration" / "accelerate"
 # BatchNorm would take its statistics from the sequences of each process
 MODEL = TINY_PEER | {"query_norm": "rms_norm"}
 SETTINGS = {"seed": 1, "learning_rate": 1e-3, "table_learning_rate_multiple": 4.0, "save_steps": 2}
+SETTINGS |= {"adam_epsilon": 1e-5}  # a gradient of nothing but rounding is no step of the whole learning rate
 
 
 def launch(name: str, num_processes: int, sizes: dict[str, int], words: list[str]) -> subprocess.CompletedProcess:
@@ -85,11 +86,12 @@ def test_a_run_however_launched_is_that_of_one_process(
     summary = last_json(launch(name, num_processes, sizes, [*words, "--max_steps=4"]))
 
     assert summary["tokens"] == 4 * 8 * 32  # steps x sequences of a step x their length
+    print("LOSS", max(abs(a - b) for a, b in zip(logged_losses(tmp_path / "run"), logged_losses(tmp_path / "one"))))
     assert logged_losses(tmp_path / "run") == pytest.approx(logged_losses(tmp_path / "one"), abs=1e-4)
     for folder in ("run", "run/checkpoint-4"):
         actual, expected = weights(tmp_path / folder), weights(tmp_path / "one")
-        print({n: float((actual[n] - expected[n]).abs().max()) for n in expected})
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+        print("MAX", max(float((actual[n] - expected[n]).abs().max()) for n in expected))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)  # measured MEASURED
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -105,20 +105,21 @@ def test_a_resumed_run_of_two_processes_is_the_undisturbed_one(tmp_path, start, 
     ids=str,
 )
 def test_a_run_is_resumed_on_another_number_of_processes(tmp_path, start, before, after):
-    folder = start()
+    folder, last = start(), tmp_path / "many" / "checkpoint-4"
     train(folder, tmp_path / "whole", None)
-    ranks = {str(OWN_TOKENS): 2, str(SAME_TOKENS): 2, str(BOTH): 4}
-    run_ranks(ranks[str(before)], tmp_path, train, folder, tmp_path / "many", before)
-    last = tmp_path / "many" / "checkpoint-4"
+    run_ranks(num_ranks(before), tmp_path, train, folder, tmp_path / "many", before)
     if after:
-        run_ranks(ranks[str(after)], tmp_path, train, folder, tmp_path / "resumed", after, last)
+        run_ranks(num_ranks(after), tmp_path, train, folder, tmp_path / "resumed", after, last)
     else:
         train(folder, tmp_path / "resumed", None, last)
-    torch.testing.assert_close(
-        logged_losses(tmp_path / "resumed"), logged_losses(tmp_path / "whole"), rtol=0, atol=1e-5
-    )
-    expected, actual = (weights(tmp_path / name / "checkpoint-6") for name in ("whole", "resumed"))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    losses = [logged_losses(tmp_path / name) for name in ("resumed", "whole")]
+    torch.testing.assert_close(*losses, rtol=0, atol=3e-6)  # measured 5e-7
+    resumed, whole = (weights(tmp_path / name / "checkpoint-6") for name in ("resumed", "whole"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=2e-6)  # measured 3e-7
+
+
+def num_ranks(sizes):
+    return sizes.get("tp_size", 1) * sizes.get("fsdp_size", 1)
 
 
 def fail_to_save(start: Path, out: Path, sizes: dict) -> str:

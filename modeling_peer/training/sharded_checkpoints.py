@@ -75,7 +75,16 @@ class ShardedCheckpoints:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         load_optimizer_distributed(self.model, *self._optimizer_and_folder(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+        # Groups are by device mesh, too: with other processes there may be others, whose rates the optimizer has now.
+        groups = self.optimizer.param_groups
+        of_groups = {
+            "base_lrs": [group["initial_lr"] for group in groups],
+            "_last_lr": [group["lr"] for group in groups],
+            "lr_lambdas": [None] * len(groups),  # functions, which have no state
+        }
+        state |= {name: of_groups[name] for name in of_groups.keys() & state.keys()}
+        self.lr_scheduler.load_state_dict(state)
 
     def _optimizer_and_folder(self, checkpoint):
         # that of torch: the engine begins with a step of zero gradients, which Accelerate's would count
