@@ -27,8 +27,8 @@ SAME_TOKENS = {"tp_size": 2}
 BOTH = {"tp_size": 2, "fsdp_size": 2, "ep_size": 4}
 
 
-def new_trainer(start: Path, out: Path, sizes: dict | None, **settings) -> PeerTrainer:
-    """Of a model sharded over the processes that call this, or in this one; steps of 8 sequences of any of them."""
+def train(start: Path, out: Path, sizes: dict | None, resume_from: Path | bool | None = None, **settings) -> None:
+    """Steps of 8 sequences, of a model sharded over the processes that call this, or whole in this one."""
     options = {}
     if sizes:
         take_cpus_for_devices()
@@ -47,11 +47,7 @@ def new_trainer(start: Path, out: Path, sizes: dict | None, **settings) -> PeerT
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return PeerTrainer(model, PeerTrainingArguments(str(out), **(defaults | settings)), train_dataset=BLOCKS)
-
-
-def train(start: Path, out: Path, sizes: dict | None, resume_from: Path | bool | None = None, **settings) -> None:
-    trainer = new_trainer(start, out, sizes, **settings)
+    trainer = PeerTrainer(model, PeerTrainingArguments(str(out), **(defaults | settings)), train_dataset=BLOCKS)
     trainer.train(resume_from and str(resume_from))
     trainer.save_state()
 
