@@ -90,7 +90,7 @@ def test_a_run_however_launched_is_that_of_one_process(
     torch.testing.assert_close(*losses, rtol=0, atol=3e-6)  # measured 1e-6
     expected = weights(tmp_path / "one")
     for folder in ("run", "run/checkpoint-4"):
-        torch.testing.assert_close(weights(tmp_path / folder), expected, rtol=0, atol=2e-6)  # measured 5e-7
+        torch.testing.assert_close(weights(tmp_path / folder), expected, rtol=0, atol=2e-6)  # measured 8e-7
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

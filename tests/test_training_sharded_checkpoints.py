@@ -163,5 +163,5 @@ def test_what_could_not_be_resumed_is_refused_before_the_first_step(tmp_path, st
     monkeypatch.setattr(sharded_checkpoints, "save_optimizer_distributed", None)  # as in Transformers before 5.23
     model = PeerForCausalLM.from_pretrained(start())
     model._device_mesh = object()
-    with pytest.raises(SettingsError, match=r"needs transformers 5\.23: .*--save_only_model true"):
+    with pytest.raises(SettingsError, match=r"with transformers 5\.23: .*--save_only_model true"):
         PeerTrainer(model, PeerTrainingArguments(str(tmp_path / "out"), use_cpu=True), train_dataset=BLOCKS)

@@ -37,12 +37,8 @@ class ShardedCheckpoints:
     def __init__(self, model=None, args=None, *others, **options):
         """As of Trainer, which looks at `save_only_model` to refuse a sharded model."""
         saves_more = is_sharded(model) and args and args.save_strategy != "no" and not args.save_only_model
-        if saves_more and save_optimizer_distributed is None:
-            raise SettingsError(
-                "saving the optimizer of a model that is sharded over processes needs transformers 5.23: update it, "
-                "or set --save_only_model true, whose checkpoints are models to begin with and no runs to resume."
-            )
         if saves_more:
+            require_engine()
             args.save_only_model = True
         try:
             super().__init__(model, args, *others, **options)
@@ -74,6 +70,7 @@ class ShardedCheckpoints:
                 )
             super()._load_optimizer_and_scheduler(checkpoint)
             return
+        require_engine()
         load_optimizer_distributed(self.model, *self._optimizer_and_folder(checkpoint))
         state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
         # Groups are by device mesh, too: with other processes there may be others, whose rates the optimizer has now.
@@ -107,6 +104,15 @@ class ShardedCheckpoints:
 def is_sharded(model) -> bool:
     """Whether `from_pretrained(..., distributed_config=...)` dealt it out to processes."""
     return getattr(model, "_device_mesh", None) is not None
+
+
+def require_engine() -> None:
+    """Raise SettingsError when this Transformers does not save and load the parts of an optimizer's state."""
+    if save_optimizer_distributed is None:
+        raise SettingsError(
+            "the optimizer of a model that is sharded over processes is saved and resumed with transformers 5.23: "
+            "update it, or set --save_only_model true, whose checkpoints are models to begin with, no runs to resume."
+        )
 
 
 @torch.no_grad()
