@@ -31,6 +31,7 @@ from modeling_peer.training.console import run_script
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
+from modeling_peer.training.parallelism import launched_sharding
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError, parse_recipe
 
 
@@ -51,6 +52,8 @@ class Progress:
 def train(recipe: Recipe) -> dict[str, Any]:
     """Train as the recipe says, save, and return the facts of the run."""
     run = recipe.run
+    if launched_sharding():
+        raise SettingsError("this loop trains whole models: launch a parallelism_config with scripts/train_lm.py.")
     accelerator = Accelerator(
         cpu=run.use_cpu,
         mixed_precision="bf16" if run.bf16 else "fp16" if run.fp16 else "no",

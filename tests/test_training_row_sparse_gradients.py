@@ -56,6 +56,13 @@ def test_clipping_dense_gradients_and_none_at_all(model):
     torch.testing.assert_close(norms.tables, torch.tensor(0.01), atol=0, rtol=1e-3)
 
 
+def test_clipping_waits_for_no_device(model):
+    model.to("meta")  # where there are no values to wait for
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    assert clip_gradients(model, 1.0).others.is_meta
+
+
 def test_gradients_are_row_sparse_within_and_the_saved_configuration_says_nothing_of_it(tiny_config, tmp_path):
     model = PeerForCausalLM(tiny_config()).train()
     with row_sparse_gradients(model):

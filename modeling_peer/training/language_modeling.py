@@ -79,7 +79,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
 
-    settings = resumable_settings(recipe, corpus, block_size, train_blocks)
+    settings = resumable_settings(recipe, corpus, block_size, train_blocks, model)
     if checkpoint:
         announce_changes(checkpoint, settings, announce)
 
@@ -123,14 +123,20 @@ def write_json(run: RunArguments, name: str, content: dict[str, Any]) -> None:
     Path(run.output_dir, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_blocks) -> dict[str, Any]:
+def examples_per_step(run: RunArguments, model: PreTrainedModel) -> int:
+    """Of all processes; those of a tensor-parallel group have the same ones."""
+    num_groups = run.world_size // (getattr(model, "tp_size", None) or 1)
+    return run.train_batch_size * run.gradient_accumulation_steps * num_groups
+
+
+def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_blocks, model) -> dict[str, Any]:
     """What decides which tokens a step sees: stored at the start, compared when the run is resumed."""
     run = recipe.run
     return {
         "data": corpus.description,
         "examples": len(train_blocks) if isinstance(train_blocks, PackedBlocks) else None,
         "block_size": block_size,
-        "examples_per_step": run.train_batch_size * run.gradient_accumulation_steps * run.world_size,
+        "examples_per_step": examples_per_step(run, model),
         "seed": run.seed,
     }
 
@@ -183,11 +189,10 @@ def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
 
 def describe(announce, model, run: RunArguments, block_size: int, train_blocks, checkpoint: str | None) -> None:
     """Say what was chosen, and why, before the first step."""
-    tokens_per_step = run.train_batch_size * run.gradient_accumulation_steps * run.world_size * block_size
     announce(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {run.device}")
     if isinstance(train_blocks, PackedBlocks):
         announce(f"examples: {len(train_blocks):,} of {block_size} tokens; {train_blocks.num_tokens:,} tokens in all")
-    announce(f"one step: {tokens_per_step:,} tokens")
+    announce(f"one step: {examples_per_step(run, model) * block_size:,} tokens")
     announce(f"resuming from {checkpoint}" if checkpoint else f"new run in {run.output_dir}, seed {run.seed}")
     if run.eval_strategy == transformers.IntervalStrategy.NO:
         announce("no evaluation during training: none asked for, or no validation text")
@@ -200,12 +205,11 @@ def summarize(
     run, state = recipe.run, trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    steps_tokens = run.train_batch_size * run.gradient_accumulation_steps * run.world_size * block_size
     return {
         "path": str(run.output_dir),
         "data": corpus.description,
         "steps": state.global_step,
-        "tokens": state.global_step * steps_tokens,
+        "tokens": state.global_step * examples_per_step(run, trainer.model) * block_size,
         "parameters": trainer.model.num_parameters(),
         "train_loss": losses[-1] if losses else None,
         "eval_loss": evaluated[-1] if evaluated else None,

@@ -21,11 +21,14 @@ def launched_sharding() -> DistributedConfig | None:
     that is sharded already, and on CPUs Accelerate refuses to be told more.
 
     Raises:
-        SettingsError: this Transformers cannot shard experts.
+        SettingsError: sizes that do not go together, or this Transformers cannot shard experts.
     """
     if os.environ.pop("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
         return None
-    sizes = ParallelismConfig()
+    try:
+        sizes = ParallelismConfig()
+    except ValueError as error:
+        raise SettingsError(f"parallelism_config: {error}") from error
     if sizes.dp_shard_size * sizes.dp_replicate_size == 1:
         return DistributedConfig(tp_size=sizes.tp_size)
     if "ep_size" not in DistributedConfig.__dataclass_fields__:

@@ -1,5 +1,6 @@
 """Row-sparse gradients between backward and the optimizer's step: added up, averaged over processes, clipped."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -102,7 +103,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
 
 
 def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    by_mesh: dict = {}  # gradients on different device meshes can't be in one call
+    groups: dict = {}  # gradients on different device meshes can't be in one call
     for parameter in parameters:
         if parameter.grad is not None:
             if parameter.grad.is_sparse:
@@ -110,14 +111,15 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
             gradient = parameter.grad
             if gradient.is_sparse:  # of a sharded table, the norm is that of all ranks' values
                 gradient = sharded_as(parameter, local_rows(gradient)._values())
-            by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+            groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.nn.utils.get_total_norm(norms)
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0).item() if norms else 1.0
-    if scale < 1.0:
-        for gradients in by_mesh.values():
-            torch._foreach_mul_(gradients, scale)
+    if max_norm < math.inf:
+        # multiplied by 1 if need be: to ask whether it is would be to wait for the device
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for (_, device), gradients in groups.items():
+            torch._foreach_mul_(gradients, scale.to(device))
     return total
 
 

@@ -20,18 +20,19 @@ from modeling_peer.training.row_sparse_gradients import (
     has_row_sparse_gradients,
     row_sparse_gradients,
 )
+from modeling_peer.training.sharded_checkpoints import ShardedCheckpoints
 
 LOSSES = ("loss", "eval_loss", "train_loss")
 
 
-class PeerTrainer(CompleteCheckpoints, Trainer):
+class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
     """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
 
     Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
     `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
     `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
     optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`. Checkpoints exist whole or
-    not at all (`CompleteCheckpoints`).
+    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`).
 
     `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
     same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
