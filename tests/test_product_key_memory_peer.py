@@ -91,7 +91,7 @@ def test_values_train_as_an_expert_table_in_rows(tiny_config, tokens):
     assert len(expert_tables(model)) == 1
     assert expert_tables(model)[0] is values
     groups = parameter_groups(model, 0.01, table_learning_rate_multiple=4.0)
-    assert [group["name"] for group in groups] == ["dense", "without_decay", "expert_tables"]
+    assert [group["name"] for group in groups] == ["dense", "without_decay", "retrieval", "expert_tables"]
     before = values.detach().clone()
     optimizer = RowSparseAdamW(groups)
     losses = []

@@ -169,7 +169,10 @@ def test_an_optimizer_that_the_user_names_gets_the_groups_too(tmp_path, model):
     ("settings", "message"),
     [
         ({"table_learning_rate_multiple": 0.0}, r"--table_learning_rate_multiple \(0.0\) must be more than 0"),
-        ({"retrieval_learning_rate_multiple": -1.0}, r"--retrieval_learning_rate_multiple \(-1.0\) must be more than 0"),
+        (
+            {"retrieval_learning_rate_multiple": -1.0},
+            r"--retrieval_learning_rate_multiple \(-1.0\) must be more than 0",
+        ),
         ({"table_learning_rate_schedule": "x"}, r"\(x\) must be one of multiple, decaying, constant"),
         ({"table_optimizer_state": "int8"}, r"\(int8\) must be one of float32, bfloat16, factored"),
         ({"table_optimizer_state": "factored"}, "factored needs --row_sparse_gradients true"),
