@@ -1,37 +1,25 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Exact product-key retrieval on CPU: scores and top-k together, one tile of queries at a time, in cache.
 
-    scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache
-    best k of each row    a bound first: at least k scores reach the k-th largest of the GROUPS groups' maxima; the few
-                          that do (18 of 1024 at k = 16) are then sorted by counting
-    best k pairs          both lists are sorted: walk the pairs with (i + 1)(j + 1) <= k, and leave a row at the first
-                          pair that is too small
+    scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache; of many queries in integers
+                          first, then in float32 of the few sub-keys that can win (`cpu_filter`)
+    best k of each row    and of the pairs of a row's and a column's scores (`cpu_top_k`)
 
-A query is summed in the same order whatever its neighbours and the number of threads: results are bit-identical from
-run to run.
+A query is summed in the same order whatever its neighbours, their number and that of threads: results are
+bit-identical from run to run.
 """
 
 import numpy as np
 import torch
 
-from . import cpu_threads
+from . import cpu_filter, cpu_threads
+from .cpu_filter import filtered_top_k
 from .cpu_memory import array
-from .cpu_simd import (
-    BLOCK_KEYS,
-    BLOCK_ROWS,
-    FEW_KEYS,
-    FEW_ROWS,
-    GROUPS,
-    at_least,
-    compiled,
-    lowest_bit,
-    score_block,
-    score_few_block,
-)
+from .cpu_products import BLOCK_KEYS, BLOCK_ROWS, FEW_KEYS, FEW_ROWS, score_block, score_few_block
+from .cpu_simd import GROUPS, compiled
+from .cpu_top_k import PADDING, best_pairs, find_candidates, keep_best, scratch_for
 
 TILE_ROWS = 192  # a multiple of every BLOCK_ROWS; best of 12 to 384 on two Zen 4 cores, 2026-11-22
-MAX_COUNTED = GROUPS  # survivors of a row that are sorted by counting; more of them, as when many tie, by insertion
-PADDING = np.float32(np.finfo(np.float32).min)  # finite: PADDING * 0 must not look like an overflow
 # With fewer queries, laying the sub-keys out in blocks costs more than it saves.
 MIN_BLOCKED_ROWS = 64
 MIN_ROWS_PER_THREAD = 64
@@ -54,7 +42,9 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
         cpu_threads.run(_search_few, num_rows // FEW_ROWS, MIN_BLOCKED_ROWS // FEW_ROWS, *arguments, *results)
     else:
         blocks, finite = _blocks(arguments[1])
-        cpu_threads.run(_search, num_rows, TILE_ROWS, arguments[0], blocks, num_sub_keys, finite, *results)
+        filtered = cpu_filter.pays_off(num_rows // num_searches, num_sub_keys, half, top_k)
+        rounded = cpu_filter.round_sub_keys(arguments[1]) if filtered else None
+        cpu_threads.run(_search, num_rows, TILE_ROWS, *arguments, blocks, rounded, finite, *results)
     return scores, expert_ids
 
 
@@ -76,9 +66,11 @@ def _blocks(codebooks):
 
 
 @compiled
-def _search(queries, blocks, num_sub_keys, finite_keys, out_scores, out_ids, chunk, num_chunks):
-    """Queries (rows, 2, q / 2) against blocks (searches, 2, blocks, q / 2, BLOCK_KEYS), tile by tile."""
-    num_searches, _, num_blocks, half, _ = blocks.shape
+def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_ids, chunk, num_chunks):
+    """Queries (rows, 2, q / 2) against codebooks (searches, 2, n, q / 2), tile by tile. `blocks` has their sub-keys as
+    `_blocks` puts them, `rounded` as `cpu_filter.round_sub_keys` does, or is None."""
+    num_searches, _, num_sub_keys, half = codebooks.shape
+    num_blocks = blocks.shape[2]
     top_k = out_scores.shape[1]
     rows_per_search = queries.shape[0] // num_searches
     tiles_per_search = -(-rows_per_search // TILE_ROWS)
@@ -87,9 +79,8 @@ def _search(queries, blocks, num_sub_keys, finite_keys, out_scores, out_ids, chu
     # Rows beyond the last query are computed too, and not looked at.
     tile_queries = np.zeros((TILE_ROWS, half), np.float32)
     scores = np.empty((TILE_ROWS, num_blocks * BLOCK_KEYS), np.float32)
-    best = np.empty((2, TILE_ROWS, top_k), np.float32)
-    best_keys = np.empty((2, TILE_ROWS, top_k), np.int64)
-    scratch = _scratch(scores.shape[1])
+    best, best_keys = np.empty((2, TILE_ROWS, top_k), np.float32), np.empty((2, TILE_ROWS, top_k), np.int64)
+    scratch = scratch_for(scores.shape[1])
     finite = np.empty(TILE_ROWS, np.float32)
     for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
         search = tile // tiles_per_search
@@ -99,15 +90,30 @@ def _search(queries, blocks, num_sub_keys, finite_keys, out_scores, out_ids, chu
         for codebook in range(2):
             for i in range(num_rows):
                 finite[i] += _copy(queries[(start + i) * num_searches + search, codebook], tile_queries[i])
+            rows = np.arange(num_rows)  # that need every score, and their queries
+            if rounded is not None:
+                rows = filtered_top_k(
+                    tile_queries,
+                    num_rows,
+                    rounded[0][search, codebook],
+                    rounded[1][search, codebook],
+                    codebooks[search, codebook],
+                    scores,
+                    scratch,
+                    best[codebook],
+                    best_keys[codebook],
+                )
+                for i in range(len(rows)):
+                    tile_queries[i] = tile_queries[rows[i]]
             for block in range(num_blocks):
-                for i in range(0, num_rows, BLOCK_ROWS):
+                for i in range(0, len(rows), BLOCK_ROWS):
                     score_block(tile_queries, i, blocks[search, codebook, block], scores, block * BLOCK_KEYS)
-            for i in range(num_rows):
+            for i in range(len(rows)):
                 scores[i, num_sub_keys:] = PADDING
-                _top_k(scores[i], best[codebook, i], best_keys[codebook, i], scratch)
+                finite[rows[i]] += _top_k(scores[i], scratch, best[codebook, rows[i]], best_keys[codebook, rows[i]])
         for i in range(num_rows):
             row = (start + i) * num_searches + search
-            _best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
+            best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
 
 
 @compiled
@@ -125,7 +131,7 @@ def _search_few(queries, codebooks, out_scores, out_ids, chunk, num_chunks):
     scores = np.empty(-(-num_sub_keys // GROUPS) * GROUPS, np.float32)
     scores[num_sub_keys:] = PADDING
     best, best_keys = np.empty((2, FEW_ROWS, top_k), np.float32), np.empty((2, FEW_ROWS, top_k), np.int64)
-    scratch = _scratch(len(scores))
+    scratch = scratch_for(len(scores))
     finite = np.empty(FEW_ROWS, np.float32)
     for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
         search = tile // tiles_per_search
@@ -144,10 +150,10 @@ def _search_few(queries, codebooks, out_scores, out_ids, chunk, num_chunks):
                     products[key] += sub_keys[key, feature] * columns[feature]
             for i in range(num_rows):
                 finite[i] += _copy(products[:, i], scores)
-                _top_k(scores, best[codebook, i], best_keys[codebook, i], scratch)
+                finite[i] += _top_k(scores, scratch, best[codebook, i], best_keys[codebook, i])
         for i in range(num_rows):
             row = (start + i) * num_searches + search
-            _best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
+            best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
 
 
 @compiled
@@ -161,105 +167,14 @@ def _copy(values, target):
 
 
 @compiled
-def _top_k(scores, best, best_keys, scratch):
-    """The `len(best)` best of `scores`, whole groups of it, in falling order."""
-    top_k = len(best)
-    maxima, ranks, survivors, survivor_keys = scratch
-    bound = _lower_bound(scores, top_k, maxima, ranks) if top_k <= GROUPS else PADDING
-    count = 0
-    for first in range(0, len(scores), GROUPS):
-        mask = at_least(scores, first, bound)
-        while mask != 0:
-            key = first + lowest_bit(mask)
-            mask &= mask - np.uint64(1)
-            survivors[count], survivor_keys[count] = scores[key], key
-            count += 1
-
-    if count <= MAX_COUNTED:
-        for i in range(count):
-            value, rank = survivors[i], np.int32(0)
-            for j in range(count):
-                rank += np.int32((survivors[j] > value) | ((survivors[j] == value) & (j < i)))
-            ranks[i] = rank
-        for i in range(count):
-            if ranks[i] < top_k:
-                best[ranks[i]], best_keys[ranks[i]] = survivors[i], survivor_keys[i]
-    else:
-        for i in range(count):
-            if i < top_k or survivors[i] > best[top_k - 1]:
-                _insert(survivors[i], survivor_keys[i], best, best_keys, min(i, top_k - 1))
-
-
-@compiled
-def _lower_bound(scores, top_k, maxima, ranks):
-    """The `top_k`-th largest of the groups' maxima: at least `top_k` scores reach it."""
-    maxima[:] = PADDING
-    num_unrolled = len(scores) // (4 * GROUPS) * (4 * GROUPS)
-    for first in range(0, num_unrolled, 4 * GROUPS):  # by four: the maxima are then loaded and stored less often
-        for group in range(GROUPS):
-            i = first + group
-            left, right = (
-                _larger(scores[i], scores[i + GROUPS]),
-                _larger(scores[i + 2 * GROUPS], scores[i + 3 * GROUPS]),
-            )
-            maxima[group] = _larger(maxima[group], _larger(left, right))
-    for first in range(num_unrolled, len(scores), GROUPS):
-        for group in range(GROUPS):
-            maxima[group] = _larger(maxima[group], scores[first + group])
-
-    for i in range(GROUPS):
-        value, num_larger = maxima[i], np.int32(0)
-        for j in range(GROUPS):
-            num_larger += np.int32(1) if maxima[j] > value else np.int32(0)
-        ranks[i] = num_larger
-    bound = np.float32(np.inf)
-    for i in range(GROUPS):
-        bound = maxima[i] if ranks[i] < top_k and maxima[i] < bound else bound
-    return bound
-
-
-@compiled
-def _larger(a, b):
-    return a if a > b else b  # one instruction, where max() would look after NaN
-
-
-@compiled
-def _insert(value, key, best, best_keys, position):
-    """Put `value` where it belongs in the falling list that ends at `position`, whose last entry it replaces."""
-    while position > 0 and best[position - 1] < value:
-        best[position], best_keys[position] = best[position - 1], best_keys[position - 1]
-        position -= 1
-    best[position], best_keys[position] = value, key
-
-
-@compiled
-def _scratch(num_scores):
-    """What `_top_k` of that many scores works in."""
-    return (
-        np.empty(GROUPS, np.float32),
-        np.empty(MAX_COUNTED, np.int32),
-        np.empty(num_scores, np.float32),
-        np.empty(num_scores, np.int64),
-    )
-
-
-@compiled
-def _best_pairs(best, best_keys, num_sub_keys, finite, out_scores, out_ids):
-    """The best sums of a row's and a column's score, from both falling lists, (2, k) each; NaN if `finite` is."""
-    top_k = len(out_scores)
-    if finite != 0:
-        out_scores[:] = np.nan
-        out_ids[:] = np.arange(top_k)
-        return
-    count = 0
-    for i in range(top_k):
-        for j in range(top_k // (i + 1)):
-            score = best[0, i] + best[1, j]
-            if count >= top_k and not score > out_scores[top_k - 1]:
-                break  # the rest of this row of pairs is no better
-            expert_id = best_keys[0, i] * num_sub_keys + best_keys[1, j]
-            _insert(score, expert_id, out_scores, out_ids, min(count, top_k - 1))
-            count += 1
+def _top_k(scores, scratch, best, best_keys):
+    """The `len(best)` best of `scores`, whole groups of it, in falling order; the result is NaN if they are fewer."""
+    count = find_candidates(scores, len(best), np.float32(0), scratch)
+    values, keys = scratch[0], scratch[1]
+    for i in range(count):
+        values[i] = scores[keys[i]]
+    keep_best(count, scratch, best, best_keys)
+    return np.float32(0) if count >= len(best) else np.float32(np.nan)
 
 
 def product_key_top_k_backward(
