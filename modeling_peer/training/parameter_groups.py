@@ -35,7 +35,7 @@ def parameter_groups(
     - `"dense"`: the weight matrices, with `weight_decay`.
     - `"without_decay"`: norms and biases.
     - `"retrieval"`: query networks and sub-keys, without decay. They learn slower: at the others' rate they soon agree
-      on few experts (docs/training.md has the figures).
+      on few experts (docs/results.md).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
       default, which would shrink the rows that no token retrieves at every step.
 
