@@ -61,7 +61,7 @@ class PeerConfig(PreTrainedConfig):
         gated_experts (`bool`, *optional*, defaults to `False`):
             GLU experts, `act(x · gate) * (x · down) * up`, with a third table.
         share_expert_tables (`bool`, *optional*, defaults to `False`):
-            All sparse layers read and train the same expert tables; each keeps its own queries and sub-keys.
+            All sparse layers read and train the same experts; each keeps its own queries and sub-keys, or router.
         expert_dropout (`float`, *optional*, defaults to 0.0):
             Probability of dropping a retrieved expert of a token in training.
         expert_init_gain (`float`, *optional*, defaults to 4.0):
@@ -303,6 +303,17 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
+            )
+        for name in ("gated_experts", "expert_dropout"):
+            if getattr(self, name) and self.sparse_mlp not in PRODUCT_KEY_MLPS:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for what product keys retrieve, and "
+                    f"sparse_mlp={self.sparse_mlp!r} has none ({', '.join(PRODUCT_KEY_MLPS)} do). Leave it unset."
+                )
+        if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
+            raise ValueError(
+                "share_expert_tables=True: all sparse layers share their experts, and a multilinear_moe has no experts "
+                "apart from its factors. Leave it unset, or choose another sparse_mlp."
             )
         if self.gated_experts and self.sparse_mlp == "product_key_memory":
             raise ValueError(
