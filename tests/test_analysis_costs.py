@@ -10,6 +10,8 @@ from modeling_peer.configuration_peer import SPARSE_MLPS
 
 LENGTH, BATCH = 16, 2
 MOE = {"num_moe_experts": 4, "moe_intermediate_size": 24}
+SHARED = {"mlp_layer_types": ["sparse"] * 3, "share_expert_tables": True}
+PARTS_OF_A_SPARSE_MLP = ("routing", "experts", "output gate")
 SPARSE_MLP_CASES = [
     ("peer", {}),
     ("peer", {"gated_experts": True, "query_norm": "rms_norm"}),
@@ -70,7 +72,7 @@ def test_parameters_are_those_of_the_model(sparse_config):
     model = build(sparse_config, "meta")
     assert model_cost(sparse_config, LENGTH).parameters == model.num_parameters()
     sparse = sum(p.numel() for p in model.base_model.layers[1].mlp.parameters())
-    assert parts["routing"].parameters + parts["experts"].parameters == sparse
+    assert sum(parts[name].parameters for name in PARTS_OF_A_SPARSE_MLP if name in parts) == sparse
 
 
 def test_forward_flops_are_those_that_pytorch_counts_and_the_rows_it_does_not_see(sparse_config):
@@ -79,7 +81,7 @@ def test_forward_flops_are_those_that_pytorch_counts_and_the_rows_it_does_not_se
     parts = model_parts(sparse_config, LENGTH)
     assert parts["attention"].forward_flops == 3 * counted[f"{layers}.0.self_attn"]
     assert parts["dense MLPs"].forward_flops == 2 * counted[f"{layers}.0.mlp"]
-    sparse = parts["routing"].forward_flops + parts["experts"].forward_flops
+    sparse = sum(parts[name].forward_flops for name in PARTS_OF_A_SPARSE_MLP if name in parts)
     assert sparse == counted[f"{layers}.1.mlp"] + unseen_flops(sparse_config)
     assert model_cost(sparse_config, LENGTH).forward_flops == counted[""] + unseen_flops(sparse_config)
 
@@ -93,7 +95,10 @@ def test_forward_flops_are_those_that_pytorch_counts_and_the_rows_it_does_not_se
         {"parallel_dense_mlp": True},
         {"mlp_layer_types": ["dense"] * 3},
         {"mlp_layer_types": ["sparse", "dense", "sparse"]},
-        {"mlp_layer_types": ["sparse"] * 3, "share_expert_tables": True, "gated_experts": True},
+        {**SHARED, "gated_experts": True},
+        # values are shared, output gates are not
+        {**SHARED, "sparse_mlp": "product_key_memory", "gated_memory": True},
+        {**SHARED, "sparse_mlp": "top_k_moe", **MOE},
     ],
 )
 def test_whole_models_have_the_parameters_and_flops_counted(tiny_config, fields):

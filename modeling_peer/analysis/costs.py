@@ -67,8 +67,9 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
         sequence_length: tokens of a sequence, for attention and for slots, whose number does not grow with it.
 
     Returns:
-        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head. What several layers share,
-        or embeddings and head, has its parameters once; every token still uses it as often.
+        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head; and of Memory+ its output
+        gate. What several layers share, or embeddings and head, has its parameters once; every token still uses it as
+        often.
     """
     if config.model_type != "peer":
         raise ValueError(f"costs are counted for PEER configurations, got model_type={config.model_type!r}.")
@@ -89,7 +90,7 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
         "norms": _elementwise(config.hidden_size) * (2 * num_layers + 1),
         "attention": attention_cost(config, sequence_length) * num_layers,
         "dense MLPs": dense_cost(config) * num_dense,
-        "routing": sparse["routing"] * num_sparse,
+        **{name: cost * num_sparse for name, cost in sparse.items()},
         "experts": experts,
         "head": head,
     }
@@ -123,8 +124,8 @@ def peer_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 def product_key_memory_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
     """Product-key memory: PEER's retrieval, one table of values, and Memory+'s gate and projection where asked for."""
     values = _chosen(_matrix(config.hidden_size, 1), config)
-    gate = _matrix(config.hidden_size, config.hidden_size) * (2 if config.gated_memory else 0)
-    return {"routing": retrieval_cost(config), "experts": values + gate}
+    gate = {"output gate": _matrix(config.hidden_size, config.hidden_size) * 2} if config.gated_memory else {}
+    return {"routing": retrieval_cost(config), "experts": values, **gate}
 
 
 def retrieval_cost(config: PeerConfig) -> Cost:
