@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_peer import PeerForCausalLM
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, RowSparseAdamW, clip_gradients, parameter_groups
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.trainer import LanguageModelTrainer
 
 TEXT = torch.randint(0, 99, (32, 16), generator=torch.Generator().manual_seed(0))
 BLOCKS = [{"input_ids": tokens, "labels": tokens} for tokens in TEXT]
@@ -231,3 +232,13 @@ def test_two_processes_train_as_one(tmp_path, script):
     shutil.rmtree(tmp_path / "two" / "checkpoint-6")
     again = run("two", 4, 2, "--resume_from_checkpoint", "last")
     assert again["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6)
+
+
+def test_auxiliary_losses_are_trained_and_not_in_the_loss_of_an_evaluation(tiny_config, tmp_path):
+    """Which is compared with that of models that have none."""
+    model = PeerForCausalLM(tiny_config(sparse_mlp="top_k_moe", moe_router="switch", router_aux_loss_coef=0.5))
+    trainer = LanguageModelTrainer(model, arguments(tmp_path), train_dataset=BLOCKS, eval_dataset=BLOCKS[:4])
+    loss = trainer.evaluate()["eval_loss"]
+    outputs = model(TEXT[:4], labels=TEXT[:4])
+    assert outputs.aux_loss >= 1
+    torch.testing.assert_close(outputs.loss, loss + 0.5 * outputs.aux_loss)
