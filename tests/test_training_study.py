@@ -229,13 +229,14 @@ def test_a_difference_is_taken_seed_by_seed_and_only_where_both_are_done():
 
 
 def test_sizes_become_a_curve_of_perplexity_over_parameters(tmp_path):
-    runs = [some_run(name, 0, 10.0, size, parameters) for name in ("dense", "peer") for size, parameters in SIZES]
+    runs = [some_run(name, 0, 10.0, *size, steps=2 + 2 * (size == SIZES[0])) for name in NAMES for size in SIZES]
     rows = write_report(some_study(runs), tmp_path)
     assert [row["size"] for row in rows] == ["small", "large"] * 2
+    assert "text; 64 tokens a run, 2 to 4 steps; equal flops as dense" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "iso_flop.png").read_bytes().startswith(b"\x89PNG")
 
 
-SIZES = (("small", 10), ("large", 20))
+NAMES, SIZES = ("dense", "peer"), (("small", 10), ("large", 20))
 
 
 @pytest.mark.parametrize(
@@ -259,6 +260,13 @@ SIZES = (("small", 10), ("large", 20))
         (
             {"contenders": {"dense": {}, "soft": {"model_overrides": {"sparse_mlp": "soft_moe"}}}, "budget": "none"},
             "(?s)contender soft: .*a causal model",
+        ),
+        (
+            {
+                "contenders": {"dense": {}, "moe": {"model_overrides": {"sparse_mlp": "top_k_moe"}}},
+                "training": {"experts_implementation": "cpu"},
+            },
+            "contender moe: .*does not compute experts that are whole MLPs",
         ),
         ({"fit": ["hidden_size"]}, "contender peer: 'hidden_size' is no knob"),
         ({"contenders": {"dense": {}, "peer": {"model_overrides": {"query_dim": 4096}}}}, "contender peer: .*flops"),

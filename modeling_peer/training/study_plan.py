@@ -105,16 +105,16 @@ class _Planner:
         try:
             if name != study.recipe.reference:
                 config, fitted = self.fit(name, size, reference)
+            # what belongs to one wins over what all share
+            words = [*self.words, *as_command_line(self.size(size).training)]
+            words += as_command_line(study.recipe.contenders[name].training)
+            words += _as_words(self.overrides(name, size) | fitted)
+            recipe = parse_recipe(words)
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(config)
+                AutoModelForCausalLM.from_config(config, experts_implementation=recipe.model.experts_implementation)
             cost = model_cost(config, block_size)
         except ValueError as error:
             raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error
-        # what belongs to one wins over what all share
-        words = [*self.words, *as_command_line(self.size(size).training)]
-        words += as_command_line(study.recipe.contenders[name].training)
-        words += _as_words(self.overrides(name, size) | fitted)
-        recipe = parse_recipe(words)
         tokens_per_step, shared = (_tokens_per_step(one, block_size) for one in (recipe, self.shared))
         if tokens_per_step != shared:
             raise SettingsError(

@@ -1,6 +1,6 @@
 """What a study found: one file of JSON with all its runs, a table, and plots."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -109,15 +109,18 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _headline(study: dict[str, Any]) -> str:
-    first = study["runs"][0]
-    tokens = {run["tokens"] for run in study["runs"]}
-    trained = f"{min(tokens):,} tokens" + (f" to {max(tokens):,}" if len(tokens) > 1 else "")
+    tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
     budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']}"
     places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
     return (
-        f"{study['data']}; {trained} a run, {first['steps']:,} steps; {budget} as {study['reference']}; "
+        f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget} as {study['reference']}; "
         f"mean ± standard deviation over seeds. {'; '.join(places)}."
     )
+
+
+def _range(values: Iterable[int]) -> str:
+    numbers = set(values)
+    return f"{min(numbers):,}" + (f" to {max(numbers):,}" if len(numbers) > 1 else "")
 
 
 def _hardware(machine: dict[str, Any]) -> str:
