@@ -312,8 +312,8 @@ class PeerConfig(PreTrainedConfig):
                 )
         if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
             raise ValueError(
-                "share_expert_tables=True: all sparse layers share their experts, and a multilinear_moe has no experts "
-                "apart from its factors. Leave it unset, or choose another sparse_mlp."
+                "share_expert_tables=True: sparse layers share their experts, and a multilinear_moe has none apart "
+                "from its factors. Leave it unset, or choose another sparse_mlp."
             )
         if self.gated_experts and self.sparse_mlp == "product_key_memory":
             raise ValueError(
