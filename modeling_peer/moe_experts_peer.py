@@ -23,7 +23,22 @@ class PeerMoeExpertsInterface(ExpertsInterface):
         return super().get_interface(experts_implementation, default)
 
 
+class _InPrecision:
+    """Experts that have their weights in another precision."""
+
+    def __init__(self, experts: "PeerMoeExperts", dtype: torch.dtype):
+        self.experts = experts
+        self.gate_up_proj, self.down_proj = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+
+    def __getattr__(self, name):
+        return getattr(self.experts, name)
+
+
 def _grouped_or_eager(experts: "PeerMoeExperts", *args, eager: Callable) -> torch.Tensor:
+    device = experts.down_proj.device.type
+    if torch.is_autocast_enabled(device) and experts.down_proj.dtype != torch.float64:
+        # Which knows no grouped products: they would run in the weights' precision, unlike all others.
+        experts = _InPrecision(experts, torch.get_autocast_dtype(device))
     weight = experts.down_proj
     # While compiling, Transformers has an operator of its own instead of torch's, except for bfloat16.
     any_size = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16

@@ -1,5 +1,7 @@
 """Coarse experts: Transformers' implementations against one expert after the other, and which of them runs."""
 
+import copy
+
 import pytest
 import reference
 import torch
@@ -104,6 +106,17 @@ def test_unset_any_width_and_precision_is_computed(tiny_config, dtype, width, co
     # bfloat16 has 8 bits: measured 2e-3 of values up to 0.03
     tolerance = {"rtol": 0.02, "atol": 1e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(output.double(), expected, **tolerance)
+
+
+def test_autocast_computes_experts_as_a_model_of_half_precision_does(tiny_config):
+    experts = new_experts(tiny_config(num_moe_experts=3, moe_intermediate_size=8))
+    hidden, ids, gates = torch.randn(5, 32), torch.randint(3, (5, 2)), torch.rand(5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, *gradients = output_and_gradients(lambda: experts(hidden, ids, gates), *experts.parameters())
+    half = copy.deepcopy(experts).bfloat16()
+    assert output.dtype == torch.float32
+    assert torch.equal(output.bfloat16(), half(hidden.bfloat16(), ids, gates))
+    assert all(g.dtype == torch.float32 and g.any() for g in gradients)
 
 
 def test_coarse_mixtures_take_transformers_implementations_and_not_those_of_product_keys(tiny_config):
