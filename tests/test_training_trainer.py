@@ -240,5 +240,5 @@ def test_auxiliary_losses_are_trained_and_not_in_the_loss_of_an_evaluation(tiny_
     trainer = LanguageModelTrainer(model, arguments(tmp_path), train_dataset=BLOCKS, eval_dataset=BLOCKS[:4])
     loss = trainer.evaluate()["eval_loss"]
     outputs = model(TEXT[:4], labels=TEXT[:4])
-    assert outputs.aux_loss >= 1
+    assert outputs.aux_loss > 0.5
     torch.testing.assert_close(outputs.loss, loss + 0.5 * outputs.aux_loss)
