@@ -25,6 +25,8 @@ from training_helpers import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
+from modeling_peer.configuration_peer import SPARSE_MLPS
+from modeling_peer.top_k_moe_peer import ROUTERS
 from modeling_peer.training import language_modeling, model_card
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.trainer import TimeLimit
@@ -133,6 +135,20 @@ def test_training_stops_at_the_time_limit_and_still_saves(tmp_path, inputs):
     result = train(inputs, output_dir=tmp_path / "out", max_steps=10_000, max_train_minutes=0.01)
     assert 0 < result.summary["steps"] < 10_000
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_card_of_a_rival_does_not_say_that_it_is_peer(tmp_path, inputs):
+    out = tmp_path / "out"
+    rival = ["--model_overrides", "sparse_mlp=top_k_moe", "moe_router=switch"]
+    train([*inputs, *rival], output_dir=out, max_steps=1)
+    card = ModelCard.load(out / "README.md")
+    assert "In 1 of its 2 layers the feed-forward is not PEER but `top_k_moe` ([arXiv:2101.03961]" in card.content
+    assert "arxiv:2101.03961" in card.data.tags
+    assert "2407.04153" not in str(card)
+
+
+def test_the_papers_of_a_card_are_those_of_everything_that_may_stand_in_a_sparse_layer():
+    assert set(model_card.PAPERS) == set(SPARSE_MLPS) - {"top_k_moe"} | set(ROUTERS)
 
 
 def test_pushing_goes_through_the_trainer_and_carries_our_card(tmp_path, inputs, monkeypatch):

@@ -13,6 +13,16 @@ MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity"
 # paths say nothing to a reader elsewhere, and may name people
 PRIVATE_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token")
 PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset_name")
+# of what may stand in sparse layers; of a top_k_moe by its router
+PAPERS = {
+    "peer": "2407.04153",
+    "product_key_memory": "1907.05242",
+    "noisy_top_k": "1701.06538",
+    "switch": "2101.03961",
+    "expert_choice_moe": "2202.09368",
+    "soft_moe": "2308.00951",
+    "multilinear_moe": "2402.12550",
+}
 LIMITS = (
     "Trained for research on sparse experts. Not aligned or filtered: it repeats what its training text says, and "
     "invents the rest."
@@ -56,7 +66,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         title=title,
         repository=recipe.run.hub_model_id or title,
         base_model=base_model and _without_folders(base_model),
-        peer=_peer_facts(model.config),
+        sparse=_sparse_facts(model.config),
         custom_code=model.config.model_type == "peer",  # ours travels with the checkpoint
         summary=summary,
         results=results,
@@ -73,7 +83,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
 
 def _tags(model) -> list[str]:
     tags = [model.config.model_type, *(getattr(model, "model_tags", None) or [])]
-    return [*tags, "mixture-of-experts", "arxiv:2407.04153"] if model.config.model_type == "peer" else tags
+    return [*tags, "mixture-of-experts", f"arxiv:{_paper(model.config)}"] if _is_sparse(model.config) else tags
 
 
 def _eval_results(results: list[tuple[str, float]], corpus) -> list[EvalResult]:
@@ -89,15 +99,28 @@ def _eval_results(results: list[tuple[str, float]], corpus) -> list[EvalResult]:
     ]
 
 
-def _peer_facts(config) -> dict[str, int] | None:
-    if config.model_type != "peer" or "sparse" not in config.mlp_layer_types:
+def _sparse_facts(config) -> dict[str, Any] | None:
+    if not _is_sparse(config):
         return None
+    words = f"not PEER but `{config.sparse_mlp}` ([arXiv:{_paper(config)}](https://arxiv.org/abs/{_paper(config)}))"
+    if config.sparse_mlp == "peer":
+        words = (
+            f"a PEER layer: {config.num_peer_experts:,} experts of one neuron each, of which a token uses "
+            f"{config.num_active_experts} ([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153), He 2024)"
+        )
     return {
         "num_sparse_layers": config.mlp_layer_types.count("sparse"),
         "num_layers": config.num_hidden_layers,
-        "num_peer_experts": config.num_peer_experts,
-        "num_active_experts": config.num_active_experts,
+        "words": words,
     }
+
+
+def _is_sparse(config) -> bool:
+    return config.model_type == "peer" and "sparse" in config.mlp_layer_types
+
+
+def _paper(config) -> str:
+    return PAPERS[config.moe_router if config.sparse_mlp == "top_k_moe" else config.sparse_mlp]
 
 
 def _settings(settings: dict[str, Any]) -> str:
