@@ -12,6 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+COMPARING = (REPOSITORY / "docs" / "comparing.md").read_text(encoding="utf-8")
+RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def run_python(page: str) -> dict:
@@ -38,7 +40,7 @@ def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, mo
     assert 0 < namespace["metrics"]["eval_expert_usage_layer_1"] < 1
 
 
-@pytest.mark.parametrize("page", [README, TRAINING], ids=["README", "training"])
+@pytest.mark.parametrize("page", [README, TRAINING, RESULTS], ids=["README", "training", "results"])
 def test_no_figure_is_still_to_be_filled_in(page):
     assert "@@" not in page
 
@@ -64,7 +66,7 @@ def test_every_make_target_that_the_readme_names_exists(target):
 
 
 def test_every_script_and_recipe_that_the_readme_names_exists():
-    pages = README + TRAINING + SCALING
+    pages = README + TRAINING + SCALING + COMPARING + RESULTS
     named = re.findall(r"\b(?:scripts|configuration|tests|docs|benchmarks)/[\w/]+\.(?:py|yaml|json|md|png)", pages)
     assert named
     assert not [name for name in named if not (REPOSITORY / name).exists()]
