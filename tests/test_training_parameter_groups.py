@@ -18,7 +18,7 @@ def by_group(model, **settings):
 
 def test_every_parameter_is_in_one_of_four_groups(tiny_config):
     model = PeerForCausalLM(tiny_config(gated_experts=True, attention_bias=True))
-    groups = by_group(model, table_learning_rate_multiple=4.0)
+    groups = by_group(model, table_learning_rate_multiple=4.0, retrieval_learning_rate_multiple=0.1)
     assert list(groups) == ["dense", "without_decay", "retrieval", "expert_tables"]
     assert [settings for _, *settings in groups.values()] == [[0.01, 0.1], [0.01, 0.0], [0.001, 0.0], [0.04, 0.0]]
     dense, plain, retrieval, tables = (names for names, *_ in groups.values())

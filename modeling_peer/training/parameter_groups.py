@@ -28,14 +28,14 @@ def parameter_groups(
     weight_decay: float = 0.0,
     table_learning_rate_multiple: float = 1.0,
     table_weight_decay: float = 0.0,
-    retrieval_learning_rate_multiple: float = 0.1,
+    retrieval_learning_rate_multiple: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups of `model` for any optimizer of torch.
 
     - `"dense"`: the weight matrices, with `weight_decay`.
     - `"without_decay"`: norms and biases.
-    - `"retrieval"`: query networks and sub-keys, without decay. They learn slower: at the others' rate they soon agree
-      on few experts (docs/results.md).
+    - `"retrieval"`: query networks and sub-keys, without decay. A learning rate of their own: where the others' is high,
+      they soon agree on few experts (docs/results.md).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
       default, which would shrink the rows that no token retrieves at every step.
 

@@ -151,7 +151,7 @@ class PeerTrainingArguments(TrainingArguments):
         },
     )
     retrieval_learning_rate_multiple: float = field(
-        default=0.1,
+        default=1.0,
         metadata={"help": "Learning rate of query networks and sub-keys, as a multiple of learning_rate."},
     )
     table_learning_rate_multiple: float = field(
