@@ -34,8 +34,8 @@ def parameter_groups(
 
     - `"dense"`: the weight matrices, with `weight_decay`.
     - `"without_decay"`: norms and biases.
-    - `"retrieval"`: query networks and sub-keys, without decay. Their learning rate is a multiple of the others': where
-      that is high, they soon agree on few experts (docs/results.md).
+    - `"retrieval"`: query networks and sub-keys, without decay. Their learning rate is a multiple of the others':
+      where that is high, they soon agree on few experts (docs/results.md).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
       default, which would shrink the rows that no token retrieves at every step.
 
