@@ -10,7 +10,7 @@ python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report
 import sys
 
 from modeling_peer.training.console import run_script
-from modeling_peer.training.study import compare_feed_forwards
+from modeling_peer.training.study.compare import compare_feed_forwards
 
 if __name__ == "__main__":
     result = run_script(compare_feed_forwards)

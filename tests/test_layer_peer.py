@@ -6,6 +6,7 @@ import PEER_pytorch
 import pytest
 import reference
 import torch
+from model_helpers import assert_equals_oracle
 
 from modeling_peer import PeerLayer
 
@@ -42,18 +43,7 @@ def layer_with_statistics(config):
 def test_layer_and_every_gradient_equal_the_exhaustive_loop(tiny_config, options):
     layer = layer_with_statistics(tiny_config(**options))
     hidden = torch.randn(5, layer.experts.down_embed.shape[1], dtype=torch.float64, requires_grad=True)
-    leaves = dict(layer.named_parameters()) | {"hidden_states": hidden}
-
-    def output_and_gradients(function):
-        output = function()
-        return output, torch.autograd.grad(output.square().sum(), list(leaves.values()))
-
-    output, gradients = output_and_gradients(lambda: layer(hidden))
-    expected_output, expected = output_and_gradients(lambda: reference.peer_layer(layer, hidden))
-    torch.testing.assert_close(output, expected_output)
-    for name, gradient, expected_gradient in zip(leaves, gradients, expected, strict=True):
-        assert expected_gradient.any(), f"{name} gets no gradient: the case shows nothing"
-        torch.testing.assert_close(gradient, expected_gradient, msg=lambda m, name=name: f"{name}: {m}")
+    assert_equals_oracle(layer, hidden, layer(hidden), reference.peer_layer(layer, hidden))
 
 
 def test_one_expert_per_head_is_the_mlp_of_the_retrieved_neurons(tiny_config):

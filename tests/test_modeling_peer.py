@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch._dynamo.testing
+from model_helpers import learn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 from transformers.models.llama import LlamaConfig
 
@@ -85,15 +86,7 @@ def test_parameter_names_are_the_designs(tiny_config):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_variant_learns_a_sentence(tiny_config, options, tokens):
     model = PeerForCausalLM(tiny_config(**options))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(20):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses, _ = learn(model, tokens)
     assert losses[-1] < losses[0] / 2
 
 

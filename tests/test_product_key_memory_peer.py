@@ -5,6 +5,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
+from model_helpers import assert_equals_oracle
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM
@@ -32,18 +33,7 @@ def test_memory_and_every_gradient_equal_the_loop(tiny_config, options):
     layer = PeerProductKeyMemory(tiny_config(**MEMORY, **options)).double().eval()
     torch.nn.init.normal_(layer.retrieval.query_proj.weight)
     hidden = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
-    leaves = dict(layer.named_parameters()) | {"hidden_states": hidden}
-
-    def output_and_gradients(function):
-        output = function(layer, hidden)
-        return output, torch.autograd.grad(output.square().sum(), list(leaves.values()))
-
-    output, gradients = output_and_gradients(PeerProductKeyMemory.__call__)
-    expected_output, expected = output_and_gradients(reference.product_key_memory)
-    torch.testing.assert_close(output, expected_output)
-    for name, gradient, expected_gradient in zip(leaves, gradients, expected, strict=True):
-        assert expected_gradient.any(), f"{name} gets no gradient: the case shows nothing"
-        torch.testing.assert_close(gradient, expected_gradient, msg=lambda m, name=name: f"{name}: {m}")
+    assert_equals_oracle(layer, hidden, layer(hidden), reference.product_key_memory(layer, hidden))
 
 
 def test_memory_reads_as_the_authors_code_does(tiny_config):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from model_helpers import learn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from modeling_peer import PeerForCausalLM, PeerForTokenClassification
@@ -55,11 +56,7 @@ def tokens():
 
 def trained(model, tokens, steps=3):
     """In evaluation, after a few steps: nothing stands at its initial value any more."""
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
-    for _ in range(steps):
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    learn(model.train(), tokens, steps)
     return model.eval()
 
 
@@ -105,18 +102,9 @@ def test_a_layer_alone_keeps_the_shape_of_its_input_one_token_and_none(new_confi
 @EVERY
 def test_it_learns_a_sentence_and_every_parameter_gets_a_gradient(new_model, tokens, name):
     model = new_model(name).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses, got_gradient = [], set()
-    for _ in range(20):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-        got_gradient |= {key for key, p in model.named_parameters() if p.grad.any()}
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses, touched = learn(model, tokens)
     assert losses[-1] < losses[0] / 2
-    assert got_gradient == {key for key, _ in model.named_parameters()}
+    assert touched == {key for key, _ in model.named_parameters()}
 
 
 @EVERY

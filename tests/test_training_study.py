@@ -10,16 +10,16 @@ import pytest
 import yaml
 from training_helpers import REPOSITORY, TINY_PEER, as_command_line, run_script, some_text
 
-from modeling_peer.training import study_queue
 from modeling_peer.training.checkpoint_folders import list_checkpoints
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError, read_yaml
-from modeling_peer.training.study import compare_feed_forwards
-from modeling_peer.training.study_data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study_plan import plan_runs, shared_recipe
-from modeling_peer.training.study_recipe import FOLDER, parse_study
-from modeling_peer.training.study_report import as_tables, make_rows, write_report
-from modeling_peer.training.study_run import MODEL_FOLDER, PAUSED, run_in_process
+from modeling_peer.training.study import queue
+from modeling_peer.training.study.compare import compare_feed_forwards
+from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
+from modeling_peer.training.study.plan import plan_runs, shared_recipe
+from modeling_peer.training.study.recipe import FOLDER, parse_study
+from modeling_peer.training.study.report import as_tables, make_rows, write_report
+from modeling_peer.training.study.run import MODEL_FOLDER, PAUSED, run_in_process
 
 DATA = {"vocab_size": 257, "block_size": 32}
 RECIPES = sorted(path.stem for path in (REPOSITORY / FOLDER).glob("*.yaml"))
@@ -44,8 +44,8 @@ def processes_that_start_fast(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", str(cache))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(study_queue, "START_METHOD", "forkserver")
-        multiprocessing.set_forkserver_preload(["modeling_peer.training.study_run"])
+        patch.setattr(queue, "START_METHOD", "forkserver")
+        multiprocessing.set_forkserver_preload(["modeling_peer.training.study.run"])
         yield
 
 
@@ -135,6 +135,8 @@ def test_a_run_that_was_done_with_other_settings_or_data_is_not_taken_for_this_o
         SettingsError, match=r"dense-0 holds a run with other settings: learning_rate was 0\.01, is 0\.02"
     ):
         compare_feed_forwards([*finished.words, "--learning_rate=0.02"])
+    with pytest.raises(SettingsError, match=r"dense-0 holds a run with other settings: learning_rate was 0\.01"):
+        compare_feed_forwards([*finished.words, "--learning_rate=0.02", "--seeds", "7"])  # would be averaged with it
     with pytest.raises(SettingsError, match=r"was begun on other data: .*block_size was 32, is 16"):
         compare_feed_forwards([*finished.words, "--block_size=16"])
 

@@ -167,6 +167,13 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that is whole or not there."""
+    unfinished = path.with_name(f"_{path.name}")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 def _is_whole(path: Path) -> bool:
     if path.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end

@@ -1,6 +1,5 @@
 """One run of training: from a recipe to a saved, measured model with its card."""
 
-import json
 import math
 import platform
 import time
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
+from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.data import Corpus, load_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
 from modeling_peer.training.measurements import CostOfSteps
@@ -99,7 +99,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         if run.overwrite_output_dir:
             clear_output_dir(Path(run.output_dir))
         tokenizer.save_pretrained(run.output_dir)  # before training: a resumed run must find the same tokens
-        write_json(run, SETTINGS_FILE, settings)
+        write_json(Path(run.output_dir, SETTINGS_FILE), settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
     trainer.save_model()
@@ -110,17 +110,12 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         result.summary |= final_evaluation(result, recipe, block_size)
     result.summary["seconds"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        write_json(run, RESULTS_FILE, result.summary)
+        write_json(Path(run.output_dir, RESULTS_FILE), result.summary)
         trainer.card_facts = {"recipe": recipe, "corpus": corpus, "summary": result.summary, "model": model}
         write_model_card(run.output_dir, trainer.card_facts)
     if run.push_to_hub:
         trainer.push_to_hub()
     return result
-
-
-def write_json(run: RunArguments, name: str, content: dict[str, Any]) -> None:
-    """Write one file of output_dir."""
-    Path(run.output_dir, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def examples_per_step(run: RunArguments, model: PreTrainedModel) -> int:

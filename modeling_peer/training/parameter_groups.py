@@ -11,8 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 # trained through an adapter (PEFT's modules_to_save), tables lie one module deeper
 EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
 RETRIEVAL = re.compile(r"(^|\.)retrieval\.")
-# not of an adapter on the query network, which learns as other adapters do
-ADAPTER = re.compile(r"(^|\.)lora_")
 DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP, EXPERT_TABLES = "dense", "without_decay", "retrieval", "expert_tables"
 TABLE_SCHEDULES = ("multiple", "decaying", "constant")
 
@@ -65,7 +63,7 @@ def parameter_groups(
 def _group_of(name: str, parameter: nn.Parameter) -> str:
     if EXPERT_TABLE.search(name):
         return EXPERT_TABLES
-    if RETRIEVAL.search(name) and not ADAPTER.search(name):
+    if RETRIEVAL.search(name):
         return RETRIEVAL_GROUP
     return WITHOUT_DECAY if parameter.ndim < 2 else DENSE
 

@@ -8,14 +8,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
+from pathlib import Path
 from statistics import mean
 
 import torch
 
 from modeling_peer.training.checkpoint_folders import read_json
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study_plan import PlannedRun
-from modeling_peer.training.study_run import (
+from modeling_peer.training.study.plan import PlannedRun
+from modeling_peer.training.study.run import (
     FAILURE_FILE,
     PAUSED,
     RUN_FILE,
@@ -46,7 +47,7 @@ def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[Pl
     A run that failed is continued when asked for, and begun anew when its settings have changed since.
 
     Raises:
-        SettingsError: a run was begun or done with other settings.
+        SettingsError: a run, of this seed or another, was begun or done with other settings.
     """
     left, tally = [], Tally()
     for run in runs:
@@ -58,9 +59,10 @@ def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[Pl
         elif failure:
             tally.failed[run.name] = failure["cause"]
             continue
-        begun = read_json(run.folder / RUN_FILE)
-        if begun:
-            _require_same_settings(run, begun["settings"])
+        # of other seeds too: they are averaged with this one
+        for folder in sorted(run.study_dir.glob(f"{run.group}-*")):
+            if folder.name.removeprefix(f"{run.group}-").isdecimal() and (begun := read_json(folder / RUN_FILE)):
+                _require_same_settings(run, folder, begun["settings"])
         if (run.folder / RUN_RESULTS_FILE).is_file():
             tally.done.append(run.name)
         else:
@@ -133,15 +135,14 @@ def _put_down(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> Non
     tally.failed[run.name] = read_json(run.folder / FAILURE_FILE)["cause"]
 
 
-def _require_same_settings(run: PlannedRun, before: dict) -> None:
+def _require_same_settings(run: PlannedRun, folder: Path, before: dict) -> None:
     now = run.settings | run.settings["architecture"]
     before = before | before["architecture"]
-    names = sorted((now.keys() | before.keys()) - {"architecture"})
+    names = sorted((now.keys() | before.keys()) - {"architecture", "seed"})
     changes = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
     if changes:
         raise SettingsError(
-            f"{run.folder} holds a run with other settings: {'; '.join(changes)}. Delete it, or name another "
-            "--output_dir."
+            f"{folder} holds a run with other settings: {'; '.join(changes)}. Delete it, or name another --output_dir."
         )
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study_data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study_plan import plan_runs, shared_recipe
-from modeling_peer.training.study_queue import Tally, select_runs, work_off
-from modeling_peer.training.study_recipe import Study, parse_study
-from modeling_peer.training.study_report import STUDY_FILE, collect, read_study, write_report
+from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
+from modeling_peer.training.study.plan import plan_runs, shared_recipe
+from modeling_peer.training.study.queue import Tally, select_runs, work_off
+from modeling_peer.training.study.recipe import Study, parse_study
+from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, write_report
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:

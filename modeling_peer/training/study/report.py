@@ -5,14 +5,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.comparison import mean_and_deviation, with_deviation
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study_data import DATA_FILE
-from modeling_peer.training.study_plots import plot_study
-from modeling_peer.training.study_recipe import Study
-from modeling_peer.training.study_run import FAILURE_FILE, RUN_RESULTS_FILE, USAGE, write_json
+from modeling_peer.training.study.data import DATA_FILE
+from modeling_peer.training.study.plots import plot_study
+from modeling_peer.training.study.recipe import Study
+from modeling_peer.training.study.run import FAILURE_FILE, RUN_RESULTS_FILE, USAGE
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"

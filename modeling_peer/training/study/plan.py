@@ -11,7 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.analysis.budgets import fit_to_budget
 from modeling_peer.analysis.costs import model_cost
-from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import (
     Recipe,
@@ -20,7 +20,7 @@ from modeling_peer.training.recipes import (
     drop_other_source,
     parse_recipe,
 )
-from modeling_peer.training.study_recipe import Size, Study
+from modeling_peer.training.study.recipe import Size, Study
 
 FITS_FILE = "fits.json"
 # of a run's settings: where things are, and how it is watched; and what `architecture` holds
@@ -55,9 +55,14 @@ class PlannedRun:
     cost: dict[str, Any]
 
     @property
+    def group(self) -> str:
+        """What its runs of all seeds have in common of their names."""
+        return f"{self.size}-{self.contender}" if self.size else self.contender
+
+    @property
     def name(self) -> str:
         """For people, and for its folder."""
-        return f"{f'{self.size}-' if self.size else ''}{self.contender}-{self.seed}"
+        return f"{self.group}-{self.seed}"
 
     @property
     def folder(self) -> Path:
@@ -166,7 +171,7 @@ class _Planner:
             changed |= _changes(result.config, self.configure(name, size, changed))
             print(f"{key}: {result.ratio:.4f} of the reference's {recipe.budget} with {changed}", flush=True)
             known[key] = {"inputs": inputs, "changed": changed, "ratio": result.ratio}
-            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_json(path, known)
         # kept, since a measured time would not come out the same twice
         changed = known[key]["changed"]
         return self.configure(name, size, changed), changed

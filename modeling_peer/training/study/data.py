@@ -1,7 +1,6 @@
 """The tokens that all runs of a study train on: made once, and the same when the study is continued."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.training.checkpoint_folders import read_json
+from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
 from modeling_peer.training.models import load_tokenizer
@@ -61,7 +60,7 @@ def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> 
         raise SettingsError(
             f"{output_dir} was begun on other data: {'; '.join(changes)}. Name another --output_dir, or delete it."
         )
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(path, facts)
     return facts
 
 

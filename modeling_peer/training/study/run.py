@@ -1,7 +1,6 @@
 """One run of a study, in a process of its own: trained, or continued, measured, written down."""
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -18,11 +17,11 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from modeling_peer.benchmarks.machine import describe_machine, describe_versions
-from modeling_peer.training.checkpoint_folders import list_checkpoints, newest_checkpoint, read_json
+from modeling_peer.training.checkpoint_folders import list_checkpoints, newest_checkpoint, read_json, write_json
 from modeling_peer.training.language_modeling import train_language_model
 from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.recipes import SettingsError, parse_recipe
-from modeling_peer.training.study_plan import PlannedRun
+from modeling_peer.training.study.plan import PlannedRun
 
 RUN_FILE = "run.json"
 RUN_RESULTS_FILE = "results.json"
@@ -173,13 +172,6 @@ def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, device:
 def write_failure(run: PlannedRun, cause: str) -> None:
     """Put down that a run failed, and with which settings: others are worth another try."""
     write_json(run.folder / FAILURE_FILE, {"cause": cause, "settings": run.settings})
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    unfinished = path.with_name(f"_{path.name}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def explain(error: BaseException) -> str:

@@ -1,0 +1,31 @@
+"""What tests of several layers and models share: comparing with an oracle, and a few steps of training."""
+
+import torch
+
+
+def assert_equals_oracle(layer, hidden, output, expected_output):
+    """The outputs of a layer and of its oracle for `hidden`, and the gradients of every leaf, are equal."""
+    leaves = {name: p for name, p in layer.named_parameters() if p.requires_grad} | {"hidden_states": hidden}
+
+    def gradients(output):
+        return torch.autograd.grad(output.square().sum(), list(leaves.values()))
+
+    torch.testing.assert_close(output, expected_output)
+    for name, gradient, expected in zip(leaves, gradients(output), gradients(expected_output), strict=True):
+        assert expected.any(), f"{name} gets no gradient: the case shows nothing"
+        torch.testing.assert_close(gradient, expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def learn(model, tokens, steps=20):
+    """Train on the one batch; the losses, and the names of the parameters that got a gradient other than zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, touched = [], set()
+    for _ in range(steps):
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        touched |= {name for name, p in model.named_parameters() if p.grad.any()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, touched
