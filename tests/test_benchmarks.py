@@ -9,7 +9,7 @@ import torch
 from training_helpers import REPOSITORY, TINY_PEER
 
 from modeling_peer import PeerLayer
-from modeling_peer.benchmarks import contestants, memory, model, report, timing
+from modeling_peer.benchmarks import contestants, layer, memory, model, report, timing
 from modeling_peer.benchmarks.calls import make_call, make_tokens
 from modeling_peer.benchmarks.contestants import all_names, build_contestants
 from modeling_peer.benchmarks.expert_usage import bench_expert_usage
@@ -193,6 +193,20 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
         assert measured["vs_eager"] == 1
     assert printed == report.layer_markdown(result).splitlines()
     assert "| 1 | 16 | 8 |" in "".join(printed)
+
+
+def test_cases_whose_process_dies_take_no_others_with_them(test_file, monkeypatch, capsys):
+    def in_new_process(function, arguments, cases, *others):
+        if cases[0]["num_sub_keys"] == 2:
+            return {"why": "its process ended with status -9"}
+        return layer.measure_cases(arguments, cases, *others)
+
+    monkeypatch.setattr(layer, "in_new_process", in_new_process)
+    settings = tiny_layer(contestants=["eager"], cases=["decode num_sub_keys=2,4"])
+    first, second = bench_layer(settings, [test_file("def test_it():\n    pass\n")])["cases"]
+    assert (first["contestants"], first["skipped"]) == ({}, {"eager": "its process ended with status -9"})
+    assert (list(second["contestants"]), second["skipped"]) == (["eager"], {})
+    assert "status -9" in capsys.readouterr().err
 
 
 def test_growth_is_cost_per_token_at_the_largest_size_over_the_smallest():

@@ -1,6 +1,5 @@
 """One layer against its rivals: what `scripts/bench_layer.py` runs."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -50,7 +49,7 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
     cases = parse_cases(settings.cases, settings.hidden_size)
     results = []
     for _, group in groupby(cases, key=lambda case: (case.num_sub_keys, case.hidden_size)):
-        results += _measure_group(list(group), names, settings, bandwidth)
+        results += _in_new_process(list(group), names, settings, bandwidth)
     result = {
         "benchmark": "layer",
         **describe_run(settings),
@@ -69,17 +68,35 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
     return result
 
 
-def _measure_group(cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float) -> list[dict]:
-    """Cases that have the same weights."""
+def _in_new_process(
+    cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float
+) -> list[dict[str, Any]]:
+    """Measure cases that have the same weights where no case before them left its memory in pieces: without huge pages
+    a step of 2,048 tokens took twice as long. If the process dies, the other cases still count."""
+    arguments = (settings.as_arguments(), [asdict(case) for case in cases], names, bandwidth)
+    answer = in_new_process("modeling_peer.benchmarks.layer:measure_cases", *arguments)
+    if "why" in answer:
+        announce(f"{', '.join(map(str, cases))}: {answer['why']}")
+        skipped = dict.fromkeys(names, answer["why"])
+        return [_describe(case, contestants={}, skipped=skipped) for case in cases]
+    return answer["cases"]
+
+
+def measure_cases(
+    arguments: dict[str, Any], cases: list[dict[str, Any]], names: list[str], bandwidth: float
+) -> dict[str, list[dict[str, Any]]]:
+    """Build the weights that `cases` have in common, and measure one case after the other."""
+    settings, cases = LayerArguments(**arguments), [Case(**case) for case in cases]
+    set_threads(settings.threads)
     names = [name for name in names if any(takes_part(name, case, settings) for case in cases)]
     available = available_bytes(settings.torch_device)
     names, too_large = fit(names, lambda name: (weight_bytes(name, cases[0], settings), 0), available, weights_owner)
     contestants = build_contestants(names, cases[0], settings)
-    results = [_measure_case(case, contestants, too_large, settings, bandwidth) for case in cases]
-    torch.compiler.reset()  # compiled code holds on to the tables
-    del contestants
-    gc.collect()
-    return results
+    return {"cases": [_measure_case(case, contestants, too_large, settings, bandwidth) for case in cases]}
+
+
+def _describe(case: Case, **results: Any) -> dict[str, Any]:
+    return asdict(case) | {"num_experts": case.num_experts} | results
 
 
 def _measure_case(
@@ -114,7 +131,7 @@ def _measure_case(
         if device.type == "cuda":
             measured[name]["peak_bytes"] = peak_bytes(lambda name=name: calls[name](new_input(0)), device)[0]
     announce(f"{case}: " + ", ".join(f"{name} {summary.median_ms:.3g} ms" for name, summary in summaries.items()))
-    return asdict(case) | {"num_experts": case.num_experts, "contestants": measured, "skipped": skipped}
+    return _describe(case, contestants=measured, skipped=skipped)
 
 
 def _drop_out_of_memory(calls: dict[str, Callable], tokens: torch.Tensor) -> dict[str, str]:
@@ -157,7 +174,7 @@ def _memory_in_new_processes(names: list[str], settings: LayerArguments) -> list
         announce(f"memory of {case}: {known}")
         for name, why in skipped.items():
             announce(f"memory of {case}: {name} {why}")
-        results.append(asdict(case) | {"num_experts": case.num_experts, "peak_bytes": peaks, "skipped": skipped})
+        results.append(_describe(case, peak_bytes=peaks, skipped=skipped))
     return results
 
 

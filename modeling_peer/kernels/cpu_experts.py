@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_memory import array, floats, in_huge_pages, move_to_huge_pages
+from .cpu_memory import array, floats, move_to_huge_pages, recycled_empty
 from .cpu_simd import compiled, narrow, prefetch_row, widen
 
 # Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
@@ -203,7 +203,7 @@ def _gradient(segments, num_experts, width, dtype, row_sparse):
     """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each segment."""
     touched, _ = segments
     if row_sparse:
-        return touched, in_huge_pages(torch.empty(len(touched), width, dtype=dtype)), torch.arange(len(touched))
+        return touched, recycled_empty(len(touched), width, dtype), torch.arange(len(touched))
     # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
     return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
 

@@ -3,6 +3,7 @@
 
 import ctypes
 import sys
+import weakref
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ MIN_BYTES = 2**25
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # <sys/mman.h>, Linux; the second since 6.1
 
 _moved: set[tuple[int, int]] = set()
+_given_back: dict[int, torch.Tensor] = {}  # memory of tensors that are gone, by address
 
 
 class _Memory:
@@ -47,13 +49,29 @@ def floats(tensor: torch.Tensor) -> np.ndarray:
     return array(tensor.detach().to(torch.float32).contiguous())
 
 
-def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, not yet touched, in huge pages where Linux grants them (`transparent_hugepage` set to `madvise` or
-    `always`): touching pages of 4 KiB first would cost more than what is then written to them. Elsewhere, and where it
-    is small, nothing happens."""
-    if tensor.nbytes > MIN_BYTES:
-        _advise(tensor, MADV_HUGEPAGE)
-    return tensor
+def recycled_empty(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty(num_rows, width)` for what every training step makes and drops: a large one takes the memory of one
+    that is gone, and keeps Linux from clearing as much anew (a step on 450 MiB of row gradients: 236 ms; 272 with new
+    huge pages, which an old process hardly gets; 325 with new pages of 4 KiB).
+
+    What was given back waits for the next step. When nothing of it fits it goes: it is of another size of batch."""
+    nbytes = num_rows * width * dtype.itemsize
+    if nbytes <= MIN_BYTES:
+        return torch.empty(num_rows, width, dtype=dtype)
+    memory = None
+    for address, candidate in sorted(_given_back.items(), key=lambda item: item[1].nbytes):
+        if nbytes <= candidate.nbytes <= 2 * nbytes:
+            memory = _given_back.pop(address, None)  # None: another thread was faster
+            if memory is not None:
+                break
+    if memory is None:
+        _given_back.clear()
+        # A step touches some rows more than the one before. Untouched pages cost nothing.
+        memory = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8)
+        _advise(memory, MADV_HUGEPAGE)
+    lease = memory.numpy()[:nbytes]  # lives as long as a tensor on it
+    weakref.finalize(lease, _given_back.__setitem__, memory.data_ptr(), memory).atexit = False
+    return torch.from_numpy(lease).view(dtype).view(num_rows, width)
 
 
 def move_to_huge_pages(table: torch.Tensor) -> None:
