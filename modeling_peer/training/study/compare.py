@@ -6,11 +6,14 @@ from typing import Any
 
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study.beginning import require_same_beginning
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study.plan import plan_runs, shared_recipe
+from modeling_peer.training.study.plan import plan_runs, shared_recipe, shared_settings
 from modeling_peer.training.study.queue import Tally, select_runs, work_off
 from modeling_peer.training.study.recipe import Study, parse_study
 from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, write_report
+
+SHARED_FILE = "shared.json"
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def _train(study: Study, began: float) -> Tally:
     except OSError as error:
         raise SettingsError(f"cannot write to --output_dir {study.output_dir}: {error.strerror}.") from error
     recipe = shared_recipe(study)
+    require_same_beginning(study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
     data = prepare_data(recipe, load_config(recipe.model), study.output_dir)
     print(f"data: {data['data']}; {data['training_tokens']:,} tokens", flush=True)
     arguments = study.arguments

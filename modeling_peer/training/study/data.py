@@ -8,12 +8,12 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
 from modeling_peer.training.models import load_tokenizer
 from modeling_peer.training.packing import PackedBlocks
 from modeling_peer.training.recipes import Recipe, SettingsError
+from modeling_peer.training.study.beginning import require_same_beginning
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FILE = "data.json"
@@ -53,14 +53,7 @@ def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> 
         # of the whole validation text, whichever examples of it are used
         "tokens_sha256": _hash(train, getattr(validation, "dataset", validation)),
     }
-    path = output_dir / DATA_FILE
-    before = read_json(path)
-    changes = [f"{name} was {before[name]!r}, is {facts[name]!r}" for name in before if before[name] != facts[name]]
-    if changes:
-        raise SettingsError(
-            f"{output_dir} was begun on other data: {'; '.join(changes)}. Name another --output_dir, or delete it."
-        )
-    write_json(path, facts)
+    require_same_beginning(output_dir / DATA_FILE, facts, "data")
     return facts
 
 

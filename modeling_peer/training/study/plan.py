@@ -74,6 +74,15 @@ def shared_recipe(study: Study) -> Recipe:
     return parse_recipe(_shared_words(study))
 
 
+def shared_settings(study: Study) -> dict[str, Any]:
+    """Of `shared_recipe`, what decides results; and how runs are matched. As JSON returns them."""
+    recipe = shared_recipe(study)
+    names = ("reference", "budget", "training_tokens", "training_flops")
+    settings = {name: getattr(study.recipe, name) for name in names} | _compared(recipe)
+    settings["architecture"] = load_config(recipe.model).to_diff_dict() | {"transformers_version": None}
+    return json.loads(json.dumps(settings))
+
+
 def plan_runs(study: Study, data: dict[str, Any], tokenizer: Path) -> list[PlannedRun]:
     """The runs that the command line asks for, seed by seed, so that a part of them is balanced.
 
@@ -141,7 +150,7 @@ class _Planner:
             *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
             *("--report_to=none", "--disable_tqdm=true"),
         ]
-        settings = {n: v for n, v in recipe.settings.items() if n not in NOT_COMPARED} | {"max_steps": steps}
+        settings = _compared(recipe) | {"max_steps": steps}
         settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
         settings = json.loads(json.dumps(settings))  # as they will be read
         return [
@@ -198,6 +207,10 @@ class _Planner:
     def _load(self, overrides: dict[str, Any]) -> PreTrainedConfig:
         model = self.shared.model
         return load_config(replace(model, model_overrides=[*model.model_overrides, json.dumps(overrides)]))
+
+
+def _compared(recipe: Recipe) -> dict[str, Any]:
+    return {name: value for name, value in recipe.settings.items() if name not in NOT_COMPARED}
 
 
 def _changes(config: PreTrainedConfig, before: PreTrainedConfig) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
             "seconds_per_step": median(steps) if steps else None,
             "peak_memory_bytes": max(peaks, default=None),
         }
-        same = ("total_parameters", "active_parameters", "forward_flops_per_token", "training_flops")
+        same = ("total_parameters", "active_parameters", "forward_flops_per_token", "training_flops", "tokens")
         row |= {name: runs[0][name] for name in same}
         for figure in USAGE:
             row[figure] = mean_and_deviation([value for run in runs for value in _of_layers(run["usage"], figure)])
@@ -144,6 +144,7 @@ def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
         "parameters": row["total_parameters"],
         "active": row["active_parameters"],
         "forward MFLOPs a token": f"{row['forward_flops_per_token'] / 1e6:.3f}",
+        **({"tokens": row["tokens"]} if row["size"] else {}),
         "training, s": f"{row['train_seconds']:.0f}",
         "ms a step": "-" if per_step is None else f"{1000 * per_step:.1f}",
         "peak memory, MiB": "-" if peak is None else round(peak / 2**20),

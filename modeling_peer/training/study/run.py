@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
+from modeling_peer.backends_peer import implementation_for
 from modeling_peer.benchmarks.machine import describe_machine, describe_versions
+from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.training.checkpoint_folders import list_checkpoints, newest_checkpoint, read_json, write_json
 from modeling_peer.training.language_modeling import train_language_model
 from modeling_peer.training.measurements import CostOfSteps
@@ -124,7 +126,7 @@ def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[st
         shutil.rmtree(folder, ignore_errors=True)
     curve = LossByCost(run.folder / CURVE_FILE)
     result = train_language_model(parse_recipe(words), callbacks=[curve, Pause(stop)])
-    results = describe_run(run, result.summary, curve.points, result.model.device)
+    results = describe_run(run, result.summary, curve.points, result.model)
     write_json(run.folder / RUN_RESULTS_FILE, results)
     if keep_model:
         for checkpoint in list_checkpoints(folder):
@@ -134,7 +136,7 @@ def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[st
     return results
 
 
-def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, device: torch.device) -> dict[str, Any]:
+def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, model: PreTrainedModel) -> dict[str, Any]:
     """What is kept of a run that is done."""
     evaluated = [point for point in points if "loss" in point]
     flops_per_step = run.cost["training_flops_per_token"] * run.cost["tokens_per_step"]
@@ -164,9 +166,17 @@ def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, device:
             for point in evaluated
         ],
         "settings": run.settings,
-        "machine": describe_machine(device),
+        "experts_implementation": _experts_implementation(model),
+        "machine": describe_machine(model.device),
         "versions": describe_versions(),
     }
+
+
+def _experts_implementation(model: PreTrainedModel) -> str | None:
+    """What computed the experts; None: whole MLPs, for which it is chosen at each call, or there were none."""
+    asked_for = model.config._experts_implementation
+    tables = [module.up_embed for module in model.modules() if isinstance(module, PeerExperts)]
+    return implementation_for(asked_for, tables[0]) if tables else asked_for
 
 
 def write_failure(run: PlannedRun, cause: str) -> None:
