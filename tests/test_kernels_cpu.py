@@ -145,3 +145,18 @@ def test_recycled_gradients_are_those_of_fresh_memory(monkeypatch):
         _, gradients = output_and_gradients(mixture, one)
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
         assert len(cpu_memory._given_back) == 2  # those of both tables
+
+
+def test_a_table_is_moved_to_huge_pages_once_and_so_is_the_next_in_its_place(monkeypatch):
+    monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
+    advised = []
+    monkeypatch.setattr(cpu_memory, "_advise", lambda table, advice: advised.append((table.data_ptr(), advice)))
+    before = set(cpu_memory._moved)
+    for _ in range(2):
+        table = nn.Parameter(torch.empty(300, 1))
+        for _ in range(3):
+            cpu_memory.move_to_huge_pages(table.detach())  # as an operator sees it
+        assert len(cpu_memory._moved - before) == 1
+        del table
+        assert cpu_memory._moved == before
+    assert len(advised) == 2 * 2  # two kinds of advice

@@ -33,6 +33,20 @@ def test_batch_norm_without_padding_equals_pytorch():
     torch.testing.assert_close(ours(query), theirs(query))
 
 
+def test_batch_norm_with_a_mask_of_real_tokens_equals_the_one_without():
+    results = []
+    for mask in (None, torch.ones(9, dtype=torch.bool)):
+        torch.manual_seed(0)
+        norm, queries = batch_norm(), [torch.randn(9, 6, requires_grad=True) for _ in range(2)]
+        # The backward of the first after the forward of the second, as between micro-batches of a pipeline.
+        first, second = (norm(query, mask) for query in queries)
+        first.square().sum().backward()
+        second.sin().sum().backward()
+        gradients = [tensor.grad for tensor in (*queries, norm.weight, norm.bias)]
+        results.append([first, second, norm.running_mean, norm.running_var, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
 def test_batch_norm_ignores_padding_in_output_statistics_and_gradients():
     norm, mask = batch_norm(), torch.tensor([True, False, True, True, False, True])
     query = torch.randn(6, 6, dtype=torch.float32, requires_grad=True)

@@ -80,6 +80,8 @@ def move_to_huge_pages(table: torch.Tensor) -> None:
     memory = (table.data_ptr(), table.nbytes)
     if table.nbytes > MIN_BYTES and memory not in _moved:
         _moved.add(memory)
+        # Where it lay another may lie later.
+        weakref.finalize(table.untyped_storage(), _moved.discard, memory).atexit = False
         _advise(table, MADV_HUGEPAGE)
         _advise(table, MADV_COLLAPSE)
 
