@@ -44,7 +44,7 @@ from .outputs_peer import (
     PeerTokenClassifierOutput,
 )
 from .parallel_peer import EXPERT_ROWS, gather_on_first_rank, require_dense_gradients, rows_of_rank
-from .retrieval_peer import PeerRetrieval
+from .retrieval_peer import Float32Module, PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 
 # What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
@@ -113,7 +113,6 @@ class PeerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["query_norm", "thresholds"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -258,6 +257,8 @@ class PeerModel(PeerPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._tied_weights_keys = self._shared_tables()
+        float32_modules = {name for name, module in self.named_modules() if isinstance(module, Float32Module)}
+        self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in float32_modules}
         self.post_init()
 
     def init_parallel_plans(self):

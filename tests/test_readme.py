@@ -70,3 +70,13 @@ def test_every_script_and_recipe_that_the_readme_names_exists():
     named = re.findall(r"\b(?:scripts|configuration|tests|docs|benchmarks)/[\w/]+\.(?:py|yaml|json|md|png)", pages)
     assert named
     assert not [name for name in named if not (REPOSITORY / name).exists()]
+
+
+@pytest.mark.parametrize(
+    "table", sorted((REPOSITORY / "benchmarks" / "compare").glob("*/table.md")), ids=lambda p: p.parent.name
+)
+def test_the_figures_of_a_study_are_those_in_its_folder(table):
+    rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(rows) > 3
+    assert not [row for row in rows if row not in RESULTS]
+    assert f"benchmarks/compare/{table.parent.name}/" in RESULTS

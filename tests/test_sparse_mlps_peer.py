@@ -144,6 +144,9 @@ def test_half_precision_is_near_single(new_model, tokens, tmp_path, name):
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     outputs = half(tokens, labels=tokens)
     assert outputs.logits.dtype == torch.bfloat16
+    # What a rival keeps in float32 is what it has, as Transformers asks.
+    kept = {key.split(".")[-2] for key, value in half.state_dict().items() if value.dtype == torch.float32}
+    assert kept == half._keep_in_fp32_modules_strict
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(model(tokens, labels=tokens).loss, expected, rtol=0.03, atol=0)
     torch.testing.assert_close(outputs.loss.float(), expected, rtol=0.03, atol=0)
