@@ -257,6 +257,7 @@ class PeerModel(PeerPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._tied_weights_keys = self._shared_tables()
+        # Those that this model has: Transformers takes a name that matches nothing for a typing error.
         float32_modules = {name for name, module in self.named_modules() if isinstance(module, Float32Module)}
         self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in float32_modules}
         self.post_init()

@@ -86,7 +86,8 @@ class PeerBatchNorm(Float32Module):
 
     def _normalize_all(self, query):
         """What the rest of this module computes, where no token is padding: in a third of the time."""
-        # Copies: the backward keeps what it is given, and a second forward before it would change that.
+        # Copies: a recomputation must not count, and what a backward keeps must not change before it, as it does when
+        # DDP broadcasts buffers.
         running = self.running_mean.clone(), self.running_var.clone()
         normalized = F.batch_norm(query, *running, self.weight, self.bias, True, self.momentum, self.eps)
         if not is_recomputation():

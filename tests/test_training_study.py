@@ -132,19 +132,58 @@ def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     assert (tmp_path / "table.md").read_text() == (finished.folder / "table.md").read_text()
 
 
-def test_a_study_goes_on_with_the_settings_and_the_data_that_it_began_with(finished, tmp_path):
-    with pytest.raises(SettingsError, match=r"begun with other settings for all: learning_rate was 0\.01, is 0\.02"):
-        compare_feed_forwards([*finished.words, "--learning_rate=0.02", "--seeds", "7"])  # a row beside the others
+def change_recipe(words, folder, change):
+    """A study's command line with its recipe changed in place by `change`."""
+    recipe = read_yaml(Path(words[0]))
+    change(recipe)
+    (folder / "changed.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return [str(folder / "changed.yaml"), *words[1:]]
+
+
+def set_table_rate(recipe):
+    recipe["contenders"]["peer"]["training"]["table_learning_rate_multiple"] = 2.0
+
+
+def set_reference_width(recipe):
+    recipe["contenders"]["dense"]["model_overrides"]["intermediate_size"] = 40
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "message"),
+    [
+        (
+            ["--learning_rate=0.02", "--contenders", "peer"],
+            dict,
+            "begun with other settings for all: learning_rate was",
+        ),
+        (["--model_overrides", "query_norm=none"], dict, r"for all: query_norm was 'batch_norm', is 'none'\. Name"),
+        (["--contenders", "peer"], set_table_rate, r"peer-0 holds .* table_learning_rate_multiple was 4\.0, is 2\.0"),
+        (
+            ["--contenders", "peer"],
+            set_reference_width,
+            "dense-0 holds a run with other settings: intermediate_size was",
+        ),
+    ],
+)
+def test_a_study_goes_on_with_the_settings_that_it_began_with(finished, tmp_path, words, change, message):
+    with pytest.raises(SettingsError, match=message):
+        compare_feed_forwards(change_recipe([*finished.words, "--seeds", "7", *words], tmp_path, change))
+
+
+def test_a_study_goes_on_with_the_data_that_it_began_with(finished, tmp_path):
     (tmp_path / "other.txt").write_text(some_text(401, seed=1), encoding="utf-8")
     with pytest.raises(SettingsError, match=r"begun with other data: .*tokens_sha256 was '"):
         compare_feed_forwards([*finished.words, f"--validation_file={tmp_path / 'other.txt'}"])
 
-    recipe = read_yaml(Path(finished.words[0]))
-    recipe["contenders"]["peer"]["training"]["table_learning_rate_multiple"] = 2.0
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(recipe))
-    message = r"peer-0 holds a run with other settings: table_learning_rate_multiple was 4\.0, is 2\.0"
-    with pytest.raises(SettingsError, match=message):
-        compare_feed_forwards([str(tmp_path / "study.yaml"), *finished.words[1:], "--seeds", "7"])  # averaged with it
+
+def test_a_study_that_was_refused_or_failed_can_be_begun_with_other_settings(tmp_path):
+    words = [*write_study(tmp_path, training_tokens=None, seeds=[0]), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SettingsError, match="how long is a run"):
+        compare_feed_forwards(words)
+    # no learning rate is small enough for these losses
+    failed = compare_feed_forwards([*words, "--max_steps=2", "--learning_rate=1e38"])["failed"]
+    assert sorted(failed) == ["dense-0", "peer-0"]
+    assert compare_feed_forwards([*words, "--max_steps=2", "--num_workers", "2"])["done"] == ["dense-0", "peer-0"]
 
 
 @pytest.mark.parametrize("how", ["killed", "asked to stop"])

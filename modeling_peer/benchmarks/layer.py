@@ -71,14 +71,14 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
 def _in_new_process(
     cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Measure cases that have the same weights where no case before them left its memory in pieces: without huge pages
-    a step of 2,048 tokens took twice as long. If the process dies, the other cases still count."""
+    """Measure cases that have the same weights where none of other weights left its memory in pieces. If the process
+    is killed, for want of memory for example, the other cases still count."""
     arguments = (settings.as_arguments(), [asdict(case) for case in cases], names, bandwidth)
     answer = in_new_process("modeling_peer.benchmarks.layer:measure_cases", *arguments)
     if "why" in answer:
         announce(f"{', '.join(map(str, cases))}: {answer['why']}")
-        skipped = dict.fromkeys(names, answer["why"])
-        return [_describe(case, contestants={}, skipped=skipped) for case in cases]
+        skipped = [{name: answer["why"] for name in names if takes_part(name, case, settings)} for case in cases]
+        return [_describe(case, contestants={}, skipped=why) for case, why in zip(cases, skipped, strict=True)]
     return answer["cases"]
 
 

@@ -40,11 +40,16 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | Non
 def in_new_process(function: str, *arguments: Any) -> Any:
     """Call `package.module:function` in a fresh process: arguments and result travel as JSON.
 
-    A process that dies, for want of memory for example, gives `{"why": ...}`.
+    A process that is killed, for want of memory for example, gives `{"why": ...}`.
+
+    Raises:
+        RuntimeError: it failed, and has said why on stderr.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "modeling_peer.benchmarks.memory", function, json.dumps(arguments)]
     process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
+    if process.returncode > 0:
+        raise RuntimeError(f"{function} failed in its process, status {process.returncode}; its error stands above.")
     if process.returncode:
         return {"why": f"its process ended with status {process.returncode}"}
     return json.loads(process.stdout.strip().splitlines()[-1])

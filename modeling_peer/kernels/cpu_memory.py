@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tensors as Numba's kernels see them: NumPy arrays on the same memory, large fresh ones in large pages."""
+"""Tensors as Numba's kernels see them: NumPy arrays on the same memory; large ones in large pages, and used again."""
 
 import ctypes
 import sys
@@ -58,20 +58,24 @@ def recycled_empty(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tenso
     nbytes = num_rows * width * dtype.itemsize
     if nbytes <= MIN_BYTES:
         return torch.empty(num_rows, width, dtype=dtype)
-    memory = None
-    for address, candidate in sorted(_given_back.items(), key=lambda item: item[1].nbytes):
-        if nbytes <= candidate.nbytes <= 2 * nbytes:
-            memory = _given_back.pop(address, None)  # None: another thread was faster
-            if memory is not None:
-                break
+    memory = _take_back(nbytes)
     if memory is None:
         _given_back.clear()
         # A step touches some rows more than the one before. Untouched pages cost nothing.
         memory = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8)
         _advise(memory, MADV_HUGEPAGE)
-    lease = memory.numpy()[:nbytes]  # lives as long as a tensor on it
+    # An array lives as long as a tensor on it. (It can't be resized; gradients are not.)
+    lease = memory.numpy()[:nbytes]
     weakref.finalize(lease, _given_back.__setitem__, memory.data_ptr(), memory).atexit = False
     return torch.from_numpy(lease).view(dtype).view(num_rows, width)
+
+
+def _take_back(nbytes: int) -> torch.Tensor | None:
+    """The smallest memory that was given back and has room for `nbytes`, but not for more than twice as many."""
+    for address, memory in sorted(_given_back.items(), key=lambda item: item[1].nbytes):
+        if nbytes <= memory.nbytes <= 2 * nbytes and _given_back.pop(address, None) is not None:
+            return memory  # where the pop finds none, another thread was faster
+    return None
 
 
 def move_to_huge_pages(table: torch.Tensor) -> None:

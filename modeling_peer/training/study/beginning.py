@@ -1,4 +1,4 @@
-"""What a study began with: kept beside its runs, so that nothing else joins their table later."""
+"""What a study began with: kept beside its runs, so that no others join their table."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,16 @@ def require_same_beginning(path: Path, facts: dict[str, Any], kind: str) -> None
     Raises:
         SettingsError: some are not as before.
     """
-    before = read_json(path) or facts
-    names = [name for name in {**before, **facts} if before.get(name) != facts.get(name)]
-    if names:
-        changes = "; ".join(f"{name} was {before.get(name)!r}, is {facts.get(name)!r}" for name in names)
+    changes = describe_changes(read_json(path) or facts, facts)
+    if changes:
         raise SettingsError(
             f"{path.parent} was begun with other {kind}: {changes}. Name another --output_dir, or delete it."
         )
     write_json(path, facts)
+
+
+def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What was and what is, name by name; fields of an `architecture` by their own names. Empty where all is equal."""
+    before, now = ({**facts, **facts.get("architecture", {})} for facts in (before, now))
+    names = sorted((before.keys() | now.keys()) - {"architecture"})
+    return "; ".join(f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n))

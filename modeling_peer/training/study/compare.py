@@ -9,7 +9,7 @@ from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.study.beginning import require_same_beginning
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.training.study.plan import plan_runs, shared_recipe, shared_settings
-from modeling_peer.training.study.queue import Tally, select_runs, work_off
+from modeling_peer.training.study.queue import Tally, has_begun, require_same_settings, select_runs, work_off
 from modeling_peer.training.study.recipe import Study, parse_study
 from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, write_report
 
@@ -42,11 +42,11 @@ def _train(study: Study, began: float) -> Tally:
     except OSError as error:
         raise SettingsError(f"cannot write to --output_dir {study.output_dir}: {error.strerror}.") from error
     recipe = shared_recipe(study)
-    require_same_beginning(study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
     data = prepare_data(recipe, load_config(recipe.model), study.output_dir)
     print(f"data: {data['data']}; {data['training_tokens']:,} tokens", flush=True)
     arguments = study.arguments
     runs = plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER)
+    _require_same_study(study, data)
     left, tally = select_runs(runs, arguments.retry_failed)
     counts = f"{len(tally.done)} done, {len(tally.failed)} failed before, {len(left)} to do"
     print(f"{len(runs)} runs: {counts}", flush=True)
@@ -59,6 +59,15 @@ def _train(study: Study, began: float) -> Tally:
         after_each=lambda: write_report(collect(study), study.output_dir, announce=False),
     )
     return tally
+
+
+def _require_same_study(study: Study, data: dict[str, Any]) -> None:
+    """Raise SettingsError if the folder has runs that are no match for the planned ones."""
+    if not has_begun(study.output_dir):
+        (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
+    require_same_beginning(study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
+    for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
+        require_same_settings(run)  # to its budget others were fitted
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:

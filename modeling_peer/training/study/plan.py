@@ -1,6 +1,7 @@
 """The runs of a study: each contender's configuration, fitted to the budget, and how long it is trained."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from modeling_peer.training.study.recipe import Size, Study
 
 FITS_FILE = "fits.json"
 # of a run's settings: where things are, and how it is watched; and what `architecture` holds
-NOT_COMPARED = {"train_file", "validation_file", "tokenizer", "disable_tqdm", "report_to", "model_overrides"}
+NOT_COMPARED = {
+    "train_file",
+    "validation_file",
+    "tokenizer",
+    "disable_tqdm",
+    "report_to",
+    "model_overrides",
+    "run_name",
+}
+NOT_COMPARED |= {"preprocessing_workers", "dataloader_num_workers", "dataloader_pin_memory"}
 NOT_COMPARED |= {
     "output_dir",
     "logging_steps",
@@ -75,20 +85,25 @@ def shared_recipe(study: Study) -> Recipe:
 
 
 def shared_settings(study: Study) -> dict[str, Any]:
-    """Of `shared_recipe`, what decides results; and how runs are matched. As JSON returns them."""
+    """Of `shared_recipe`, what decides results; and how runs are matched."""
     recipe = shared_recipe(study)
-    names = ("reference", "budget", "training_tokens", "training_flops")
-    settings = {name: getattr(study.recipe, name) for name in names} | _compared(recipe)
-    settings["architecture"] = load_config(recipe.model).to_diff_dict() | {"transformers_version": None}
-    return json.loads(json.dumps(settings))
+    names = {"budget", "training_tokens", "training_flops"} | (
+        {"reference"} if study.recipe.budget != "none" else set()
+    )
+    return _settings(
+        recipe, load_config(recipe.model), **{name: getattr(study.recipe, name) for name in sorted(names)}
+    )
 
 
-def plan_runs(study: Study, data: dict[str, Any], tokenizer: Path) -> list[PlannedRun]:
+def plan_runs(
+    study: Study, data: dict[str, Any], tokenizer: Path, contenders: Sequence[str] | None = None
+) -> list[PlannedRun]:
     """The runs that the command line asks for, seed by seed, so that a part of them is balanced.
 
     Args:
         data: what `prepare_data` returned.
         tokenizer: folder of the tokenizer that all use.
+        contenders: in place of those of the command line.
 
     Raises:
         SettingsError: a configuration that can't be built, a budget that can't be met, runs that do not compare.
@@ -98,7 +113,7 @@ def plan_runs(study: Study, data: dict[str, Any], tokenizer: Path) -> list[Plann
     runs = []
     for size in wanted.sizes or recipe.sizes or [None]:
         reference = planner.configure(recipe.reference, size)
-        for name in wanted.contenders or recipe.contenders:
+        for name in contenders or wanted.contenders or recipe.contenders:
             runs += planner.plan(name, size, reference)
     return sorted(runs, key=lambda run: recipe.seeds.index(run.seed))  # stable
 
@@ -150,9 +165,7 @@ class _Planner:
             *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
             *("--report_to=none", "--disable_tqdm=true"),
         ]
-        settings = _compared(recipe) | {"max_steps": steps}
-        settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
-        settings = json.loads(json.dumps(settings))  # as they will be read
+        settings = _settings(recipe, config, max_steps=steps)
         return [
             PlannedRun(
                 name, size, seed, study.output_dir, {**settings, "seed": seed}, [*words, f"--seed={seed}"], facts
@@ -209,8 +222,11 @@ class _Planner:
         return load_config(replace(model, model_overrides=[*model.model_overrides, json.dumps(overrides)]))
 
 
-def _compared(recipe: Recipe) -> dict[str, Any]:
-    return {name: value for name, value in recipe.settings.items() if name not in NOT_COMPARED}
+def _settings(recipe: Recipe, config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
+    """What decides the result of a training, as it will be read from JSON."""
+    settings = {name: value for name, value in recipe.settings.items() if name not in NOT_COMPARED} | others
+    settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
+    return json.loads(json.dumps(settings))
 
 
 def _changes(config: PreTrainedConfig, before: PreTrainedConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 
 from modeling_peer.training.checkpoint_folders import read_json
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study.beginning import describe_changes
 from modeling_peer.training.study.plan import PlannedRun
 from modeling_peer.training.study.run import (
     FAILURE_FILE,
@@ -59,15 +60,28 @@ def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[Pl
         elif failure:
             tally.failed[run.name] = failure["cause"]
             continue
-        # of other seeds too: they are averaged with this one
-        for folder in sorted(run.study_dir.glob(f"{run.group}-*")):
-            if folder.name.removeprefix(f"{run.group}-").isdecimal() and (begun := read_json(folder / RUN_FILE)):
-                _require_same_settings(run, folder, begun["settings"])
+        require_same_settings(run)
         if (run.folder / RUN_RESULTS_FILE).is_file():
             tally.done.append(run.name)
         else:
             left.append(run)
     return left, tally
+
+
+def require_same_settings(run: PlannedRun) -> None:
+    """Raise SettingsError if `run` was begun with other settings, or that of another seed: they are averaged."""
+    for folder in sorted(run.study_dir.glob(f"{run.group}-*")):
+        counts = folder.name.removeprefix(f"{run.group}-").isdecimal() and not (folder / FAILURE_FILE).is_file()
+        begun = read_json(folder / RUN_FILE) if counts else {}
+        if begun and (changes := describe_changes(begun["settings"] | {"seed": run.seed}, run.settings)):
+            raise SettingsError(
+                f"{folder} holds a run with other settings: {changes}. Delete it, or name another --output_dir."
+            )
+
+
+def has_begun(study_dir: Path) -> bool:
+    """Whether a folder has runs, other than those that failed."""
+    return any(not path.with_name(FAILURE_FILE).is_file() for path in study_dir.glob(f"*/{RUN_FILE}"))
 
 
 def work_off(
@@ -133,17 +147,6 @@ def _put_down(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> Non
         hint = ": out of memory, perhaps" if status == -signal.SIGKILL else ""
         write_failure(run, f"the process ended with {name}{hint}")
     tally.failed[run.name] = read_json(run.folder / FAILURE_FILE)["cause"]
-
-
-def _require_same_settings(run: PlannedRun, folder: Path, before: dict) -> None:
-    now = run.settings | run.settings["architecture"]
-    before = before | before["architecture"]
-    names = sorted((now.keys() | before.keys()) - {"architecture", "seed"})
-    changes = [f"{n} was {before.get(n)!r}, is {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
-    if changes:
-        raise SettingsError(
-            f"{folder} holds a run with other settings: {'; '.join(changes)}. Delete it, or name another --output_dir."
-        )
 
 
 class _Progress:
