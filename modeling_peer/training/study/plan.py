@@ -222,9 +222,14 @@ class _Planner:
         return load_config(replace(model, model_overrides=[*model.model_overrides, json.dumps(overrides)]))
 
 
+def compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those that decide a result."""
+    return {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+
+
 def _settings(recipe: Recipe, config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
     """What decides the result of a training, as it will be read from JSON."""
-    settings = {name: value for name, value in recipe.settings.items() if name not in NOT_COMPARED} | others
+    settings = compared(recipe.settings) | others
     settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
     return json.loads(json.dumps(settings))
 

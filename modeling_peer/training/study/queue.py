@@ -16,7 +16,7 @@ import torch
 from modeling_peer.training.checkpoint_folders import read_json
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.study.beginning import describe_changes
-from modeling_peer.training.study.plan import PlannedRun
+from modeling_peer.training.study.plan import PlannedRun, compared
 from modeling_peer.training.study.run import (
     FAILURE_FILE,
     PAUSED,
@@ -72,8 +72,9 @@ def require_same_settings(run: PlannedRun) -> None:
     """Raise SettingsError if `run` was begun with other settings, or that of another seed: they are averaged."""
     for folder in sorted(run.study_dir.glob(f"{run.group}-*")):
         counts = folder.name.removeprefix(f"{run.group}-").isdecimal() and not (folder / FAILURE_FILE).is_file()
-        begun = read_json(folder / RUN_FILE) if counts else {}
-        if begun and (changes := describe_changes(begun["settings"] | {"seed": run.seed}, run.settings)):
+        begun = read_json(folder / RUN_FILE).get("settings") if counts else None
+        # fields that an earlier version compared are none of ours
+        if begun and (changes := describe_changes(compared(begun) | {"seed": run.seed}, run.settings)):
             raise SettingsError(
                 f"{folder} holds a run with other settings: {changes}. Delete it, or name another --output_dir."
             )
