@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,20 @@ def test_the_second_call_trains_nothing_and_says_the_same(finished, capsys):
     assert compare_feed_forwards(finished.words) == finished.answer
     assert "4 runs: 4 done, 0 failed before, 0 to do" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+
+
+def test_a_study_goes_on_elsewhere_and_with_more_workers(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "moved")
+    write_study(tmp_path)  # the same text in other files
+    text = {"train_file": tmp_path / "text.txt", "validation_file": tmp_path / "held_out.txt"}
+    words = [finished.words[0], *as_command_line(**text)]
+    answer = compare_feed_forwards([*words, "--output_dir", str(tmp_path / "moved"), "--num_workers", "2"])
+    assert (answer["done"], answer["rows"]) == (finished.answer["done"], finished.answer["rows"])
+    seeds = ["--seeds", "0", "7", "--contenders", "dense"]
+    assert compare_feed_forwards([*words, "--output_dir", str(tmp_path / "moved"), *seeds])["done"] == [
+        "dense-0",
+        "dense-7",
+    ]
 
 
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from modeling_peer.training.loss_curves import draw_group
 
+MAX_NAMES_INSIDE = 12  # a longer legend stands beside the axes
 AXES = {"training_flops": "training FLOPs", "seconds": "seconds of training"}
 
 
@@ -55,6 +56,11 @@ def _figure() -> tuple:
 
 
 def _save(figure: Figure, axes, path: Path) -> None:
-    axes.legend()
+    names = len(axes.get_legend_handles_labels()[1])
+    if names > MAX_NAMES_INSIDE:
+        figure.set_size_inches(10, max(4.5, 0.2 * names))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+    else:
+        axes.legend()
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, format="png", dpi=150)
