@@ -71,8 +71,8 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
 def _in_new_process(
     cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Measure cases that have the same weights where none of other weights left its memory in pieces. If the process
-    is killed, for want of memory for example, the other cases still count."""
+    """Measure cases that have the same weights in a process that had no others before. If it is killed, for want of
+    memory for example, the other cases still count."""
     arguments = (settings.as_arguments(), [asdict(case) for case in cases], names, bandwidth)
     answer = in_new_process("modeling_peer.benchmarks.layer:measure_cases", *arguments)
     if "why" in answer:

@@ -52,7 +52,7 @@ def floats(tensor: torch.Tensor) -> np.ndarray:
 def recycled_empty(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """`torch.empty(num_rows, width)` for what every training step makes and drops: a large one takes the memory of one
     that is gone, and keeps Linux from clearing as much anew (a step on 450 MiB of row gradients: 236 ms; 272 with new
-    huge pages, which an old process hardly gets; 325 with new pages of 4 KiB).
+    huge pages; 325 with new pages of 4 KiB).
 
     What was given back waits for the next step. When nothing of it fits it goes: it is of another size of batch."""
     nbytes = num_rows * width * dtype.itemsize

@@ -24,26 +24,11 @@ from modeling_peer.training.recipes import (
 from modeling_peer.training.study.recipe import Size, Study
 
 FITS_FILE = "fits.json"
-# of a run's settings: where things are, and how it is watched; and what `architecture` holds
-NOT_COMPARED = {
-    "train_file",
-    "validation_file",
-    "tokenizer",
-    "disable_tqdm",
-    "report_to",
-    "model_overrides",
-    "run_name",
-}
+# Of a run's settings: where things are, how it is watched, how text is read; and what `architecture` holds.
+NOT_COMPARED = {"train_file", "validation_file", "tokenizer", "output_dir", "model_overrides"}
+NOT_COMPARED |= {"run_name", "report_to", "disable_tqdm", "logging_steps", "eval_steps", "eval_strategy"}
+NOT_COMPARED |= {"save_steps", "save_strategy", "save_total_limit"}
 NOT_COMPARED |= {"preprocessing_workers", "dataloader_num_workers", "dataloader_pin_memory"}
-NOT_COMPARED |= {
-    "output_dir",
-    "logging_steps",
-    "eval_steps",
-    "eval_strategy",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-}
 
 
 @dataclass(frozen=True)
@@ -86,13 +71,11 @@ def shared_recipe(study: Study) -> Recipe:
 
 def shared_settings(study: Study) -> dict[str, Any]:
     """Of `shared_recipe`, what decides results; and how runs are matched."""
-    recipe = shared_recipe(study)
-    names = {"budget", "training_tokens", "training_flops"} | (
-        {"reference"} if study.recipe.budget != "none" else set()
-    )
-    return _settings(
-        recipe, load_config(recipe.model), **{name: getattr(study.recipe, name) for name in sorted(names)}
-    )
+    recipe, names = shared_recipe(study), ["budget", "training_tokens", "training_flops"]
+    if study.recipe.budget != "none":  # there a reference only labels the table
+        names.append("reference")
+    matched = {name: getattr(study.recipe, name) for name in names}
+    return _settings(recipe, load_config(recipe.model), **matched)
 
 
 def plan_runs(
