@@ -4,11 +4,12 @@
 import transformers
 from transformers.models.auto import modeling_auto
 
+from .checkpoint_peer import AUTO_MAP
 from .configuration_peer import PeerConfig
 from .layer_peer import PeerLayer
 from .modeling_peer import (
-    AUTO_MAP,
     PeerForCausalLM,
+    PeerForMaskedLM,
     PeerForQuestionAnswering,
     PeerForSequenceClassification,
     PeerForTokenClassification,
@@ -20,6 +21,7 @@ from .modeling_peer import (
 NAME_TABLES = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -42,6 +44,7 @@ _register()
 __all__ = [
     "PeerConfig",
     "PeerForCausalLM",
+    "PeerForMaskedLM",
     "PeerForQuestionAnswering",
     "PeerForSequenceClassification",
     "PeerForTokenClassification",

@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How a checkpoint folder is replaced without a half-written state, and what is wrong with one that will not load."""
+"""How PEER models load and save: a folder is replaced without a half-written state, and what is wrong with one that
+will not load is said."""
 
 import json
 import os
@@ -11,9 +12,100 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+from transformers.utils.hub import create_and_tag_model_card
+
+from .parallel_peer import gather_on_first_rank, rows_of_rank
+
 # Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
 STAGING_PREFIX = ".saving-"
 CONFIG_NAME = "config.json"
+
+
+# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
+# then no other head, nor vLLM, could load the folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_peer.PeerConfig",
+    "AutoModel": "modeling_peer.PeerModel",
+    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+    "AutoModelForMaskedLM": "modeling_peer.PeerForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
+}
+
+
+class PeerCheckpoints:
+    """Over `PreTrainedModel`'s ways to load and save: all or nothing, and with the code that loads it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
+
+        Raises:
+            OSError: a weight file is damaged; it is named, with its size and the size its header announces.
+            RuntimeError: tensors do not have the configuration's shapes.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"Cannot read the weights of {pretrained_model_name_or_path} ({error}). "
+                f"{describe_damage(pretrained_model_name_or_path)} Copy or save the checkpoint again, or download it "
+                "again with force_download=True."
+            ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise RuntimeError(
+                f"The weights of {pretrained_model_name_or_path} do not fit the configuration: the report above gives "
+                "both shapes of each tensor. Load them with the configuration they were saved with, or pass "
+                "ignore_mismatched_sizes=True to initialise those tensors anew."
+            ) from error
+
+    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
+        # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
+        by_rows_only = (self._tp_size or 1) > 1 and not getattr(self, "_is_fsdp_managed_module", False)
+        rows = rows_of_rank(state_dict) if by_rows_only else {}
+        others = {name: value for name, value in state_dict.items() if name not in rows}
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, others, *args, **kwargs)
+        return gathered | gather_on_first_rank(rows)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ):
+        """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
+        complete. The code to load the model travels along, for every Auto class."""
+        self.config.auto_map = dict(AUTO_MAP)
+        # Staging is for the one process that writes all; in a distributed checkpoint every rank writes its part.
+        if kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            self._save_staged(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        else:
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        # Once more than Transformers has: the files are in their place only now.
+        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+
+    def _save_staged(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs):
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        private, token = kwargs.pop("private", None), kwargs.get("token")
+        commit = {name: kwargs.pop(name) for name in ("commit_message", "create_pr") if name in kwargs}
+        earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
+        with staged_save(save_directory, kwargs.get("variant")) as staging:
+            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+        if push_to_hub:  # what Transformers would do after its own save
+            repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            card = create_and_tag_model_card(repo_id, self.model_tags, token=token)
+            card.save(os.path.join(save_directory, "README.md"))
+            self._upload_modified_files(os.fspath(save_directory), repo_id, earlier, token=token, **commit)
 
 
 @contextmanager

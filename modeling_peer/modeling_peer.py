@@ -3,16 +3,13 @@
 "sparse"."""
 
 import inspect
-import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from itertools import chain
 
-import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -28,35 +25,24 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.hub import create_and_tag_model_card
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
-from .checkpoint_peer import describe_damage, staged_save
+from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
 from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
+    PeerMaskedLMOutput,
     PeerModelOutputWithPast,
     PeerQuestionAnsweringModelOutput,
     PeerSequenceClassifierOutputWithPast,
     PeerTokenClassifierOutput,
 )
-from .parallel_peer import EXPERT_ROWS, gather_on_first_rank, require_dense_gradients, rows_of_rank
+from .parallel_peer import EXPERT_ROWS, require_dense_gradients
 from .retrieval_peer import Float32Module, PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
-
-# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
-# then no other head, nor vLLM, could load the folder.
-AUTO_MAP = {
-    "AutoConfig": "configuration_peer.PeerConfig",
-    "AutoModel": "modeling_peer.PeerModel",
-    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
-}
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -105,8 +91,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, aux_losses.total
 
 
-class PeerPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving common to all PEER models."""
+class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
+    """What all PEER models have in common."""
 
     config: PeerConfig
     base_model_prefix = "model"
@@ -161,31 +147,6 @@ class PeerPreTrainedModel(PreTrainedModel):
         return outputs
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
-
-        Raises:
-            OSError: a weight file is damaged; it is named, with its size and the size its header announces.
-            RuntimeError: tensors do not have the configuration's shapes.
-        """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"Cannot read the weights of {pretrained_model_name_or_path} ({error}). "
-                f"{describe_damage(pretrained_model_name_or_path)} Copy or save the checkpoint again, or download it "
-                "again with force_download=True."
-            ) from error
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error):
-                raise
-            raise RuntimeError(
-                f"The weights of {pretrained_model_name_or_path} do not fit the configuration: the report above gives "
-                "both shapes of each tensor. Load them with the configuration they were saved with, or pass "
-                "ignore_mismatched_sizes=True to initialise those tensors anew."
-            ) from error
-
-    @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
         prepared = super().prepare_distribute_model(distributed_config, *args, **kwargs)
         # Transformers' own choice would send every expert its input: hundreds of times the token.
@@ -198,48 +159,6 @@ class PeerPreTrainedModel(PreTrainedModel):
         if model.config.row_sparse_gradients and distributed_config is not None:
             require_dense_gradients(distributed_config)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
-
-    def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
-        # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
-        by_rows_only = (self._tp_size or 1) > 1 and not getattr(self, "_is_fsdp_managed_module", False)
-        rows = rows_of_rank(state_dict) if by_rows_only else {}
-        others = {name: value for name, value in state_dict.items() if name not in rows}
-        gathered = super().gather_sharded_state_dict_for_save(model_to_save, others, *args, **kwargs)
-        return gathered | gather_on_first_rank(rows)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ):
-        """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
-        complete. The code to load the model travels along, for every Auto class."""
-        self.config.auto_map = dict(AUTO_MAP)
-        # Staging is for the one process that writes all; in a distributed checkpoint every rank writes its part.
-        if kwargs.get("distributed_checkpoint"):
-            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            self._save_staged(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-        else:
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-        # Once more than Transformers has: the files are in their place only now.
-        self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
-
-    def _save_staged(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs):
-        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        private, token = kwargs.pop("private", None), kwargs.get("token")
-        commit = {name: kwargs.pop(name) for name in ("commit_message", "create_pr") if name in kwargs}
-        earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
-        with staged_save(save_directory, kwargs.get("variant")) as staging:
-            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
-        if push_to_hub:  # what Transformers would do after its own save
-            repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            card = create_and_tag_model_card(repo_id, self.model_tags, token=token)
-            card.save(os.path.join(save_directory, "README.md"))
-            self._upload_modified_files(os.fspath(save_directory), repo_id, earlier, token=token, **commit)
 
 
 class PeerModel(PeerPreTrainedModel):
@@ -370,7 +289,7 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         if not config.is_causal:
             raise ValueError(
                 f"{type(self).__name__} predicts the next token, which a model with is_causal=False has already seen. "
-                "Set is_causal=True, or take a classification head."
+                "Set is_causal=True, or take PeerForMaskedLM or a classification head."
             )
         super().__init__(config)
         self.model = PeerModel(config)
@@ -424,6 +343,66 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
             expert_gates=outputs.expert_gates,
         )
         share = share_of_step(labels, **kwargs) if aux_losses is not None else 1.0
+        return self._add_aux_losses(results, aux_losses, share)
+
+
+class PeerForMaskedLM(PeerPreTrainedModel):
+    """The decoder as an encoder, `is_causal=False`, with a head that predicts masked tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PeerConfig):
+        if config.is_causal:
+            raise ValueError(
+                f"{type(self).__name__} predicts a token from both its sides, and a model with is_causal=True sees "
+                "one. Set is_causal=False, or take PeerForCausalLM."
+            )
+        super().__init__(config)
+        self.model = PeerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PeerMaskedLMOutput:
+        """
+        Args:
+            labels: `(batch_size, sequence_length)`, the tokens that were masked; -100 where none was. Not shifted.
+
+        The other arguments are those of [`PeerModel`].
+        """
+        aux_losses = self._collect_aux_losses(labels is not None)
+        outputs: PeerModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            aux_losses=aux_losses,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        results = PeerMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            expert_ids=outputs.expert_ids,
+            expert_gates=outputs.expert_gates,
+        )
+        share = share_of_step(labels, shift_labels=labels, **kwargs) if aux_losses is not None else 1.0
         return self._add_aux_losses(results, aux_losses, share)
 
 
@@ -500,6 +479,7 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
 
 __all__ = [
     "PeerForCausalLM",
+    "PeerForMaskedLM",
     "PeerForQuestionAnswering",
     "PeerForSequenceClassification",
     "PeerForTokenClassification",

@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -31,6 +32,15 @@ class PeerModelOutputWithPast(BaseModelOutputWithPast):
 class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`, the unweighted
     sum of the sparse layers' auxiliary losses, where they were computed."""
+
+    expert_ids: tuple[torch.LongTensor, ...] | None = None
+    expert_gates: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+
+
+@dataclass
+class PeerMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput` and the additions of [`PeerCausalLMOutputWithPast`]."""
 
     expert_ids: tuple[torch.LongTensor, ...] | None = None
     expert_gates: tuple[torch.FloatTensor, ...] | None = None

@@ -5,6 +5,7 @@ import torch
 from test_checkpoint_peer import run_remote
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -13,6 +14,7 @@ from transformers import (
 
 from modeling_peer import (
     PeerForCausalLM,
+    PeerForMaskedLM,
     PeerForQuestionAnswering,
     PeerForSequenceClassification,
     PeerForTokenClassification,
@@ -21,6 +23,7 @@ from modeling_peer import (
 
 SPARSE_MLPS = ("peer", "soft_moe")
 HEADS = {
+    PeerForMaskedLM: (AutoModelForMaskedLM, {"labels": torch.arange(36).view(3, 12) % 3}),
     PeerForSequenceClassification: (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 1, 2])}),
     PeerForTokenClassification: (AutoModelForTokenClassification, {"labels": torch.arange(36).view(3, 12) % 3}),
     PeerForQuestionAnswering: (
@@ -112,7 +115,7 @@ def test_every_head_learns_saves_and_loads(build, tokens, tmp_path, head, sparse
     model, (auto_class, labels) = build(head, sparse_mlp).train(), HEADS[head]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(10):
+    for _ in range(20):
         loss = model(tokens, **labels).loss
         loss.backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
@@ -164,13 +167,52 @@ def test_a_cache_that_is_given_is_a_prefix_that_all_tokens_see(build, tokens):
 
 
 def test_a_model_for_generation_is_refused_with_the_reason(build, tiny_config, tmp_path):
-    message = r"PeerForCausalLM predicts the next token.*is_causal=False.*classification head"
+    message = r"PeerForCausalLM predicts the next token.*is_causal=False.*PeerForMaskedLM or a classification head"
     with pytest.raises(ValueError, match=message):
         PeerForCausalLM(tiny_config(is_causal=False))
     build(PeerForTokenClassification).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not build(PeerForTokenClassification).can_generate()
+
+
+@pytest.mark.parametrize("sparse_mlp", SPARSE_MLPS)
+def test_masked_tokens_are_predicted_from_both_sides(build, tokens, sparse_mlp):
+    model = build(PeerForMaskedLM, sparse_mlp)
+    labels = torch.full_like(tokens, -100)
+    labels[:, 5] = tokens[:, 5]
+    outputs = model(tokens, labels=labels)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, 5], tokens[:, 5])
+    torch.testing.assert_close(outputs.loss, expected)
+    for side in (4, 6):
+        changed = tokens.clone()
+        changed[:, side] = 1 + tokens[:, side] % 98
+        assert ((model(changed).logits - outputs.logits)[:, 5].abs().amax(-1) > 1e-7).all()
+
+
+def test_masked_tokens_need_a_model_that_sees_both_sides(build, tiny_config, tmp_path):
+    message = r"PeerForMaskedLM predicts a token from both its sides.*Set is_causal=False"
+    with pytest.raises(ValueError, match=message):
+        PeerForMaskedLM(tiny_config())
+    build(PeerForCausalLM, "peer", is_causal=True).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert not AutoModelForMaskedLM.from_pretrained(tmp_path, is_causal=False).config.is_causal
+
+
+def test_auxiliary_losses_count_once_however_a_step_is_cut(build, tokens):
+    """As Trainer adds them up: each micro-batch's loss is its share of all masked tokens."""
+    model = build(PeerForMaskedLM, "top_k_moe", moe_router="switch", router_aux_loss_coef=0.5)
+    labels = tokens.where(torch.arange(12) % 3 == 0, -100)
+    labels[0, :6] = -100
+    count = (labels != -100).sum()
+    parts = [model(tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count) for i in range(3)]
+    shares = [(labels[i] != -100).sum() / count for i in range(3)]
+    expected = sum(share * part.aux_loss for share, part in zip(shares, parts, strict=True))
+    model.config.router_aux_loss_coef = 0.0
+    task = sum(model(tokens[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss for i in range(3))
+    torch.testing.assert_close(sum(part.loss for part in parts), task + 0.5 * expected)
+    torch.testing.assert_close(task, model(tokens, labels=labels).loss)
 
 
 def test_a_causal_checkpoint_becomes_a_bidirectional_classifier(build, tokens, tmp_path):
@@ -196,7 +238,8 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import torch, transformers
 folder, tokens = sys.argv[1], torch.arange(1, 13).view(2, 6)
-names = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+names = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering",
+         "AutoModelForMaskedLM")
 models = {name: getattr(transformers, name).from_pretrained(folder, trust_remote_code=True) for name in names}
 assert all(type(model).__module__.startswith("transformers_modules.") for model in models.values())
 torch.save({name: model.eval()(tokens)[0] for name, model in models.items()}, sys.argv[2])
@@ -213,3 +256,4 @@ def test_remote_code_loads_every_head_where_the_package_cannot_be_imported(build
     torch.testing.assert_close(remote["AutoModelForTokenClassification"], model(tokens).logits)
     assert remote["AutoModelForSequenceClassification"].shape == (2, 3)
     assert remote["AutoModelForQuestionAnswering"].shape == (2, 6)
+    assert remote["AutoModelForMaskedLM"].shape == (2, 6, model.config.vocab_size)

@@ -67,6 +67,7 @@ def test_a_saved_folder_holds_weights_code_and_every_auto_class(model, tmp_path)
         "AutoConfig": "configuration_peer.PeerConfig",
         "AutoModel": "modeling_peer.PeerModel",
         "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+        "AutoModelForMaskedLM": "modeling_peer.PeerForMaskedLM",
         "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
         "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
@@ -216,7 +217,7 @@ def test_pushing_uploads_what_was_saved_and_a_card_and_nothing_else(monkeypatch,
     monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
     monkeypatch.setattr(
-        "modeling_peer.modeling_peer.create_and_tag_model_card", lambda *args, **options: ModelCard("# A card")
+        "modeling_peer.checkpoint_peer.create_and_tag_model_card", lambda *args, **options: ModelCard("# A card")
     )
     model.save_pretrained(folder, push_to_hub=True, private=True, token="t", commit_message="first")
     assert calls["create_repo"] == {"repo_id": "my-peer", "private": True, "token": "t", "exist_ok": True}

@@ -53,10 +53,11 @@ def model(tiny_config):
     return PeerForCausalLM(tiny_config()).eval()
 
 
-def test_public_names_are_the_designs():
+def test_public_names_are_the_designs_and_that_for_masked_tokens():
     assert set(modeling_peer.__all__) == {
         "PeerConfig",
         "PeerForCausalLM",
+        "PeerForMaskedLM",
         "PeerForQuestionAnswering",
         "PeerForSequenceClassification",
         "PeerForTokenClassification",
