@@ -30,6 +30,7 @@ from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_c
 from modeling_peer.training.console import run_script
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
+from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.parallelism import launched_sharding
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError, parse_recipe
@@ -65,6 +66,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
     checkpoint = find_checkpoint(run)
     with accelerator.main_process_first():
         config = load_config(recipe.model)
+        if predicts_masked_tokens(config):
+            raise SettingsError(
+                "this loop masks nothing: train a model with is_causal=false with scripts/train_lm.py."
+            )
         corpus = load_corpus(recipe.data)
         tokenizer, _ = load_tokenizer(recipe.model, config, corpus, None)
         block_size = choose_block_size(recipe.data.block_size, config)

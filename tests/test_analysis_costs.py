@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_peer import PeerConfig, PeerForCausalLM, PeerModel
+from modeling_peer import PeerConfig, PeerForCausalLM, PeerForMaskedLM
 from modeling_peer.analysis.costs import Cost, model_cost, model_parts
 from modeling_peer.configuration_peer import SPARSE_MLPS
 
@@ -40,7 +40,9 @@ def sparse_config(request, tiny_config):
 
 def build(config, device="cpu"):
     with torch.device(device):
-        return (PeerForCausalLM if config.is_causal else PeerModel)._from_config(config, attn_implementation="eager")
+        return (PeerForCausalLM if config.is_causal else PeerForMaskedLM)._from_config(
+            config, attn_implementation="eager"
+        )
 
 
 def counted_flops(model, config):
@@ -48,9 +50,8 @@ def counted_flops(model, config):
     model.train()
     model.set_experts_implementation("eager")
     input_ids = torch.randint(1, config.vocab_size, (BATCH, LENGTH))
-    inputs = {"input_ids": input_ids, "labels": input_ids} if config.is_causal else {"input_ids": input_ids}
     with FlopCounterMode(display=False) as counter:
-        model(**inputs, use_cache=False)
+        model(input_ids=input_ids, labels=input_ids, use_cache=False)
     root = type(model).__name__
     return {
         name.removeprefix(root).removeprefix("."): sum(flops.values()) / (BATCH * LENGTH)
@@ -77,12 +78,11 @@ def test_parameters_are_those_of_the_model(sparse_config):
 
 def test_forward_flops_are_those_that_pytorch_counts_and_the_rows_it_does_not_see(sparse_config):
     counted = counted_flops(build(sparse_config), sparse_config)
-    layers = "model.layers" if sparse_config.is_causal else "layers"
     parts = model_parts(sparse_config, LENGTH)
-    assert parts["attention"].forward_flops == 3 * counted[f"{layers}.0.self_attn"]
-    assert parts["dense MLPs"].forward_flops == 2 * counted[f"{layers}.0.mlp"]
+    assert parts["attention"].forward_flops == 3 * counted["model.layers.0.self_attn"]
+    assert parts["dense MLPs"].forward_flops == 2 * counted["model.layers.0.mlp"]
     sparse = sum(parts[name].forward_flops for name in PARTS_OF_A_SPARSE_MLP if name in parts)
-    assert sparse == counted[f"{layers}.1.mlp"] + unseen_flops(sparse_config)
+    assert sparse == counted["model.layers.1.mlp"] + unseen_flops(sparse_config)
     assert model_cost(sparse_config, LENGTH).forward_flops == counted[""] + unseen_flops(sparse_config)
 
 

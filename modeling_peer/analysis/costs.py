@@ -60,7 +60,7 @@ def sum_of_parts(parts: dict[str, Cost]) -> Cost:
 
 
 def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Cost of a causal language model, or of a bidirectional model without its head, by part.
+    """Cost of a language model, causal or masked, by part. (The head of a classifier costs next to nothing.)
 
     Args:
         config: a PEER configuration.
@@ -82,7 +82,7 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
     if config.share_expert_tables and num_sparse:
         experts += Cost(parameters=-(num_sparse - 1) * sparse["experts"].parameters)
     embeddings = config.vocab_size * config.hidden_size
-    head = _matrix(config.hidden_size, config.vocab_size) if config.is_causal else Cost()
+    head = _matrix(config.hidden_size, config.vocab_size)
     if config.tie_word_embeddings:
         head = Cost(forward_flops=head.forward_flops)
     return {

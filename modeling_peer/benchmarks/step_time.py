@@ -3,11 +3,11 @@
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig
 from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
 from modeling_peer.benchmarks.timing import Clock, interleave
+from modeling_peer.training.models import language_model_class
 
 
 def step_time_ratio(
@@ -29,7 +29,7 @@ def step_time_ratio(
     steps = {}
     for name, one in (("candidate", config), ("reference", reference)):
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(one))
+            model = language_model_class(one).from_config(copy.deepcopy(one))
         steps[name] = make_training_step(model, one.row_sparse_gradients)
     vocab_size = min(config.vocab_size, reference.vocab_size)
 

@@ -14,10 +14,12 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
+from modeling_peer.analysis.masked_perplexity import masked_perplexity
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.data import Corpus, load_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
+from modeling_peer.training.masking import MaskedBlocks, NewMasksEveryEpoch, predicts_masked_tokens
 from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
@@ -66,6 +68,11 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
     checkpoint = prepare_output_dir(recipe)
     require_loggers(run)
     config = load_config(model_arguments)
+    masked = predicts_masked_tokens(config)
+    if masked and data_arguments.streaming:
+        raise SettingsError(
+            "--streaming gives tokens no place by which to mask them: leave it out, or is_causal=false."
+        )
     block_size = choose_block_size(data_arguments.block_size, config)
     with run.main_process_first(desc="reading the data"):
         corpus = load_corpus(data_arguments)
@@ -85,12 +92,18 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
 
     cost = CostOfSteps()
     callbacks = [cost, *([ExpertUsageCallback()] if run.log_expert_usage else []), *callbacks]
+    examples = train_blocks
+    if masked:
+        share = data_arguments.masking_probability
+        examples = MaskedBlocks(train_blocks, tokenizer, share, run.seed)
+        validation_blocks = validation_blocks and MaskedBlocks(validation_blocks, tokenizer, share)
+        callbacks.append(NewMasksEveryEpoch(examples))
     if run.max_train_minutes:
         callbacks.append(TimeLimit(60 * run.max_train_minutes))
     trainer = LanguageModelTrainer(
         model=model,
         args=run,
-        train_dataset=train_blocks,
+        train_dataset=examples,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -214,17 +227,22 @@ def summarize(
 
 
 def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) -> dict[str, Any]:
-    """Sliding-window perplexity and bits per byte of the validation documents, under `validation_` names."""
+    """Of the validation documents, under `validation_` names: sliding-window perplexity and bits per byte; of a masked
+    model `masked_perplexity`."""
     texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
+    model, tokenizer = result.model, result.tokenizer
+    options = {
+        "batch_size": recipe.run.per_device_eval_batch_size,
+        "show_progress": not recipe.run.disable_tqdm,
+    }
     try:
-        measured = CausalPerplexity().compute(
-            data=texts,
-            model=result.model,
-            tokenizer=result.tokenizer,
-            context_length=block_size,
-            batch_size=recipe.run.per_device_eval_batch_size,
-            show_progress=not recipe.run.disable_tqdm,
-        )
+        if predicts_masked_tokens(model.config):
+            blocks = pack(datasets.Dataset.from_dict({"text": texts}), tokenizer, block_size, name="validation")
+            share = recipe.data.masking_probability
+            measured = masked_perplexity(model, blocks, tokenizer.mask_token_id, share, **options)
+        else:
+            options["context_length"] = block_size
+            measured = CausalPerplexity().compute(data=texts, model=model, tokenizer=tokenizer, **options)
     except ValueError as error:
         raise SettingsError(f"the model saved in {recipe.run.output_dir} cannot be scored: {error}") from error
     return {f"validation_{name}": value for name, value in measured.items()}

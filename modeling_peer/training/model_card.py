@@ -6,10 +6,12 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.recipes import REPOSITORY, SettingsError
 
 TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
+MASKED_MEASURES = {"validation_perplexity": "perplexity per masked token"}
 # paths say nothing to a reader elsewhere, and may name people
 PRIVATE_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token")
 PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset_name")
@@ -49,18 +51,20 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         The path of the card.
     """
     recipe, corpus, summary, model = (facts[name] for name in ("recipe", "corpus", "summary", "model"))
-    results = [(words, summary[name]) for name, words in MEASURES.items() if name in summary]
+    masked = predicts_masked_tokens(model.config)
+    measures, task = (MASKED_MEASURES, "fill-mask") if masked else (MEASURES, "text-generation")
+    results = [(words, summary[name]) for name, words in measures.items() if name in summary]
     title = (recipe.run.hub_model_id or str(Path(folder).resolve())).rpartition("/")[2]
     base_model = None if recipe.model.model.endswith(".json") else recipe.model.model
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
-            pipeline_tag="text-generation",
+            pipeline_tag=task,
             tags=_tags(model),
             datasets=corpus.dataset_id,
             base_model=base_model if base_model and not Path(base_model).exists() else None,
             model_name=title,
-            eval_results=_eval_results(results, corpus) or None,
+            eval_results=_eval_results(results, corpus, task) or None,
         ),
         template_path=str(TEMPLATE),
         title=title,
@@ -68,6 +72,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         base_model=base_model and _without_folders(base_model),
         sparse=_sparse_facts(model.config),
         custom_code=model.config.model_type == "peer",  # ours travels with the checkpoint
+        masked=masked,
         summary=summary,
         results=results,
         num_tokens=f"{model.config.vocab_size:,}",
@@ -86,10 +91,10 @@ def _tags(model) -> list[str]:
     return [*tags, "mixture-of-experts", f"arxiv:{_paper(model.config)}"] if _is_sparse(model.config) else tags
 
 
-def _eval_results(results: list[tuple[str, float]], corpus) -> list[EvalResult]:
+def _eval_results(results: list[tuple[str, float]], corpus, task: str) -> list[EvalResult]:
     return [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type=corpus.dataset_id or "text",
             dataset_name=corpus.description,
             metric_type=words.replace(" ", "_"),

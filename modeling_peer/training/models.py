@@ -7,11 +7,19 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.data import Corpus
+from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
 from modeling_peer.training.recipes import (
     REPOSITORY,
@@ -32,6 +40,11 @@ PRESETS_FOLDER = "configuration/models"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+
+
+def language_model_class(config: PreTrainedConfig) -> type:
+    """The Auto class of the language model that a configuration describes."""
+    return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
 
 
 def is_new_model(model: str | None) -> bool:
@@ -92,19 +105,22 @@ def load_tokenizer(
 
     Args:
         arguments: `tokenizer` says which; see its help.
-        config: its vocab_size is how many tokens are learned unless the arguments say otherwise.
+        config: its vocab_size is how many tokens are learned unless the arguments say otherwise; a new tokenizer has
+            a mask token if the model is to predict masked ones.
         corpus: what a new tokenizer is learned from.
         checkpoint: a run being resumed; its tokenizer is used whatever the arguments say.
     """
     wanted = arguments.tokenizer or ("train" if is_new_model(arguments.model) else arguments.model)
     if checkpoint:
         return _load_tokenizer(checkpoint, arguments.trust_remote_code), f"of the resumed run, {checkpoint}"
+    with_mask = predicts_masked_tokens(config)
     if wanted == "bytes":
-        return byte_tokenizer(), "one token a byte"
+        return byte_tokenizer(with_mask), "one token a byte"
     if wanted == "train":
         size = arguments.tokenizer_vocab_size or config.vocab_size
         try:
-            tokenizer = train_byte_level_bpe((row[corpus.text_column] or "" for row in corpus.train), size)
+            texts = (row[corpus.text_column] or "" for row in corpus.train)
+            tokenizer = train_byte_level_bpe(texts, size, with_mask)
         except ValueError as error:
             raise SettingsError(f"tokenizer_{error}") from error
         return tokenizer, f"byte-level BPE learned from the training text (at most {size} asked for)"
@@ -150,12 +166,12 @@ def build_model(
     sharding = launched_sharding()
     try:
         if new and sharding:
-            return new_sharded_model(config, sharding, folder / "new_model", **options)
+            return new_sharded_model(language_model_class(config), config, sharding, folder / "new_model", **options)
         if new:
-            return AutoModelForCausalLM.from_config(config, **options)
+            return language_model_class(config).from_config(config, **options)
         if sharding:
             options["distributed_config"] = sharding
-        return AutoModelForCausalLM.from_pretrained(
+        return language_model_class(config).from_pretrained(
             arguments.model, config=config, trust_remote_code=arguments.trust_remote_code, **options
         )
     except LOADING_ERRORS as error:

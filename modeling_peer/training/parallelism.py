@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import ParallelismConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
@@ -42,7 +42,7 @@ def launched_sharding() -> DistributedConfig | None:
 
 
 def new_sharded_model(
-    config: PreTrainedConfig, sharding: DistributedConfig, folder: Path, **options
+    auto_class: type, config: PreTrainedConfig, sharding: DistributedConfig, folder: Path, **options
 ) -> PreTrainedModel:
     """A new model with the weights that one process would draw, sharded.
 
@@ -51,14 +51,15 @@ def new_sharded_model(
 
     Args:
         folder: does not exist yet, seen by all processes; gone afterwards.
-        options: of `AutoModelForCausalLM.from_config`.
+        auto_class: the Auto class of the model.
+        options: of its `from_config`.
     """
     first = torch.distributed.get_rank() == 0
     if first:
-        AutoModelForCausalLM.from_config(config, **options).save_pretrained(folder)
+        auto_class.from_config(config, **options).save_pretrained(folder)
     torch.distributed.barrier()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding, **options)
+        return auto_class.from_pretrained(folder, distributed_config=sharding, **options)
     finally:
         torch.distributed.barrier()
         if first:

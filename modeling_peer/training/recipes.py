@@ -124,6 +124,10 @@ class DataArguments:
     preprocessing_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize. Unset: one (the tokenizer itself is threaded)."}
     )
+    masking_probability: float = field(
+        default=0.15,
+        metadata={"help": "Share of the tokens that a model with is_causal=false is to predict, masked as in BERT."},
+    )
     max_evaluation_examples: int | None = field(
         default=None,
         metadata={"help": "Evaluations while training use this many examples, evenly spread. Unset: all of them."},
@@ -137,6 +141,8 @@ class DataArguments:
         require_at_least_one(self, "max_evaluation_bytes", "max_evaluation_examples", "preprocessing_workers")
         percent = self.validation_percent
         require(0 <= percent <= 100, "validation_percent", percent, "from 0 to 100")
+        share = self.masking_probability
+        require(0 < share < 1, "masking_probability", share, "above 0 and below 1")
 
 
 @dataclass

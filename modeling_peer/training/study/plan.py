@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.analysis.budgets import fit_to_budget
 from modeling_peer.analysis.costs import model_cost
 from modeling_peer.training.checkpoint_folders import read_json, write_json
-from modeling_peer.training.models import load_config
+from modeling_peer.training.models import language_model_class, load_config
 from modeling_peer.training.recipes import (
     Recipe,
     SettingsError,
@@ -123,7 +122,8 @@ class _Planner:
             words += _as_words(self.overrides(name, size) | fitted)
             recipe = parse_recipe(words)
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(config, experts_implementation=recipe.model.experts_implementation)
+                options = {"experts_implementation": recipe.model.experts_implementation}
+                language_model_class(config).from_config(config, **options)
             cost = model_cost(config, block_size)
         except ValueError as error:
             raise SettingsError(f"contender {name}{f', size {size}' if size else ''}: {error}") from error

@@ -74,15 +74,15 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
     for (size, contender), runs in groups.items():
         others = {run["seed"]: run["validation_perplexity"] for run in groups.get((size, study["reference"]), [])}
         ratios = [run["validation_perplexity"] / others[run["seed"]] for run in runs if run["seed"] in others]
-        peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"]]
-        steps = [run["seconds_per_step"] for run in runs if run["seconds_per_step"]]
+        peaks = _known(run["peak_memory_bytes"] for run in runs)
+        steps = _known(run["seconds_per_step"] for run in runs)
         row = {
             "contender": contender,
             "size": size,
             "seeds": len(runs),
             "perplexity": mean_and_deviation([run["validation_perplexity"] for run in runs]),
             "against_reference": mean_and_deviation([100 * (ratio - 1) for ratio in ratios]),
-            "bits_per_byte": mean_and_deviation([run["validation_bits_per_byte"] for run in runs]),
+            "bits_per_byte": mean_and_deviation(_known(run["validation_bits_per_byte"] for run in runs)),
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
             "peak_memory_bytes": max(peaks, default=None),
@@ -93,6 +93,10 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
             row[figure] = mean_and_deviation([value for run in runs for value in _of_layers(run["usage"], figure)])
         rows.append(row)
     return rows
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

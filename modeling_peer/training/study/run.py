@@ -147,7 +147,7 @@ def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, model: 
         "seed": run.seed,
         "validation_loss": math.log(summary["validation_perplexity"]),
         "validation_perplexity": summary["validation_perplexity"],
-        "validation_bits_per_byte": summary["validation_bits_per_byte"],
+        "validation_bits_per_byte": summary.get("validation_bits_per_byte"),
         **{name: run.cost[name] for name in ("total_parameters", "active_parameters", "forward_flops_per_token")},
         "training_flops": summary["steps"] * flops_per_step,
         "steps": summary["steps"],

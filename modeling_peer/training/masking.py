@@ -1,0 +1,67 @@
+"""Masked language modelling: blocks some of whose tokens are hidden from a model that sees both sides of each."""
+
+import numpy as np
+import torch
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
+from transformers.configuration_utils import PreTrainedConfig
+
+from modeling_peer.training.recipes import SettingsError
+
+
+def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a language model of this configuration is a masked one: it is if it is not causal."""
+    return not getattr(config, "is_causal", True)
+
+
+class MaskedBlocks(torch.utils.data.Dataset):
+    """Blocks as a masked language model takes them: `{"input_ids": (block_size,), "labels": (block_size,)}`, int64.
+
+    Of the tokens to predict 80 % are the mask, 10 % another token, 10 % themselves, and all others' labels are -100
+    (Devlin et al. 2019, section 3.1; arXiv:1810.04805). Which they are follows from seed, epoch and block alone, so a
+    run that is resumed sees what it would have seen.
+
+    Args:
+        blocks: of unmasked tokens, under `input_ids`.
+        probability: of a token to be predicted; special tokens are not.
+
+    Raises:
+        SettingsError: the tokenizer has no mask token.
+    """
+
+    def __init__(
+        self, blocks: torch.utils.data.Dataset, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int = 0
+    ):
+        require_mask_token(tokenizer)
+        self.blocks = blocks
+        self.seed = seed
+        self.epoch = 0
+        self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        seed = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
+        self._collator.generator = torch.Generator().manual_seed(int(seed[0]))
+        # a copy: it is masked in place
+        input_ids, labels = self._collator.torch_mask_tokens(self.blocks[index]["input_ids"].clone().unsqueeze(0))
+        return {"input_ids": input_ids[0], "labels": labels[0]}
+
+
+class NewMasksEveryEpoch(TrainerCallback):
+    """Tells training blocks which epoch it is; those of an evaluation keep their masks."""
+
+    def __init__(self, blocks: MaskedBlocks):
+        self.blocks = blocks
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.blocks.epoch = int(state.epoch)
+
+
+def require_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise SettingsError when there is nothing to mask tokens with."""
+    if tokenizer.mask_token_id is None:
+        raise SettingsError(
+            "a model with is_causal=false learns to predict masked tokens, and the tokenizer has no mask token: "
+            "use --tokenizer train or bytes, or one with a mask_token; or leave the model causal."
+        )
