@@ -106,8 +106,9 @@ class PeerConfig(PreTrainedConfig):
             Ranks of the factors: one for `"cp"` (unset, 3/4 of `hidden_size`), three for `"tensor_ring"` (unset, 4, 4
             and a fifth of `hidden_size`).
         is_causal (`bool`, *optional*, defaults to `True`):
-            Whether a token sees only those before it. `False` is for classification heads, and what `soft_moe` needs;
-            there is no cache then, and `position_ids` that start again do not keep packed sequences apart.
+            Whether a token sees only those before it. `False` is for masked language models and classifiers, and
+            what `soft_moe` needs; there is no cache then, and `position_ids` that start again do not keep packed
+            sequences apart.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 
@@ -328,8 +329,8 @@ class PeerConfig(PreTrainedConfig):
         if self.sparse_mlp == "soft_moe" and self.is_causal:
             raise ValueError(
                 "sparse_mlp='soft_moe' mixes all tokens of a sequence, later ones included, so a causal model would "
-                "see what it is to predict. Use it with is_causal=False and a classification head, or choose another "
-                "sparse_mlp for a language model."
+                "see what it is to predict. Use it with is_causal=False, in PeerForMaskedLM or under a classification "
+                "head, or choose another sparse_mlp."
             )
         sizes = ("num_moe_experts", "moe_intermediate_size", "num_moe_experts_per_token", "num_slots_per_expert")
         for name in sizes:

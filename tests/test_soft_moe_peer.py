@@ -105,7 +105,7 @@ def test_layer_compiles_to_one_graph(layer):
 
 
 def test_a_causal_model_refuses_it_with_the_reason(tiny_config):
-    with pytest.raises(StrictDataclassError, match=r"later ones included.*is_causal=False and a classification head"):
+    with pytest.raises(StrictDataclassError, match=r"later ones included.*is_causal=False, in PeerForMaskedLM"):
         tiny_config(sparse_mlp="soft_moe")
     with pytest.raises(StrictDataclassError, match="num_slots_per_expert must be at least 1, got 0"):
         tiny_config(sparse_mlp="soft_moe", is_causal=False, num_slots_per_expert=0)

@@ -262,11 +262,30 @@ def test_models_of_all_sizes_get_the_same_training_flops(tmp_path):
     assert runs[0].cost["steps"] > 2 * runs[2].cost["steps"]
 
 
+def test_bidirectional_contenders_predict_masked_tokens(tmp_path):
+    contenders = {
+        "dense": {"model_overrides": {"mlp_layer_types": "dense"}},
+        "soft_moe": {"model_overrides": {"sparse_mlp": "soft_moe", "num_moe_experts": 4}},
+    }
+    shared = {"is_causal": False, "moe_intermediate_size": 16}
+    words = write_study(tmp_path, contenders=contenders, model_overrides=shared, seeds=[0])
+    answer = compare_feed_forwards([*words, "--output_dir", str(tmp_path / "out")])
+    assert answer["done"] == ["dense-0", "soft_moe-0"]
+    dense, soft_moe = answer["rows"]
+    assert soft_moe["forward_flops_per_token"] == pytest.approx(dense["forward_flops_per_token"], rel=0.01)
+    assert 1 < soft_moe["perplexity"][0] < 258
+    assert soft_moe["bits_per_byte"] == [None, None]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "equal flops as dense; perplexity of masked tokens; mean" in table
+    assert f"| soft_moe | 1 | {soft_moe['perplexity'][0]:.2f} | {soft_moe['against_reference'][0]:+.2f} | - |" in table
+
+
 def some_run(contender, seed, perplexity, size=None, parameters=10, **facts):
     curve = [{"step": 1, "training_flops": 5, "seconds": 0.1, "loss": 2.0}]
     run = {"contender": contender, "seed": seed, "size": size, "validation_perplexity": perplexity, "curve": curve}
     run |= {"validation_bits_per_byte": 1.0, "seconds_per_step": 0.1, "train_seconds": 0.2, "steps": 2, "tokens": 64}
     run |= {"peak_memory_bytes": seed * 2**20, "training_flops": 100, "forward_flops_per_token": 2, "usage": {}}
+    run |= {"settings": {"architecture": {}}}
     return run | {"total_parameters": parameters, "active_parameters": 5} | facts
 
 

@@ -116,8 +116,10 @@ def _headline(study: dict[str, Any]) -> str:
     tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
     budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']}"
     places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
+    masked = not study["runs"][0]["settings"]["architecture"].get("is_causal", True)
     return (
         f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget} as {study['reference']}; "
+        f"{'perplexity of masked tokens; ' if masked else ''}"
         f"mean ± standard deviation over seeds. {'; '.join(places)}."
     )
 
