@@ -107,6 +107,15 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path, config):
     assert "Fine-tuned from `first`" in (tmp_path / "second" / "README.md").read_text()
 
 
+def test_a_new_model_named_by_its_preset_is_based_on_no_other(tmp_path, inputs):
+    words = [word for word in inputs if not word.startswith("--model=")]
+    small = ["--model", "peer_tiny", "--model_overrides", "hidden_size=32", "num_attention_heads=2", "num_sub_keys=8"]
+    train([*words, *small], output_dir=tmp_path / "out", max_steps=1)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None
+    assert "Fine-tuned" not in card.content
+
+
 def test_a_stream_is_trained_on_and_a_tokenizer_learned_from_it(tmp_path, inputs):
     words = [*inputs, "--streaming", "--tokenizer", "train"]
     result = train(words, output_dir=tmp_path / "out", max_steps=3)

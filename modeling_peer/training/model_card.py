@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_peer.training.masking import predicts_masked_tokens
+from modeling_peer.training.models import is_new_model
 from modeling_peer.training.recipes import REPOSITORY, SettingsError
 
 TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
@@ -55,7 +56,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
     measures, task = (MASKED_MEASURES, "fill-mask") if masked else (MEASURES, "text-generation")
     results = [(words, summary[name]) for name, words in measures.items() if name in summary]
     title = (recipe.run.hub_model_id or str(Path(folder).resolve())).rpartition("/")[2]
-    base_model = None if recipe.model.model.endswith(".json") else recipe.model.model
+    base_model = None if is_new_model(recipe.model.model) else recipe.model.model
     card = ModelCard.from_template(
         ModelCardData(
             library_name="transformers",
