@@ -40,7 +40,8 @@ def make_call(
         step = optimizers[owner].step
 
     def call(tokens):
-        module.train(case.trains)
+        if module.training != case.trains:  # a program switches once, not at every token: 0.02 of 0.4 ms
+            module.train(case.trains)
         if not case.trains:
             with torch.no_grad():
                 module(tokens)
