@@ -206,7 +206,8 @@ class PeerExperts(nn.Module):
         super().__init__()
         self.config = config
         self.activation = nn.Identity() if config.expert_act == "identity" else ACT2FN[config.expert_act]
-        shape = (config.num_peer_experts, config.hidden_size)
+        self.num_peer_experts = config.num_peer_experts
+        shape = (self.num_peer_experts, config.hidden_size)
         self.down_embed = nn.Parameter(torch.empty(shape)) if has_readers else None
         self.up_embed = nn.Parameter(torch.empty(shape))
         self.gate_embed = nn.Parameter(torch.empty(shape)) if has_readers and config.gated_experts else None
@@ -224,13 +225,13 @@ class PeerExperts(nn.Module):
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`. Where the
         tables are a block of the pool's rows, ids are counted from its first, and others' experts add nothing."""
-        if self.up_embed.shape[0] < self.config.num_peer_experts:
+        if self.up_embed.shape[0] < self.num_peer_experts:
             expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
         mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
         if is_parametrized(self):
             self._check_adapted_tables()
-        if self.config.row_sparse_gradients and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.config.row_sparse_gradients:
             return _with_row_sparse_gradients(mixture, *inputs)
         return mixture(*inputs)
 

@@ -168,13 +168,14 @@ class PeerRetrieval(nn.Module):
             expert_ids: same shape, int64.
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
-        query = query.to(torch.promote_types(query.dtype, torch.float32))
+        if query.dtype.itemsize < torch.float32.itemsize:
+            query = query.to(torch.float32)
         token_mask = None if token_mask is None else token_mask.flatten()
         if self.has_batch_norm:
             query = self.query_norm(query, token_mask)
-            query = query.unflatten(-1, (self.num_heads, self.query_dim))
+            query = query.view(-1, self.num_heads, self.query_dim)
         else:
-            query = self.query_norm(query.unflatten(-1, (self.num_heads, self.query_dim)))
+            query = self.query_norm(query.view(-1, self.num_heads, self.query_dim))
 
         retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k, self.sub_keys)
         scores, expert_ids = retrieve(query, self.sub_keys, self.top_k)

@@ -10,6 +10,9 @@ import reference
 import torch
 from kernel_helpers import mixture_inputs, output_and_gradients
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from modeling_peer import PeerLayer
@@ -302,6 +305,58 @@ class TestOperators:
         torch.testing.assert_close(compiled_output, output)
         for name in gradients:
             torch.testing.assert_close(compiled_gradients[name], gradients[name])
+
+    def test_a_direct_call_gives_the_bits_of_the_operator(self, implementation, retrieve, device):
+        query, sub_keys = torch.randn(3, 2, 8, device=device), torch.randn(2, 9, 4, device=device)
+        operator = torch.ops.modeling_peer.product_key_top_k
+        for direct, dispatched in zip(
+            retrieve(query, sub_keys, 3), operator(query, sub_keys, 3, implementation), strict=True
+        ):
+            assert torch.equal(direct, dispatched)
+
+    def test_the_result_without_gradients_is_that_with_them(self, mixture, device):
+        inputs = mixture_inputs(device, num_tokens=40, num_active=12, width=33, num_experts=90)
+        expected = mixture(**inputs)
+        with torch.no_grad():
+            assert torch.equal(mixture(**inputs), expected)
+
+    def test_are_seen_without_gradients_too_by_who_looks_at_operators(self, mixture, retrieve, device):
+        inputs = {name: tensor.detach() for name, tensor in mixture_inputs(device, num_experts=81).items()}
+        query, sub_keys = torch.randn(5, 2, 8, device=device), torch.randn(2, 9, 4, device=device)
+        seen = []
+
+        class Dispatch(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        class Function(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                seen.append(function)
+                return function(*args, **(kwargs or {}))
+
+        for mode in (Dispatch(), Function()):
+            seen.clear()
+            with mode:
+                retrieve(query, sub_keys, 3)
+                mixture(**inputs)
+            for name in ("product_key_top_k", "read_experts", "write_experts"):
+                assert getattr(torch.ops.modeling_peer, name).default in seen, (mode, name)
+
+        with FakeTensorMode() as mode:
+            fake = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
+            assert mixture(**fake).shape == (5, 7)
+        meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
+        assert mixture(**meta).shape == (5, 7)
+
+    @pytest.mark.parametrize("trained", ["hidden_states", "gates", "down_embed", "up_embed"])
+    def test_gradients_flow_to_the_only_input_that_needs_one(self, mixture, device, trained):
+        inputs = mixture_inputs(device)
+        _, expected = output_and_gradients(mixture, inputs)
+        inputs = {name: tensor.detach().requires_grad_(name == trained) for name, tensor in inputs.items()}
+        _, gradients = output_and_gradients(mixture, inputs)
+        assert list(gradients) == [trained]
+        torch.testing.assert_close(gradients[trained], expected[trained])
 
     def test_under_gradient_checkpointing(self, mixture, device):
         inputs = mixture_inputs(device)

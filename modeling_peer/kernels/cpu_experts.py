@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_memory import array, floats, move_to_huge_pages, recycled_empty
+from .cpu_memory import array, borrowed, floats, move_to_huge_pages, recycled_empty
 from .cpu_simd import compiled, narrow, prefetch_row, widen
 
 # Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
@@ -58,9 +58,9 @@ def _radix_argsort(ids, largest, order):
 
 def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Products (t, a), float32, of `tokens` (t, d) with their rows of `table` (N, d)."""
-    _prepare(expert_ids, table)
-    products = torch.empty(expert_ids.shape, dtype=torch.float32)
-    _for_assignments(_read, expert_ids.numel(), floats(tokens), array(expert_ids), array(table), array(products))
+    tokens, products = tokens.to(torch.float32), torch.empty_like(expert_ids, dtype=torch.float32)
+    ids_and_rows = _ids_and_rows(expert_ids, table)
+    _for_assignments(_read, expert_ids.numel(), borrowed(tokens), *ids_and_rows, borrowed(products))
     return products
 
 
@@ -76,10 +76,9 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
 
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
-    _prepare(expert_ids, table)
-    outputs = torch.empty(len(expert_ids), table.shape[1])
-    arguments = (floats(weights), array(expert_ids), array(table), array(outputs))
-    _for_assignments(_write, expert_ids.numel(), *arguments)
+    weights, outputs = weights.to(torch.float32), torch.empty(expert_ids.shape[0], table.shape[1])
+    ids_and_rows = _ids_and_rows(expert_ids, table)
+    _for_assignments(_write, expert_ids.numel(), borrowed(weights), *ids_and_rows, borrowed(outputs))
     return outputs
 
 
@@ -208,17 +207,20 @@ def _gradient(segments, num_experts, width, dtype, row_sparse):
     return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
 
 
-def _prepare(expert_ids: torch.Tensor, table: torch.Tensor) -> None:
-    if not _all_below(array(expert_ids.view(-1)), len(table)):
+def _ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Both as borrowed arrays, when the experts exist."""
+    ids, num_experts = borrowed(expert_ids), table.shape[0]
+    if not _all_below(ids, num_experts):
         lowest, highest = (int(bound) for bound in expert_ids.aminmax())
-        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {len(table)} experts.")
+        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {num_experts} experts.")
     move_to_huge_pages(table)
+    return ids, borrowed(table)
 
 
 @compiled
-def _all_below(ids, num_experts):
+def _all_below(expert_ids, num_experts):
     outside = 0
-    for expert_id in ids:
+    for expert_id in expert_ids.reshape(-1):
         outside += (expert_id < 0) | (expert_id >= num_experts)
     return outside == 0
 

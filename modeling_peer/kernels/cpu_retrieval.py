@@ -14,7 +14,7 @@ import torch
 
 from . import cpu_filter, cpu_threads
 from .cpu_filter import filtered_top_k
-from .cpu_memory import array
+from .cpu_memory import array, borrowed
 from .cpu_products import BLOCK_KEYS, BLOCK_ROWS, FEW_KEYS, FEW_ROWS, score_block, score_few_block
 from .cpu_simd import GROUPS, compiled
 from .cpu_top_k import PADDING, best_pairs, find_candidates, keep_best, scratch_for
@@ -34,10 +34,10 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
     scores = torch.empty(num_tokens, num_heads, top_k)
     expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
     # Heads with codebooks of their own search apart, each through every num_heads-th row of the queries.
-    codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
-    num_rows, num_searches = num_tokens * num_heads, len(codebooks)
-    arguments = (array(query).reshape(num_rows, 2, half), array(codebooks))
-    results = (array(scores).reshape(num_rows, top_k), array(expert_ids).reshape(num_rows, top_k))
+    codebooks = sub_keys.to(torch.float32)
+    num_rows, num_searches = num_tokens * num_heads, codebooks.numel() // (2 * num_sub_keys * half)
+    arguments = (borrowed(query, num_rows, 2, half), borrowed(codebooks, num_searches, 2, num_sub_keys, half))
+    results = (borrowed(scores, num_rows, top_k), borrowed(expert_ids, num_rows, top_k))
     if num_rows // num_searches < MIN_BLOCKED_ROWS:
         cpu_threads.run(_search_few, num_rows // FEW_ROWS, MIN_BLOCKED_ROWS // FEW_ROWS, *arguments, *results)
     else:

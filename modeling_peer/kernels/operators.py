@@ -17,21 +17,47 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 _library = torch.library.Library("modeling_peer", "DEF")
 
 
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Decorator: define the operator whose implementation the function is, for every device."""
+    """Decorator: define the operator whose implementation the function is, for every device. What takes its name calls
+    the operator where somebody looks, and else the function itself, which saves about 0.02 ms."""
 
     def define(function):
         name = schema.partition("(")[0]
         _library.define(schema)
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"modeling_peer::{name}", fake, lib=_library)
-        return getattr(torch.ops.modeling_peer, name).default
+        operator = getattr(torch.ops.modeling_peer, name).default
+
+        def call(*args):
+            return operator(*args) if _somebody_looks(args) else function(*args)
+
+        return call
 
     return define
+
+
+def _somebody_looks(args: tuple) -> bool:
+    """Whether the operator of PyTorch has to be called: for a gradient, or for what traces, counts, or wraps operators
+    and tensors."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return True
+    needs_gradient = torch.is_grad_enabled()
+    return any(
+        type(arg) not in (torch.Tensor, nn.Parameter) or arg.is_meta or (needs_gradient and arg.requires_grad)
+        for arg in args
+        if isinstance(arg, torch.Tensor)
+    )
 
 
 @cache
