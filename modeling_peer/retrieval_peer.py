@@ -168,8 +168,7 @@ class PeerRetrieval(nn.Module):
             expert_ids: same shape, int64.
         """
         query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
-        if query.dtype.itemsize < torch.float32.itemsize:
-            query = query.to(torch.float32)
+        query = query.to(torch.promote_types(query.dtype, torch.float32))
         token_mask = None if token_mask is None else token_mask.flatten()
         if self.has_batch_norm:
             query = self.query_norm(query, token_mask)
