@@ -73,7 +73,8 @@ def test_every_script_and_recipe_that_the_readme_names_exists():
 
 
 # Of the tuning the page has perplexities only.
-STUDIES = [p for p in sorted((REPOSITORY / "benchmarks" / "compare").glob("*/table.md")) if p.parent.name != "tune"]
+TABLES = sorted((REPOSITORY / "benchmarks" / "compare").glob("*/table.md"))
+STUDIES = [path for path in TABLES if not path.parent.name.startswith("tune")]
 
 
 @pytest.mark.parametrize("table", STUDIES, ids=lambda path: path.parent.name)
