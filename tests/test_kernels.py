@@ -346,8 +346,19 @@ class TestOperators:
         with FakeTensorMode() as mode:
             fake = {name: mode.from_tensor(tensor) for name, tensor in inputs.items()}
             assert mixture(**fake).shape == (5, 7)
+        negated = dict(inputs, hidden_states=torch._neg_view(-inputs["hidden_states"]))
+        torch.testing.assert_close(mixture(**negated), mixture(**inputs))
         meta = {name: tensor.to("meta") for name, tensor in inputs.items()}
         assert mixture(**meta).shape == (5, 7)
+
+    def test_a_batch_of_gradients_is_that_of_each(self, mixture, device):
+        inputs = mixture_inputs(device)
+        output, gates = mixture(**inputs), inputs["gates"]
+        directions = torch.randn(3, *output.shape, device=device)
+        grad = partial(torch.autograd.grad, output, gates, retain_graph=True)
+        (together,) = grad(grad_outputs=directions, is_grads_batched=True)
+        apart = [grad(grad_outputs=direction)[0] for direction in directions]
+        torch.testing.assert_close(together, torch.stack(apart))
 
     @pytest.mark.parametrize("trained", ["hidden_states", "gates", "down_embed", "up_embed"])
     def test_gradients_flow_to_the_only_input_that_needs_one(self, mixture, device, trained):

@@ -78,3 +78,12 @@ def test_runs_that_do_not_compare_are_refused(tmp_path, groups, message):
     (tmp_path / "unfinished").mkdir()
     with pytest.raises(SettingsError, match=message):
         compare_runs(ComparisonArguments(runs=[group.format(tmp_path) for group in groups]))
+
+
+def test_what_was_to_be_predicted_is_part_of_the_task(tmp_path):
+    write_run(tmp_path / "old-0", 1.0)  # from when there was but one objective
+    write_run(tmp_path / "causal-0", 2.0, objective="the next token")
+    write_run(tmp_path / "masked-0", 3.0, objective="masked tokens, 15 % at a time")
+    assert [row["seeds"] for row in compare(tmp_path, "old", "causal")["groups"]] == [1, 1]
+    with pytest.raises(SettingsError, match="differ in objective"):
+        compare(tmp_path, "causal", "masked")

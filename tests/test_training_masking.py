@@ -87,16 +87,17 @@ def test_every_token_is_scored_once_by_what_stays_visible(blocks, share):
 
         def forward(self, input_ids):
             truth = batches[len(seen)]
-            seen.append(input_ids == 999)
-            assert torch.equal(input_ids, truth.masked_fill(seen[-1], 999))
+            seen.append(input_ids == 1)
+            assert torch.equal(input_ids, truth.masked_fill(seen[-1], 1))
             likelihood = torch.full((*input_ids.shape, 250), 0.5 / 249)
             return SimpleNamespace(logits=likelihood.scatter_(-1, truth.unsqueeze(-1), 0.5).log())
 
-    measured = masked_perplexity(Model(), blocks, 999, share, batch_size=16, show_progress=False)
-    assert measured == {"perplexity": pytest.approx(2.0), "num_tokens": 40 * 64, "num_rounds": num_rounds}
+    tokenizer = byte_tokenizer(with_mask=True)
+    measured = masked_perplexity(Model(), tokenizer, tokens, share, batch_size=16, show_progress=False)
+    assert measured == {"perplexity": pytest.approx(2.0), "num_tokens": 40 * 63, "num_rounds": num_rounds}
     for start in range(0, len(seen), num_rounds):
         readings = torch.stack(seen[start : start + num_rounds])
-        assert (readings.sum(0) == 1).all()
+        assert torch.equal(readings.sum(0), (batches[start] != 0).long())  # the end of text is not scored
         assert (readings.float().mean(-1) <= share + 1 / 64).all()
 
 
@@ -137,6 +138,32 @@ def test_evaluations_use_the_same_masks_and_epochs_new_ones(tmp_path, inputs):
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     assert evaluated == pytest.approx([evaluated[0]] * 4, abs=1e-5)
     assert len({round(loss, 3) for loss in logged_losses(tmp_path / "out")}) == 4
+
+
+def test_every_epoch_reaches_data_loader_workers_that_stay(blocks):
+    examples = MaskedBlocks(blocks, byte_tokenizer(with_mask=True), 0.3)
+    loader = torch.utils.data.DataLoader(examples, batch_size=40, num_workers=1, persistent_workers=True)
+    labels = []
+    for epoch in (0, 1, 0):
+        examples.epoch = epoch
+        labels += [batch["labels"] for batch in loader]
+    assert torch.equal(labels[0], labels[2])
+    assert not torch.equal(labels[0], labels[1])
+
+
+def test_every_block_has_something_to_predict(blocks):
+    examples = MaskedBlocks(blocks, byte_tokenizer(with_mask=True), 1e-6)
+    for index, block in enumerate(blocks):
+        example = examples[index]
+        (position,) = (example["labels"] != -100).nonzero()
+        assert example["labels"][position] == block["input_ids"][position] != 0
+        assert example["input_ids"][position] == 1
+
+
+def test_text_shorter_than_a_block_is_scored_as_a_shorter_block(tmp_path, inputs):
+    summary = train(inputs, output_dir=tmp_path / "out", max_steps=1, max_evaluation_bytes=20).summary
+    # the end of text that closes the document is not scored
+    assert summary["validation_num_tokens"] == 20
 
 
 def test_a_resumed_run_sees_the_masks_that_it_would_have_seen(tmp_path, inputs):

@@ -42,8 +42,8 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def _somebody_looks(args: tuple) -> bool:
-    """Whether the operator of PyTorch has to be called: for a gradient, or for what traces, counts, or wraps operators
-    and tensors."""
+    """Whether the operator of PyTorch has to be called: for a gradient, for what traces, counts, or wraps operators
+    and tensors, or since a tensor is not what lies in its memory."""
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -54,7 +54,12 @@ def _somebody_looks(args: tuple) -> bool:
         return True
     needs_gradient = torch.is_grad_enabled()
     return any(
-        type(arg) not in (torch.Tensor, nn.Parameter) or arg.is_meta or (needs_gradient and arg.requires_grad)
+        type(arg) not in (torch.Tensor, nn.Parameter)
+        or (needs_gradient and arg.requires_grad)
+        or arg.is_meta
+        or not torch._C._has_storage(arg)  # of a batched backward
+        or arg.is_neg()
+        or arg._is_zerotensor()
         for arg in args
         if isinstance(arg, torch.Tensor)
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from modeling_peer.training.masking import NEXT_TOKEN
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.run_folder import RESULTS_FILE
 
 # must agree, or the losses are not of the same task
-COMPARED = ("data", "steps", "tokens")
+COMPARED = ("data", "objective", "steps", "tokens")
 
 
 @dataclass
@@ -82,6 +83,7 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no finished run ({Path(error.filename).name} is missing): let it end, resuming with "
             "--resume_from_checkpoint last."
         ) from error
+    summary.setdefault("objective", NEXT_TOKEN)  # of runs from when there was no other
     logged = [entry for entry in history if "loss" in entry]
     return Run(folder, summary, [entry["step"] for entry in logged], [entry["loss"] for entry in logged])
 

@@ -19,11 +19,11 @@ from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.data import Corpus, load_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
-from modeling_peer.training.masking import MaskedBlocks, NewMasksEveryEpoch, predicts_masked_tokens
+from modeling_peer.training.masking import MaskedBlocks, NewMasksEveryEpoch, objective, predicts_masked_tokens
 from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
-from modeling_peer.training.packing import PackedBlocks, pack
+from modeling_peer.training.packing import PackedBlocks, pack, tokenize
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
 from modeling_peer.training.run_folder import (
     RESULTS_FILE,
@@ -146,6 +146,7 @@ def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_bl
         "block_size": block_size,
         "examples_per_step": examples_per_step(run, model),
         "seed": run.seed,
+        "objective": objective(model.config, recipe.data.masking_probability),
     }
 
 
@@ -216,6 +217,7 @@ def summarize(
     return {
         "path": str(run.output_dir),
         "data": corpus.description,
+        "objective": objective(trainer.model.config, recipe.data.masking_probability),
         "steps": state.global_step,
         "tokens": state.global_step * examples_per_step(run, trainer.model) * block_size,
         "parameters": trainer.model.num_parameters(),
@@ -237,9 +239,11 @@ def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) ->
     }
     try:
         if predicts_masked_tokens(model.config):
-            blocks = pack(datasets.Dataset.from_dict({"text": texts}), tokenizer, block_size, name="validation")
-            share = recipe.data.masking_probability
-            measured = masked_perplexity(model, blocks, tokenizer.mask_token_id, share, **options)
+            rows = tokenize({"text": texts}, tokenizer, text_column="text", rows_are_lines=False)["input_ids"]
+            tokens = torch.tensor([token for row in rows for token in row])
+            block_size = min(block_size, len(tokens))
+            blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
+            measured = masked_perplexity(model, tokenizer, blocks, recipe.data.masking_probability, **options)
         else:
             options["context_length"] = block_size
             measured = CausalPerplexity().compute(data=texts, model=model, tokenizer=tokenizer, **options)

@@ -7,10 +7,19 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.training.recipes import SettingsError
 
+NEXT_TOKEN = "the next token"
+
 
 def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
     """Whether a language model of this configuration is a masked one: it is if it is not causal."""
     return not getattr(config, "is_causal", True)
+
+
+def objective(config: PreTrainedConfig, masking_probability: float) -> str:
+    """What a language model of this configuration learns to predict, in words."""
+    if predicts_masked_tokens(config):
+        return f"masked tokens, {100 * masking_probability:g} % at a time"
+    return NEXT_TOKEN
 
 
 class MaskedBlocks(torch.utils.data.Dataset):
@@ -22,7 +31,7 @@ class MaskedBlocks(torch.utils.data.Dataset):
 
     Args:
         blocks: of unmasked tokens, under `input_ids`.
-        probability: of a token to be predicted; special tokens are not.
+        probability: of a token to be predicted; special tokens are not, and at least one other of a block is.
 
     Raises:
         SettingsError: the tokenizer has no mask token.
@@ -34,18 +43,32 @@ class MaskedBlocks(torch.utils.data.Dataset):
         require_mask_token(tokenizer)
         self.blocks = blocks
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by data-loader workers
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch's masks they have."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         seed = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
-        self._collator.generator = torch.Generator().manual_seed(int(seed[0]))
+        self._collator.generator = generator = torch.Generator().manual_seed(int(seed[0]))
+        tokens, tokenizer = self.blocks[index]["input_ids"], self._collator.tokenizer
         # a copy: it is masked in place
-        input_ids, labels = self._collator.torch_mask_tokens(self.blocks[index]["input_ids"].clone().unsqueeze(0))
-        return {"input_ids": input_ids[0], "labels": labels[0]}
+        input_ids, labels = (row[0] for row in self._collator.torch_mask_tokens(tokens.clone().unsqueeze(0)))
+        if (labels == -100).all():  # a batch of these would have no loss
+            candidates = (~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))).nonzero().flatten()
+            chosen = candidates[torch.randperm(len(candidates), generator=generator)[:1]]
+            labels[chosen], input_ids[chosen] = tokens[chosen], tokenizer.mask_token_id
+        return {"input_ids": input_ids, "labels": labels}
 
 
 class NewMasksEveryEpoch(TrainerCallback):
