@@ -35,18 +35,20 @@ def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Pa
 def _plot_sizes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = _figure()
     for contender in dict.fromkeys(row["contender"] for row in rows):
-        own = sorted((row for row in rows if row["contender"] == contender), key=lambda row: row["total_parameters"])
+        own = sorted((row for row in rows if row["contender"] == contender), key=lambda row: row["active_parameters"])
         axes.errorbar(
-            [row["total_parameters"] for row in own],
+            [row["active_parameters"] for row in own],
             [row["perplexity"][0] for row in own],
             yerr=[row["perplexity"][1] or 0.0 for row in own],
             marker="o",
             capsize=3,
             label=contender,
         )
-    flops = [row["training_flops"] for row in rows]
-    axes.set_title(f"{min(flops):.3g} to {max(flops):.3g} training FLOPs")
-    axes.set(xlabel="parameters", ylabel="validation perplexity", xscale="log")
+    flops = dict.fromkeys(f"{figure(row['training_flops'] for row in rows):.2g}" for figure in (min, max))
+    axes.set_title(f"{' to '.join(flops)} training FLOPs")
+    axes.set(xlabel="active parameters", ylabel="validation perplexity", xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     _save(figure, axes, path)
 
 
