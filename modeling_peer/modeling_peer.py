@@ -277,13 +277,24 @@ class PeerModel(PeerPreTrainedModel):
         return attention_mask[:, -inputs_embeds.shape[1] :].bool()
 
 
-class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
-    """The decoder with a language-modelling head."""
+class PeerLanguageModel(PeerPreTrainedModel):
+    """The decoder with a head that scores every token of the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PeerConfig):
+        super().__init__(config)
+        self.model = PeerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
+    """A language model that predicts the next token."""
 
     def __init__(self, config: PeerConfig):
         if not config.is_causal:
@@ -292,10 +303,6 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
                 "Set is_causal=True, or take PeerForMaskedLM or a classification head."
             )
         super().__init__(config)
-        self.model = PeerModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -346,12 +353,8 @@ class PeerForCausalLM(PeerPreTrainedModel, GenerationMixin):
         return self._add_aux_losses(results, aux_losses, share)
 
 
-class PeerForMaskedLM(PeerPreTrainedModel):
-    """The decoder as an encoder, `is_causal=False`, with a head that predicts masked tokens."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+class PeerForMaskedLM(PeerLanguageModel):
+    """A language model that predicts masked tokens from both their sides (`is_causal=False`)."""
 
     def __init__(self, config: PeerConfig):
         if config.is_causal:
@@ -360,10 +363,6 @@ class PeerForMaskedLM(PeerPreTrainedModel):
                 "one. Set is_causal=False, or take PeerForCausalLM."
             )
         super().__init__(config)
-        self.model = PeerModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @can_return_tuple
     def forward(

@@ -39,19 +39,19 @@ def masked_perplexity(
     if not 0 < masked_share <= 1:
         raise ValueError(f"masked_share ({masked_share}) must be above 0 and at most 1.")
     num_rounds = math.ceil(1 / masked_share - 1e-9)
-    special_ids = torch.tensor(tokenizer.all_special_ids)
+    special_ids = torch.tensor(tokenizer.all_special_ids, device=model.device)
     was_training = model.training
     model.eval()
     nats, num_tokens = 0.0, 0
     generator = torch.Generator().manual_seed(0)  # the same masks for every model
     for tokens in tqdm(blocks.split(batch_size), desc="Scoring masked tokens", disable=not show_progress):
-        order = torch.rand(tokens.shape, generator=generator).argsort(dim=-1)
+        order = torch.rand(tokens.shape, generator=generator).argsort(dim=-1).to(model.device)
+        tokens = tokens.to(model.device)
         scored = ~torch.isin(tokens, special_ids)
         num_tokens += int(scored.sum())
         for number in range(num_rounds):
             masked = scored & (order % num_rounds == number)
-            input_ids = tokens.masked_fill(masked, tokenizer.mask_token_id)
-            logits = model(input_ids=input_ids.to(model.device)).logits.cpu()[masked]
+            logits = model(input_ids=tokens.masked_fill(masked, tokenizer.mask_token_id)).logits[masked]
             nats += F.cross_entropy(logits.float(), tokens[masked], reduction="sum").item()
     model.train(was_training)
     if num_tokens == 0:

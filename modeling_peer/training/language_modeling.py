@@ -240,8 +240,8 @@ def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) ->
     try:
         if predicts_masked_tokens(model.config):
             rows = tokenize({"text": texts}, tokenizer, text_column="text", rows_are_lines=False)["input_ids"]
-            tokens = torch.tensor([token for row in rows for token in row])
-            block_size = min(block_size, len(tokens))
+            tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+            block_size = max(1, min(block_size, len(tokens)))  # of a short text one block
             blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
             measured = masked_perplexity(model, tokenizer, blocks, recipe.data.masking_probability, **options)
         else:
