@@ -140,6 +140,21 @@ def test_a_study_goes_on_elsewhere_and_with_more_workers(finished, tmp_path):
     ]
 
 
+def test_a_study_goes_on_where_only_the_file_with_all_runs_is_left(finished, tmp_path):
+    folder = tmp_path / "left"
+    folder.mkdir()
+    shutil.copy(finished.folder / "study.json", folder)
+    words = [*finished.words[:-1], str(folder)]
+    with pytest.raises(SettingsError, match=r"learning_rate was 0\.01, is 0\.5"):
+        compare_feed_forwards([*words, "--learning_rate", "0.5"])
+    answer = compare_feed_forwards(words)
+    assert (answer["done"], answer["rows"]) == (finished.answer["done"], finished.answer["rows"])
+    assert (folder / "study.json").read_text() == (finished.folder / "study.json").read_text()
+    (tmp_path / "text.txt").write_text(some_text(seed=3), encoding="utf-8")
+    with pytest.raises(SettingsError, match="tokens_sha256 was"):
+        compare_feed_forwards([*words, "--train_file", str(tmp_path / "text.txt")])
+
+
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     (tmp_path / "study.json").write_bytes((finished.folder / "study.json").read_bytes())
     words = [finished.words[0], "--output_dir", str(tmp_path), "--report_only"]

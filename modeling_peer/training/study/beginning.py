@@ -8,7 +8,13 @@ from modeling_peer.training.recipes import SettingsError
 
 
 def require_same_beginning(path: Path, facts: dict[str, Any], kind: str) -> None:
-    """Keep `facts` in the JSON file `path`, or compare them with what it keeps.
+    """Keep `facts` in the JSON file `path`, or compare them with what it keeps; arguments and errors as `compare`."""
+    compare(path, facts, kind)
+    write_json(path, facts)
+
+
+def compare(path: Path, facts: dict[str, Any], kind: str) -> None:
+    """Compare `facts` with what the JSON file `path` keeps, if it is there.
 
     Args:
         kind: what they are, in words: "data".
@@ -21,7 +27,6 @@ def require_same_beginning(path: Path, facts: dict[str, Any], kind: str) -> None
         raise SettingsError(
             f"{path.parent} was begun with other {kind}: {changes}. Name another --output_dir, or delete it."
         )
-    write_json(path, facts)
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study.beginning import require_same_beginning
+from modeling_peer.training.study.beginning import compare, require_same_beginning
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.training.study.plan import plan_runs, shared_recipe, shared_settings
 from modeling_peer.training.study.queue import Tally, has_begun, require_same_settings, select_runs, work_off
 from modeling_peer.training.study.recipe import Study, parse_study
-from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, write_report
+from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, restore, write_report
 
 SHARED_FILE = "shared.json"
 
@@ -41,6 +41,7 @@ def _train(study: Study, began: float) -> Tally:
         study.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"cannot write to --output_dir {study.output_dir}: {error.strerror}.") from error
+    restore(study.output_dir)
     recipe = shared_recipe(study)
     data = prepare_data(recipe, load_config(recipe.model), study.output_dir)
     print(f"data: {data['data']}; {data['training_tokens']:,} tokens", flush=True)
@@ -65,9 +66,11 @@ def _require_same_study(study: Study, data: dict[str, Any]) -> None:
     """Raise SettingsError if the folder has runs that are no match for the planned ones."""
     if not has_begun(study.output_dir):
         (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
-    require_same_beginning(study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
+    beginning = (study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
+    compare(*beginning)
     for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
         require_same_settings(run)  # to its budget others were fitted
+    require_same_beginning(*beginning)
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from modeling_peer.training.study.beginning import require_same_beginning
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FILE = "data.json"
+# What it holds of the data.
+FACTS = ("data", "vocab_size", "block_size", "training_tokens", "validation_examples", "tokens_sha256")
 
 
 def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> dict[str, Any]:
@@ -44,15 +46,10 @@ def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     block_size = choose_block_size(recipe.data.block_size, config)
     train, validation = pack_corpus(corpus, tokenizer, block_size, recipe)
-    facts = {
-        "data": corpus.description,
-        "vocab_size": len(tokenizer),
-        "block_size": block_size,
-        "training_tokens": train.num_tokens,
-        "validation_examples": len(validation),
-        # of the whole validation text, whichever examples of it are used
-        "tokens_sha256": _hash(train, getattr(validation, "dataset", validation)),
-    }
+    # the hash is of the whole validation text, whichever examples of it are used
+    digest = _hash(train, getattr(validation, "dataset", validation))
+    values = (corpus.description, len(tokenizer), block_size, train.num_tokens, len(validation), digest)
+    facts = dict(zip(FACTS, values, strict=True))
     require_same_beginning(output_dir / DATA_FILE, facts, "data")
     return facts
 

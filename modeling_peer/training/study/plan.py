@@ -51,7 +51,7 @@ class PlannedRun:
     @property
     def group(self) -> str:
         """What its runs of all seeds have in common of their names."""
-        return f"{self.size}-{self.contender}" if self.size else self.contender
+        return group_name(self.contender, self.size)
 
     @property
     def name(self) -> str:
@@ -61,6 +61,11 @@ class PlannedRun:
     @property
     def folder(self) -> Path:
         return self.study_dir / self.name
+
+
+def group_name(contender: str, size: str | None) -> str:
+    """What all runs of a contender at a size are called, but for their seed."""
+    return f"{size}-{contender}" if size else contender
 
 
 def shared_recipe(study: Study) -> Recipe:

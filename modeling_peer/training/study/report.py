@@ -9,10 +9,11 @@ from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.comparison import mean_and_deviation, with_deviation
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study.data import DATA_FILE
+from modeling_peer.training.study.data import DATA_FILE, FACTS
+from modeling_peer.training.study.plan import group_name
 from modeling_peer.training.study.plots import plot_study
 from modeling_peer.training.study.recipe import Study
-from modeling_peer.training.study.run import FAILURE_FILE, RUN_RESULTS_FILE, USAGE
+from modeling_peer.training.study.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, USAGE
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"
@@ -21,7 +22,7 @@ TABLE_FILE = "table.md"
 def collect(study: Study) -> dict[str, Any]:
     """All of a study that its folder holds, of earlier calls too."""
     recipe = study.recipe
-    names = [f"{size}-{name}" if size else name for size in recipe.sizes or [None] for name in recipe.contenders]
+    names = [group_name(name, size) for size in recipe.sizes or [None] for name in recipe.contenders]
     folders = [path for name in names for path in sorted(study.output_dir.glob(f"{name}-*")) if _is_seed(path, name)]
     runs = [results for folder in folders if (results := read_json(folder / RUN_RESULTS_FILE))]
     places = []  # few: said once
@@ -39,6 +40,20 @@ def collect(study: Study) -> dict[str, Any]:
         "failed": {f.name: why["cause"] for f in folders if (why := read_json(f / FAILURE_FILE))},
         "runs": runs,
     }
+
+
+def restore(folder: Path) -> None:
+    """What `collect` read, where `study.json` is all that is left: finished runs then count as done, and the study
+    takes no other data than its own."""
+    study = read_json(folder / STUDY_FILE)
+    for run in study.get("runs", []):
+        run_folder = folder / f"{group_name(run['contender'], run['size'])}-{run['seed']}"
+        if not run_folder.exists():
+            run_folder.mkdir()
+            write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
+            write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
+    if study and not (folder / DATA_FILE).exists():
+        write_json(folder / DATA_FILE, {name: study[name] for name in FACTS})
 
 
 def read_study(folder: Path) -> dict[str, Any]:
