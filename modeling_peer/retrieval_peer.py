@@ -4,10 +4,11 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers import initialization as init
 
 from .auxiliary_losses_peer import AuxiliaryLosses, balance_loss
-from .backends_peer import RETRIEVAL_FUNCTIONS, choose
+from .backends_peer import RETRIEVAL_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS, choose, implementation_for
 from .configuration_peer import PeerConfig
 from .product_keys_peer import product_key_top_k
 
@@ -167,7 +168,12 @@ class PeerRetrieval(nn.Module):
             gates: `(..., num_heads, top_k)`, float32.
             expert_ids: same shape, int64.
         """
-        query = self.query_proj(hidden_states.reshape(-1, hidden_states.shape[-1]))  # (t, h * query_dim)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
+        if not self.training and (few := self._retrieve_few(tokens)) is not None:
+            gates, expert_ids = few
+            return gates.view(shape), expert_ids.view(shape)
+        query = self.query_proj(tokens)  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         token_mask = None if token_mask is None else token_mask.flatten()
         if self.has_batch_norm:
@@ -181,8 +187,41 @@ class PeerRetrieval(nn.Module):
         if aux_losses is not None and self.config.balance_loss is not None:
             aux_losses.add(balance_loss(self.config.balance_loss, query, self.sub_keys, expert_ids, token_mask))
         gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
-        shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
         return gates.view(shape), expert_ids.view(shape)
+
+    def _retrieve_few(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Gates and ids `(num_tokens, num_heads, top_k)` in one call, as decoding wants them; None where the
+        implementation has no such call, or somebody is to see the parts of this one."""
+        if torch.compiler.is_compiling():
+            return None
+        implementation = implementation_for(self.config._experts_implementation, self.sub_keys)
+        retrieve, norm = RETRIEVAL_OF_FEW_FUNCTIONS.get(implementation), self.query_norm
+        if retrieve is None or not (_is_unobserved(self.query_proj, nn.Linear) and _is_unobserved(norm, *_NORMS)):
+            return None
+        features = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
+        return retrieve(
+            tokens,
+            self.query_proj.weight,
+            self.query_proj.bias,
+            tuple(features),
+            getattr(norm, "eps", 0.0),
+            self.sub_keys,
+            self.num_heads,
+            self.top_k,
+            self.gate_activation,
+        )
+
+
+_NORMS = (PeerBatchNorm, PeerRMSNorm, PeerLayerNorm, nn.Identity)
+
+
+def _is_unobserved(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling `module` does what one of these classes does, and nothing else: no adapter, no hook."""
+    return (
+        type(module) in kinds
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or has_any_global_hook())
+    )
 
 
 def _query_norm(config: PeerConfig) -> nn.Module:

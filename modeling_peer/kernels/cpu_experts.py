@@ -59,8 +59,8 @@ def _radix_argsort(ids, largest, order):
 def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Products (t, a), float32, of `tokens` (t, d) with their rows of `table` (N, d)."""
     tokens, products = tokens.to(torch.float32), torch.empty_like(expert_ids, dtype=torch.float32)
-    ids_and_rows = _ids_and_rows(expert_ids, table)
-    _for_assignments(_read, expert_ids.numel(), borrowed(tokens), *ids_and_rows, borrowed(products))
+    ids, rows = ids_and_rows(expert_ids, table)
+    _for_assignments(_read, expert_ids.numel(), borrowed(tokens), ids, rows, borrowed(products))
     return products
 
 
@@ -71,14 +71,14 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
     stop = len(ids) * (chunk + 1) // num_chunks
     for slot in range(len(ids) * chunk // num_chunks, stop):
         prefetch_row(table, ids[min(slot + PREFETCHED_ROWS, stop - 1)])
-        out[slot] = _dot(tokens[slot // num_active], table[ids[slot]])
+        out[slot] = dot_row(tokens[slot // num_active], table[ids[slot]])
 
 
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
     weights, outputs = weights.to(torch.float32), torch.empty(expert_ids.shape[0], table.shape[1])
-    ids_and_rows = _ids_and_rows(expert_ids, table)
-    _for_assignments(_write, expert_ids.numel(), borrowed(weights), *ids_and_rows, borrowed(outputs))
+    ids, rows = ids_and_rows(expert_ids, table)
+    _for_assignments(_write, expert_ids.numel(), borrowed(weights), ids, rows, borrowed(outputs))
     return outputs
 
 
@@ -98,7 +98,7 @@ def _write(weights, expert_ids, table, outputs, chunk, num_chunks):
                 output, weights[token, a], table[ids[first + a]], weights[token, a + 1], table[ids[first + a + 1]]
             )
         if num_active % 2:
-            _add(output, weights[token, num_active - 1], table[ids[first + num_active - 1]])
+            add_row(output, weights[token, num_active - 1], table[ids[first + num_active - 1]])
 
 
 def row_gradients(
@@ -138,7 +138,7 @@ def _sum_rows(weights, tokens, order, starts, targets, values, chunk, num_chunks
     for segment in range(len(targets) * chunk // num_chunks, len(targets) * (chunk + 1) // num_chunks):
         total[:] = 0
         for i in range(starts[segment], starts[segment + 1]):
-            _add(total, flat_weights[order[i]], tokens[order[i] // num_active])
+            add_row(total, flat_weights[order[i]], tokens[order[i] // num_active])
         _store(total, values[targets[segment]])
 
 
@@ -173,8 +173,8 @@ def _sum_rows_and_read(weights, tokens, order, starts, targets, values, rows, ta
         total[:] = 0
         for i in range(starts[segment], starts[segment + 1]):
             token = tokens[order[i] // num_active]
-            flat_products[order[i]] = _dot(token, row)
-            _add(total, flat_weights[order[i]], token)
+            flat_products[order[i]] = dot_row(token, row)
+            add_row(total, flat_weights[order[i]], token)
         _store(total, values[targets[segment]])
 
 
@@ -207,7 +207,7 @@ def _gradient(segments, num_experts, width, dtype, row_sparse):
     return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
 
 
-def _ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Both as borrowed arrays, when the experts exist."""
     ids, num_experts = borrowed(expert_ids), table.shape[0]
     if not _all_below(ids, num_experts):
@@ -230,7 +230,7 @@ def _for_assignments(kernel, num_assignments, *arguments):
 
 
 @compiled
-def _dot(token, row):
+def dot_row(token, row):
     total = np.float32(0)
     for i in range(len(row)):
         total += token[i] * widen(row[i])
@@ -238,7 +238,7 @@ def _dot(token, row):
 
 
 @compiled
-def _add(total, weight, row):
+def add_row(total, weight, row):
     for i in range(len(total)):
         total[i] += weight * widen(row[i])
 

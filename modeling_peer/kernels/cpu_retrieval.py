@@ -2,7 +2,8 @@
 """Exact product-key retrieval on CPU: scores and top-k together, one tile of queries at a time, in cache.
 
     scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache; of many queries in integers
-                          first, then in float32 of the few sub-keys that can win (`cpu_filter`)
+                          first, then in float32 of the few sub-keys that can win (`cpu_filter`); of a few queries, see
+                          `cpu_few_tokens`
     best k of each row    and of the pairs of a row's and a column's scores (`cpu_top_k`)
 
 A query is summed in the same order whatever its neighbours, their number and that of threads: results are
@@ -13,15 +14,14 @@ import numpy as np
 import torch
 
 from . import cpu_filter, cpu_threads
+from .cpu_few_tokens import MIN_BLOCKED_ROWS, search_few
 from .cpu_filter import filtered_top_k
 from .cpu_memory import array, borrowed
-from .cpu_products import BLOCK_KEYS, BLOCK_ROWS, FEW_KEYS, FEW_ROWS, score_block, score_few_block
+from .cpu_products import BLOCK_KEYS, BLOCK_ROWS, score_block
 from .cpu_simd import GROUPS, compiled
-from .cpu_top_k import PADDING, best_pairs, find_candidates, keep_best, scratch_for
+from .cpu_top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
 
 TILE_ROWS = 192  # a multiple of every BLOCK_ROWS; best of 12 to 384 on two Zen 4 cores, 2026-11-22
-# With fewer queries, laying the sub-keys out in blocks costs more than it saves.
-MIN_BLOCKED_ROWS = 64
 MIN_ROWS_PER_THREAD = 64
 
 
@@ -39,7 +39,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
     arguments = (borrowed(query, num_rows, 2, half), borrowed(codebooks, num_searches, 2, num_sub_keys, half))
     results = (borrowed(scores, num_rows, top_k), borrowed(expert_ids, num_rows, top_k))
     if num_rows // num_searches < MIN_BLOCKED_ROWS:
-        cpu_threads.run(_search_few, num_rows // FEW_ROWS, MIN_BLOCKED_ROWS // FEW_ROWS, *arguments, *results)
+        search_few(*arguments, *results)
     else:
         blocks, finite = _blocks(arguments[1])
         filtered = cpu_filter.pays_off(num_rows // num_searches, num_sub_keys, half, top_k)
@@ -59,7 +59,7 @@ def _blocks(codebooks):
     for search in range(num_searches):
         for codebook in range(2):
             for key in range(num_sub_keys):
-                finite += _copy(
+                finite += copy_finite(
                     codebooks[search, codebook, key], blocks[search, codebook, key // BLOCK_KEYS, :, key % BLOCK_KEYS]
                 )
     return blocks, finite
@@ -89,7 +89,7 @@ def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_id
         finite[:] = finite_keys
         for codebook in range(2):
             for i in range(num_rows):
-                finite[i] += _copy(queries[(start + i) * num_searches + search, codebook], tile_queries[i])
+                finite[i] += copy_finite(queries[(start + i) * num_searches + search, codebook], tile_queries[i])
             rows = np.arange(num_rows)  # that need every score, and their queries
             if rounded is not None:
                 rows = filtered_top_k(
@@ -110,71 +110,10 @@ def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_id
                     score_block(tile_queries, i, blocks[search, codebook, block], scores, block * BLOCK_KEYS)
             for i in range(len(rows)):
                 scores[i, num_sub_keys:] = PADDING
-                finite[rows[i]] += _top_k(scores[i], scratch, best[codebook, rows[i]], best_keys[codebook, rows[i]])
+                finite[rows[i]] += find_best(scores[i], scratch, best[codebook, rows[i]], best_keys[codebook, rows[i]])
         for i in range(num_rows):
             row = (start + i) * num_searches + search
             best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
-
-
-@compiled
-def _search_few(queries, codebooks, out_scores, out_ids, chunk, num_chunks):
-    """Queries (rows, 2, q / 2) against codebooks (searches, 2, n, q / 2) as they lie, FEW_ROWS queries at a time."""
-    num_searches, _, num_sub_keys, half = codebooks.shape
-    top_k = out_scores.shape[1]
-    rows_per_search = queries.shape[0] // num_searches
-    tiles_per_search = -(-rows_per_search // FEW_ROWS)
-    num_tiles = num_searches * tiles_per_search
-    num_blocked = num_sub_keys // FEW_KEYS * FEW_KEYS
-
-    columns = np.zeros((half, FEW_ROWS), np.float32)  # queries side by side
-    products = np.empty((num_sub_keys, FEW_ROWS), np.float32)
-    scores = np.empty(-(-num_sub_keys // GROUPS) * GROUPS, np.float32)
-    scores[num_sub_keys:] = PADDING
-    best, best_keys = np.empty((2, FEW_ROWS, top_k), np.float32), np.empty((2, FEW_ROWS, top_k), np.int64)
-    scratch = scratch_for(len(scores))
-    finite = np.empty(FEW_ROWS, np.float32)
-    for tile in range(num_tiles * chunk // num_chunks, num_tiles * (chunk + 1) // num_chunks):
-        search = tile // tiles_per_search
-        start = (tile % tiles_per_search) * FEW_ROWS
-        num_rows = min(FEW_ROWS, rows_per_search - start)
-        finite[:] = 0
-        for codebook in range(2):
-            sub_keys = codebooks[search, codebook]
-            for i in range(num_rows):
-                columns[:, i] = queries[(start + i) * num_searches + search, codebook]
-            for key in range(0, num_blocked, FEW_KEYS):
-                score_few_block(sub_keys, key, columns, products, 0)
-            for key in range(num_blocked, num_sub_keys):
-                products[key] = 0
-                for feature in range(half):
-                    products[key] += sub_keys[key, feature] * columns[feature]
-            for i in range(num_rows):
-                finite[i] += _copy(products[:, i], scores)
-                finite[i] += _top_k(scores, scratch, best[codebook, i], best_keys[codebook, i])
-        for i in range(num_rows):
-            row = (start + i) * num_searches + search
-            best_pairs(best[:, i], best_keys[:, i], num_sub_keys, finite[i], out_scores[row], out_ids[row])
-
-
-@compiled
-def _copy(values, target):
-    """Copy `values` to the beginning of `target`; the result is zero, or NaN if one of them is not finite."""
-    finite = np.float32(0)
-    for i in range(len(values)):
-        target[i] = values[i]
-        finite += values[i] * np.float32(0)
-    return finite
-
-
-@compiled
-def _top_k(scores, scratch, best, best_keys):
-    """The `len(best)` best of `scores`, whole groups of it, in falling order; the result is NaN if they are fewer."""
-    count = find_candidates(scores, len(best), np.float32(0), scratch)
-    values, keys = scratch[0], scratch[1]
-    for i in range(count):
-        values[i] = scores[keys[i]]
-    keep_best(count, scratch, best, best_keys)
-    return np.float32(0) if count >= len(best) else np.float32(np.nan)
 
 
 def product_key_top_k_backward(

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How CPU kernels share work: on the threads that PyTorch has, each running Numba's code without the GIL.
+"""How CPU kernels share work: on the threads that PyTorch has, none of which meets Python's lock.
 
 Threads of our own beside PyTorch's would fight for the cores: OpenMP's spin for milliseconds after every operation
-(retrieval of 2,048 tokens on two cores: 74 ms on a pool of our own, 60 ms on PyTorch's).
+(retrieval of 2,048 tokens on two cores: 74 ms on a pool of our own, 60 ms on PyTorch's). Threads that take their work
+through Python wait for its lock: a kernel that does nothing takes 55 to 110 us, 3 to 6 without it (two Zen 3 cores).
 """
 
 import ctypes
@@ -10,59 +11,58 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import FunctionType
 
+import llvmlite.binding as llvm
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+from .cpu_simd import compiled
+
+# What `#pragma omp parallel` compiles to, of the GNU OpenMP that PyTorch loads on Linux: every thread runs a function.
+_HAS_OPENMP = os.name == "posix" and torch.backends.openmp.is_available()
+_OPENMP = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _HAS_OPENMP else None
+# Compiled code names it, also where it never calls it.
+_ADDRESS = 1 if _OPENMP is None else ctypes.cast(_OPENMP, ctypes.c_void_p).value
+llvm.add_symbol("modeling_peer_start_threads", _ADDRESS)
+BYTES_PER_THREAD = 2**16  # some 5 us from a core's own cache
+_INT32, _INT64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
 
 def run(kernel: Callable, num_items: int, items_per_chunk: int, *args, chunks_per_thread: int = 4) -> None:
-    """Call `kernel(*args, chunk, num_chunks)` for every chunk of `num_items` items of work.
+    """Call `kernel(*args, chunk, num_chunks)`, compiled by Numba, for every chunk of `num_items` items of work.
 
     Args:
-        items_per_chunk: least number of items for which another thread is worth waking, about 0.1 ms of work.
+        items_per_chunk: least number of items for which another thread is worth waking, some 0.01 ms of work.
         chunks_per_thread: at most; several, so that a thread that was held up leaves the rest to the others.
     """
     num_threads = torch.get_num_threads()
     num_chunks = max(1, min(num_threads * chunks_per_thread, num_items // items_per_chunk))
     if num_threads == 1 or num_chunks == 1:
         kernel(*args, 0, 1)
+    elif _OPENMP is None or _forked:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(lambda chunk: kernel(*args, chunk, num_chunks), range(num_chunks)))
     else:
-        _side_by_side()(lambda chunk: kernel(*args, chunk, num_chunks), num_chunks, num_threads)
+        _launcher(kernel)(num_chunks, min(num_threads, num_chunks), *args)
+
+
+def team_for(num_bytes: int) -> int:
+    """How many threads are worth waking for kernels that read `num_bytes` and share their work by `in_parallel`."""
+    if _OPENMP is None or _forked:
+        return 1
+    return max(1, min(torch.get_num_threads(), num_bytes // BYTES_PER_THREAD))
 
 
 _forked = False
 
 
-@cache
-def _side_by_side() -> Callable[[Callable[[int], None], int, int], None]:
-    """What calls `work(chunk)` for every chunk, on several threads, and returns when all are done."""
-    # The GNU OpenMP that PyTorch loads on Linux; `#pragma omp parallel` compiles to this call.
-    gomp_parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if torch.backends.openmp.is_available() else None
-    if gomp_parallel is None or _forked:
-        return _on_a_pool
-
-    def on_openmp(work, num_chunks, num_threads):
-        chunks, errors = iter(range(num_chunks)), []
-
-        def take_chunks(_):
-            try:
-                for chunk in chunks:
-                    work(chunk)
-            except BaseException as error:  # an exception can't pass through OpenMP
-                errors.append(error)
-
-        gomp_parallel(_Work(take_chunks), None, ctypes.c_uint(min(num_threads, num_chunks)), ctypes.c_uint(0))
-        if errors:
-            raise errors[0]
-
-    return on_openmp
-
-
 def _forget_openmp() -> None:
     global _forked
     _forked = True
-    _side_by_side.cache_clear()
 
 
 # OpenMP's threads do not survive a fork: a child that waits for them waits for ever.
@@ -70,6 +70,81 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_openmp)
 
 
-def _on_a_pool(work: Callable[[int], None], num_chunks: int, num_threads: int) -> None:
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(work, range(num_chunks)))
+@cache
+def _launcher(kernel: Callable) -> Callable:
+    """`_launch` for one kernel, as if it were written beside it: Numba keeps compiled functions on disk by file and
+    name, and would keep none that is given another function."""
+    code = _launch.__code__.replace(co_filename=kernel.py_func.__code__.co_filename)
+    known = {"__name__": kernel.py_func.__module__, "_kernel": kernel, "in_parallel": in_parallel}
+    launch = FunctionType(code, known)
+    launch.__qualname__ = f"launch{kernel.py_func.__qualname__}"
+    return compiled(launch)
+
+
+def _launch(num_chunks, num_threads, *args):
+    in_parallel(_kernel, args, num_chunks, num_threads)  # noqa: F821
+
+
+@intrinsic
+def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
+    """Call `kernel(*args, chunk, num_chunks)` for every chunk, on `num_threads` threads that take one after the other,
+    and return when all are done. More than one thread needs OpenMP."""
+    kernel_signature = kernel.get_call_type(typing_context, (*args.types, types.int64, types.int64), {})
+
+    def generate(context, builder, signature, values):
+        compilation = kernel.dispatcher.overloads[kernel_signature.args]
+        context.active_code_library.add_linking_library(compilation.library)
+        # What the threads share: arguments, number of chunks, the next one, whether a kernel failed.
+        parts = [values[1], values[2], _INT64(0), _INT64(0)]
+        shared = cgutils.alloca_once(builder, ir.LiteralStructType([part.type for part in parts]))
+        for i, part in enumerate(parts):
+            builder.store(part, cgutils.gep_inbounds(builder, shared, 0, i))
+        work = _define_work(context, builder.module, shared.type, compilation.fndesc)
+        start_type = ir.FunctionType(ir.VoidType(), [work.type, _BYTES, _INT32, _INT32])
+        start = cgutils.get_or_insert_function(builder.module, start_type, "modeling_peer_start_threads")
+        num_threads, data = builder.trunc(values[3], _INT32), builder.bitcast(shared, _BYTES)
+        with builder.if_else(builder.icmp_signed(">", num_threads, _INT32(1))) as (several, one):
+            with several:
+                builder.call(start, [work, data, num_threads, _INT32(0)])
+            with one:
+                builder.call(work, [data])
+        failed = builder.load(cgutils.gep_inbounds(builder, shared, 0, 3))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
+            context.call_conv.return_user_exc(builder, RuntimeError, ("a CPU kernel failed: out of memory?",))
+        return context.get_dummy_value()
+
+    return types.void(kernel, args, types.int64, types.int64), generate
+
+
+def _define_work(context, module, shared_type, kernel):
+    """What each thread does: take the next chunk, until there is none."""
+    function_type = ir.FunctionType(ir.VoidType(), [_BYTES])
+    function = ir.Function(module, function_type, module.get_unique_name("work"))
+    function.linkage = "internal"
+    builder = ir.IRBuilder(function.append_basic_block())
+    shared = builder.bitcast(function.args[0], shared_type)
+    arguments, num_chunks, next_chunk, failed = (cgutils.gep_inbounds(builder, shared, 0, i) for i in range(4))
+    arguments = cgutils.unpack_tuple(builder, builder.load(arguments))
+    num_chunks = builder.load(num_chunks)
+    take, compute, done = (builder.append_basic_block() for _ in range(3))
+    builder.branch(take)
+
+    builder.position_at_end(take)
+    chunk = builder.atomic_rmw("add", next_chunk, _INT64(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", chunk, num_chunks), compute, done)
+
+    builder.position_at_end(compute)
+    status, _ = context.call_conv.call_function(
+        builder,
+        context.declare_function(module, kernel),
+        kernel.restype,
+        kernel.argtypes,
+        [*arguments, chunk, num_chunks],
+    )
+    with cgutils.if_unlikely(builder, status.is_error):
+        builder.store(_INT64(1), failed)
+    builder.branch(take)
+
+    builder.position_at_end(done)
+    builder.ret_void()
+    return function

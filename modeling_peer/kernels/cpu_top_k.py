@@ -30,6 +30,27 @@ def scratch_for(num_scores):
 
 
 @compiled
+def copy_finite(values, target):
+    """Copy `values` to the beginning of `target`; the result is zero, or NaN if one of them is not finite."""
+    finite = np.float32(0)
+    for i in range(len(values)):
+        target[i] = values[i]
+        finite += values[i] * np.float32(0)
+    return finite
+
+
+@compiled
+def find_best(scores, scratch, best, best_keys):
+    """The `len(best)` best of `scores`, whole groups of it, in falling order; the result is NaN if they are fewer."""
+    count = find_candidates(scores, len(best), np.float32(0), scratch)
+    values, keys = scratch[0], scratch[1]
+    for i in range(count):
+        values[i] = scores[keys[i]]
+    keep_best(count, scratch, best, best_keys)
+    return np.float32(0) if count >= len(best) else np.float32(np.nan)
+
+
+@compiled
 def find_candidates(scores, top_k, margin, scratch):
     """Put the keys of `scores`, whole groups of them, that reach the `top_k`-th best less `margin` into `scratch`, in
     rising order; how many: a few more than those, fewer than `top_k` only where scores are NaN."""

@@ -1,0 +1,272 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""A few tokens on CPU, one as a rule: decoding, where what is called between kernels takes as long as they do.
+
+    retrieve    queries, their norm, scores, best experts and gates      one call, three shares of work
+    mix         act(x · down) · gate, added up with the rows of `up`     one call, one share
+
+Every element is summed in an order in which neither other tokens nor the number of threads have a part: results are
+bit-identical from run to run.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from . import cpu_threads
+from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, ids_and_rows
+from .cpu_memory import borrowed
+from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
+from .cpu_simd import GROUPS, compiled, narrow, prefetch_row, widen
+from .cpu_threads import in_parallel
+from .cpu_top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
+
+# From so many queries for the same sub-keys on it pays to lay these out in blocks (`cpu_retrieval`).
+MIN_BLOCKED_ROWS = 64
+MAX_ASSIGNMENTS = 1024  # beyond, PyTorch's activation of many numbers at once saves more than one pass over the rows
+CHUNKS_PER_THREAD = 2
+KEYS_PER_PART = 128
+ASSIGNMENTS_PER_PART = 32
+
+GATES = {None: 0, "softmax": 1, "sigmoid": 2}
+ACTIVATIONS = {"identity": 0, "gelu": 1, "relu": 2, "silu": 3}
+
+
+def retrieve(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm: tuple[torch.Tensor | None, ...],
+    eps: float,
+    sub_keys: torch.Tensor,
+    num_heads: int,
+    top_k: int,
+    gate_activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `operators.retrieve_few`."""
+    num_tokens, query_dim = len(tokens), weight.shape[0] // num_heads
+    gates = torch.empty(num_tokens, num_heads, top_k)
+    expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+    num_rows, num_sub_keys, half = num_tokens * num_heads, sub_keys.shape[-2], sub_keys.shape[-1]
+    codebooks = sub_keys.to(torch.float32).contiguous()
+    _retrieve(
+        borrowed(tokens),
+        borrowed(weight),
+        borrowed(bias),
+        *(None if tensor is None else borrowed(tensor) for tensor in norm),
+        np.float32(eps),
+        query_dim,
+        borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half),
+        borrowed(gates, num_rows, top_k),
+        borrowed(expert_ids, num_rows, top_k),
+        GATES[gate_activation],
+        cpu_threads.team_for(weight.nbytes + codebooks.nbytes),
+    )
+    return gates, expert_ids
+
+
+@compiled
+def _retrieve(
+    tokens, weight, bias, mean, variance, scale, shift, eps, query_dim, codebooks, gates, ids, gate, num_threads
+):
+    num_heads, half = len(weight) // query_dim, codebooks.shape[3]
+    queries = np.empty((len(tokens), len(weight)), np.float32)
+    arguments = (tokens, weight, bias, mean, variance, scale, shift, eps, queries, query_dim)
+    in_parallel(_make_queries, arguments, min(num_heads, CHUNKS_PER_THREAD * num_threads), num_threads)
+    _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate, num_threads)
+
+
+@compiled
+def _make_queries(tokens, weight, bias, mean, variance, scale, shift, eps, queries, query_dim, chunk, num_chunks):
+    """Queries (t, h * q) of some heads, rounded as a linear map of the weights' type rounds them, normalised."""
+    num_heads = len(weight) // query_dim
+    for head in range(num_heads * chunk // num_chunks, num_heads * (chunk + 1) // num_chunks):
+        first = head * query_dim
+        for row in range(first, first + query_dim):
+            for t in range(len(tokens)):
+                value = dot_row(tokens[t], weight[row]) + widen(bias[row])
+                queries[t, row] = widen(narrow(value, bias[row]))
+        for t in range(len(tokens)):
+            query = queries[t, first : first + query_dim]
+            if mean is not None:  # BatchNorm
+                for i in range(query_dim):
+                    factor = scale[first + i] / np.sqrt(variance[first + i] + eps)
+                    query[i] = query[i] * factor + (shift[first + i] - mean[first + i] * factor)
+            elif shift is not None:  # LayerNorm
+                center = _mean(query)
+                factor = np.float32(1) / np.sqrt(_mean_square(query, center) + eps)
+                for i in range(query_dim):
+                    query[i] = (query[i] - center) * factor * scale[i] + shift[i]
+            elif scale is not None:  # RMSNorm
+                factor = np.float32(1) / np.sqrt(_mean_square(query, np.float32(0)) + eps)
+                for i in range(query_dim):
+                    query[i] = query[i] * factor * scale[i]
+
+
+@compiled
+def _mean(values):
+    total = np.float32(0)
+    for value in values:
+        total += value
+    return total / np.float32(len(values))
+
+
+@compiled
+def _mean_square(values, center):
+    total = np.float32(0)
+    for value in values:
+        total += (value - center) * (value - center)
+    return total / np.float32(len(values))
+
+
+def search_few(queries: np.ndarray, codebooks: np.ndarray, scores: np.ndarray, expert_ids: np.ndarray) -> None:
+    """Write `scores` and `expert_ids`, (rows, k) each, of queries (rows, 2, q / 2): row r searches codebook
+    `r % searches` of (searches, 2, n, q / 2)."""
+    _search(queries, codebooks, scores, expert_ids, GATES[None], cpu_threads.team_for(codebooks.nbytes))
+
+
+@compiled
+def _search(queries, codebooks, out_scores, out_ids, gate, num_threads):
+    num_searches, _, num_sub_keys, _ = codebooks.shape
+    num_tiles = num_searches * -(-(len(queries) // num_searches) // FEW_ROWS)
+    products = np.empty((num_tiles, 2, num_sub_keys, FEW_ROWS), np.float32)
+    num_parts = num_tiles * 2 * -(-num_sub_keys // KEYS_PER_PART)
+    num_chunks = CHUNKS_PER_THREAD * num_threads
+    in_parallel(_score, (queries, codebooks, products), min(num_parts, num_chunks), num_threads)
+    in_parallel(_rank, (products, num_searches, out_scores, out_ids, gate), min(len(queries), num_chunks), num_threads)
+
+
+@compiled
+def _score(queries, codebooks, products, chunk, num_chunks):
+    """Products (tiles, 2, n, FEW_ROWS) of some parts of the codebooks as they lie, with FEW_ROWS queries at a time."""
+    num_searches, _, num_sub_keys, half = codebooks.shape
+    rows_per_search = len(queries) // num_searches
+    tiles_per_search = len(products) // num_searches
+    parts_per_codebook = -(-num_sub_keys // KEYS_PER_PART)
+    num_parts = len(products) * 2 * parts_per_codebook
+    columns = np.zeros((half, FEW_ROWS), np.float32)  # queries side by side
+    laid_out = -1
+    for part in range(num_parts * chunk // num_chunks, num_parts * (chunk + 1) // num_chunks):
+        side, first = part // parts_per_codebook, part % parts_per_codebook * KEYS_PER_PART
+        tile, codebook = side // 2, side % 2
+        search, start = tile // tiles_per_search, tile % tiles_per_search * FEW_ROWS
+        if laid_out != side:
+            for i in range(min(FEW_ROWS, rows_per_search - start)):
+                columns[:, i] = queries[(start + i) * num_searches + search, codebook]
+            laid_out = side
+        sub_keys, out = codebooks[search, codebook], products[tile, codebook]
+        stop = min(first + KEYS_PER_PART, num_sub_keys)
+        blocked = first + (stop - first) // FEW_KEYS * FEW_KEYS
+        for key in range(first, blocked, FEW_KEYS):
+            score_few_block(sub_keys[key : key + FEW_KEYS], 0, columns, out[key : key + FEW_KEYS], 0)
+        for key in range(blocked, stop):
+            out[key] = 0
+            for feature in range(half):
+                out[key] += sub_keys[key, feature] * columns[feature]
+
+
+@compiled
+def _rank(products, num_searches, out_scores, out_ids, gate, chunk, num_chunks):
+    """Best experts of some queries, and their scores or gates."""
+    num_rows, top_k = out_scores.shape
+    num_sub_keys = products.shape[2]
+    tiles_per_search = len(products) // num_searches
+    scores = np.empty(-(-num_sub_keys // GROUPS) * GROUPS, np.float32)
+    scores[num_sub_keys:] = PADDING
+    best, best_keys = np.empty((2, top_k), np.float32), np.empty((2, top_k), np.int64)
+    scratch = scratch_for(len(scores))
+    for row in range(num_rows * chunk // num_chunks, num_rows * (chunk + 1) // num_chunks):
+        search, position = row % num_searches, row // num_searches
+        tile = search * tiles_per_search + position // FEW_ROWS
+        finite = np.float32(0)
+        for codebook in range(2):
+            finite += copy_finite(products[tile, codebook, :, position % FEW_ROWS], scores)
+            finite += find_best(scores, scratch, best[codebook], best_keys[codebook])
+        best_pairs(best, best_keys, num_sub_keys, finite, out_scores[row], out_ids[row])
+        _open_gates(out_scores[row], gate)
+
+
+@compiled
+def _open_gates(scores, gate):
+    """Scores, best first, become gates in their place: see `GATES`."""
+    if gate == 1:
+        total, largest = np.float32(0), scores[0]
+        for i in range(len(scores)):
+            scores[i] = np.exp(scores[i] - largest)
+            total += scores[i]
+        for i in range(len(scores)):
+            scores[i] /= total
+    elif gate == 2:
+        for i in range(len(scores)):
+            scores[i] = np.float32(1) / (np.float32(1) + np.exp(-scores[i]))
+
+
+def mix(
+    tokens: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gates: torch.Tensor,
+    down_embed: torch.Tensor | None,
+    up_embed: torch.Tensor,
+    gate_embed: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """Outputs (t, d), float32, of `operators.expert_mixture`; `tokens` and `gates` are float32, `activation` is one of
+    `ACTIVATIONS`."""
+    output = torch.empty(tokens.shape)
+    ids, rows = ids_and_rows(expert_ids, up_embed)
+    down, gate = (None if table is None else ids_and_rows(expert_ids, table)[1] for table in (down_embed, gate_embed))
+    num_threads = cpu_threads.team_for(2 * expert_ids.numel() * up_embed.shape[1] * up_embed.itemsize)
+    arguments = (borrowed(tokens), ids, borrowed(gates), down, rows, gate, ACTIVATIONS[activation], borrowed(output))
+    _mix(*arguments, num_threads)
+    return output
+
+
+@compiled
+def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_threads):
+    num_tokens, num_active = ids.shape
+    num_parts = -(-num_active // ASSIGNMENTS_PER_PART)
+    sums = np.zeros((num_tokens, num_parts, tokens.shape[1]), np.float32)
+    arguments = (tokens, ids, gates, down, up, gate_rows, activation, sums)
+    in_parallel(_mix_parts, arguments, min(num_tokens * num_parts, CHUNKS_PER_THREAD * num_threads), num_threads)
+    output[:] = 0
+    for t in range(num_tokens):
+        for part in range(num_parts):
+            add_row(output[t], np.float32(1), sums[t, part])
+
+
+@compiled
+def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk, num_chunks):
+    """What some experts of a token add to its output: sums (t, parts, d)."""
+    num_tokens, num_parts, _ = sums.shape
+    num_active = ids.shape[1]
+    stop_unit = num_tokens * num_parts * (chunk + 1) // num_chunks
+    for unit in range(num_tokens * num_parts * chunk // num_chunks, stop_unit):
+        t, part = unit // num_parts, unit % num_parts
+        token, total = tokens[t], sums[t, part]
+        first = part * ASSIGNMENTS_PER_PART
+        stop = min(first + ASSIGNMENTS_PER_PART, num_active)
+        for a in range(first, stop):
+            ahead = ids[t, min(a + PREFETCHED_ROWS, stop - 1)]
+            prefetch_row(up, ahead)
+            weight = gates[t, a]
+            if down is not None:
+                prefetch_row(down, ahead)
+                neuron = dot_row(token, down[ids[t, a]])
+                if gate_rows is None:
+                    weight *= _activate(neuron, activation)
+                else:
+                    prefetch_row(gate_rows, ahead)
+                    weight *= _activate(dot_row(token, gate_rows[ids[t, a]]), activation) * neuron
+            add_row(total, weight, up[ids[t, a]])
+
+
+@compiled
+def _activate(value, activation):
+    """See `ACTIVATIONS`."""
+    if activation == 1:
+        return np.float32(0.5) * value * np.float32(1 + math.erf(value * math.sqrt(0.5)))
+    if activation == 2:
+        return value if value > 0 or value != value else np.float32(0)
+    if activation == 3:
+        return value / (np.float32(1) + np.exp(-value))
+    return value
