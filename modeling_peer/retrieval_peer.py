@@ -198,12 +198,12 @@ class PeerRetrieval(nn.Module):
         retrieve, norm = RETRIEVAL_OF_FEW_FUNCTIONS.get(implementation), self.query_norm
         if retrieve is None or not (_is_unobserved(self.query_proj, nn.Linear) and _is_unobserved(norm, *_NORMS)):
             return None
-        features = (getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias"))
+        known, projection = {**norm._parameters, **norm._buffers}, self.query_proj
         return retrieve(
             tokens,
-            self.query_proj.weight,
-            self.query_proj.bias,
-            tuple(features),
+            projection.weight,
+            projection.bias,
+            tuple(map(known.get, ("running_mean", "running_var", "weight", "bias"))),
             getattr(norm, "eps", 0.0),
             self.sub_keys,
             self.num_heads,

@@ -213,8 +213,13 @@ def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndar
     if not _all_below(ids, num_experts):
         lowest, highest = (int(bound) for bound in expert_ids.aminmax())
         raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {num_experts} experts.")
+    return ids, rows_of(table)
+
+
+def rows_of(table: torch.Tensor) -> np.ndarray:
+    """A table as a borrowed array, in huge pages where it is large."""
     move_to_huge_pages(table)
-    return ids, borrowed(table)
+    return borrowed(table)
 
 
 @compiled

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, ids_and_rows
-from .cpu_memory import borrowed
+from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, ids_and_rows, rows_of
+from .cpu_memory import as_float32, borrowed
 from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
 from .cpu_simd import GROUPS, compiled, narrow, prefetch_row, widen
 from .cpu_threads import in_parallel
@@ -44,11 +44,11 @@ def retrieve(
     gate_activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `operators.retrieve_few`."""
-    num_tokens, query_dim = len(tokens), weight.shape[0] // num_heads
+    num_tokens, query_dim = tokens.shape[0], weight.shape[0] // num_heads
     gates = torch.empty(num_tokens, num_heads, top_k)
     expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
     num_rows, num_sub_keys, half = num_tokens * num_heads, sub_keys.shape[-2], sub_keys.shape[-1]
-    codebooks = sub_keys.to(torch.float32).contiguous()
+    tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     _retrieve(
         borrowed(tokens),
         borrowed(weight),
@@ -210,13 +210,13 @@ def mix(
     gate_embed: torch.Tensor | None,
     activation: str,
 ) -> torch.Tensor:
-    """Outputs (t, d), float32, of `operators.expert_mixture`; `tokens` and `gates` are float32, `activation` is one of
-    `ACTIVATIONS`."""
+    """Outputs (t, d), float32, of `operators.expert_mixture`; `activation` is one of `ACTIVATIONS`."""
+    tokens, gates, expert_ids = as_float32(tokens), as_float32(gates), expert_ids.contiguous()
     output = torch.empty(tokens.shape)
-    ids, rows = ids_and_rows(expert_ids, up_embed)
-    down, gate = (None if table is None else ids_and_rows(expert_ids, table)[1] for table in (down_embed, gate_embed))
+    ids, up = ids_and_rows(expert_ids, up_embed)
+    down, gate = (None if table is None else rows_of(table) for table in (down_embed, gate_embed))
     num_threads = cpu_threads.team_for(2 * expert_ids.numel() * up_embed.shape[1] * up_embed.itemsize)
-    arguments = (borrowed(tokens), ids, borrowed(gates), down, rows, gate, ACTIVATIONS[activation], borrowed(output))
+    arguments = (borrowed(tokens), ids, borrowed(gates), down, up, gate, ACTIVATIONS[activation], borrowed(output))
     _mix(*arguments, num_threads)
     return output
 

@@ -286,14 +286,15 @@ def retrieve_few(
     if torch.compiler.is_compiling() or (few := _few_tokens(implementation)) is None:
         return None
     num_searches = num_heads if sub_keys.dim() == 4 else 1
-    if not 0 < len(tokens) * num_heads // num_searches < few.MIN_BLOCKED_ROWS:
+    if not 0 < tokens.shape[0] * num_heads // num_searches < few.MIN_BLOCKED_ROWS:
         return None
     if not tokens.dtype == weight.dtype == bias.dtype or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if _somebody_looks((tokens, weight, bias, *norm, sub_keys)) or torch.is_autocast_enabled(tokens.device.type):
+    if not _are_ordinary(weight, bias, *norm, sub_keys) or _somebody_looks((tokens,)):
         return None
-    tensors = [tensor.contiguous() for tensor in (tokens.to(torch.float32), weight, bias)]
-    return few.retrieve(*tensors, norm, eps, sub_keys, num_heads, top_k, gate_activation)
+    if torch.is_autocast_enabled(tokens.device.type):
+        return None
+    return few.retrieve(tokens, weight, bias, norm, eps, sub_keys, num_heads, top_k, gate_activation)
 
 
 def _mix_few(hidden_states, expert_ids, gates, tables, activation, implementation) -> torch.Tensor | None:
@@ -303,10 +304,24 @@ def _mix_few(hidden_states, expert_ids, gates, tables, activation, implementatio
     name, given = _name_of(activation), [table for table in tables if table is not None]
     if name is None or not 0 < expert_ids.numel() <= few.MAX_ASSIGNMENTS:
         return None
-    if _somebody_looks((hidden_states, expert_ids, gates, *given)) or any(not t.is_contiguous() for t in given):
+    if not _are_ordinary(*given) or _somebody_looks((hidden_states, expert_ids, gates)):
         return None
-    tokens, weights = hidden_states.to(torch.float32).contiguous(), gates.to(torch.float32).contiguous()
-    return few.mix(tokens, expert_ids.contiguous(), weights, *tables, name).to(hidden_states.dtype)
+    output = few.mix(hidden_states, expert_ids, gates, *tables, name)
+    return output if output.dtype == hidden_states.dtype else output.to(hidden_states.dtype)
+
+
+def _are_ordinary(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing is special about parameters and buffers, so that a call may take their memory: in a tenth of the
+    time of `_somebody_looks`, which is asked about what is computed."""
+    needs_gradient = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in (nn.Parameter, torch.Tensor)
+            or (needs_gradient and tensor.requires_grad)
+            or not tensor.is_contiguous()
+        ):
+            return False
+    return True
 
 
 def _name_of(activation: Callable) -> str | None:
