@@ -65,10 +65,11 @@ def describe_run(settings: BenchmarkArguments) -> dict[str, Any]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores this process may use, threads, memory, and the GPU if that is what is measured."""
+    """Processor, the widest vectors it computes with, cores this process may use, threads, memory, and the GPU if that is what is measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "cpu": _cpu_model(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": cores,
         "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

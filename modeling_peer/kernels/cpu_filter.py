@@ -14,9 +14,9 @@ import numpy as np
 from .cpu_products import (
     BLOCK_KEYS,
     BLOCK_ROWS,
-    HAS_FAST_PAIRS,
+    HAS_VNNI,
+    LISTED_FEATURES,
     LISTED_KEYS,
-    SQUARE,
     score_integer_block,
     score_listed,
 )
@@ -35,12 +35,12 @@ MIN_SCALE, MAX_SCALE = np.float32(2.0**-48), np.float32(2.0**48)
 def pays_off(num_queries: int, num_sub_keys: int, width: int, top_k: int) -> bool:
     """Whether to filter `num_queries` searches for `top_k` of `num_sub_keys`, each of `width` features."""
     return (
-        HAS_FAST_PAIRS
+        HAS_VNNI
         and num_queries >= MIN_QUERIES
         and num_sub_keys >= MIN_SUB_KEYS_PER_EXPERT * top_k
         and top_k <= MAX_COUNTED // 2
         and MIN_WIDTH <= width <= MAX_WIDTH
-        and width % SQUARE == 0
+        and width % LISTED_FEATURES == 0
     )
 
 

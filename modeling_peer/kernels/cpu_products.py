@@ -16,21 +16,19 @@ from .cpu_simd import element, in_every_lane
 
 _FEATURES = llvm.get_host_cpu_features()
 HAS_AVX512 = bool(_FEATURES.get("avx512f", False))
-# Whether products of pairs of int16, summed in int32, are faster than float32: by one instruction for both (VNNI), or
-# two, which more of the CPU's units take than products of float32 (AVX2: 1.6 times as fast on a Zen 3 core). They are
-# asked for by name, which LLVM does not survive when it was told to compile for another CPU.
-_IS_HOST = not (config.CPU_NAME or config.CPU_FEATURES)
-_HAS_VNNI = _IS_HOST and HAS_AVX512 and bool(_FEATURES.get("avx512vnni", False))
-HAS_FAST_PAIRS = _HAS_VNNI or (_IS_HOST and not HAS_AVX512 and bool(_FEATURES.get("avx2", False)))
+# Products of pairs of int16, summed in int32, at twice the rate of float32. The instruction is asked for by name,
+# which LLVM does not survive when it was told to compile for another CPU. (AVX2's two instructions have 1.6 times the
+# rate of float32 on a Zen 3 core; a search takes as long with as without the filter there, 2026-11-26.)
+HAS_VNNI = HAS_AVX512 and bool(_FEATURES.get("avx512vnni", False)) and not (config.CPU_NAME or config.CPU_FEATURES)
 
 # A block of scores in registers, BLOCK_ROWS queries x BLOCK_KEYS sub-keys: 16 accumulators of 16 lanes fill half of
 # AVX-512's registers, 12 of 8 lanes three quarters of AVX2's. Retrieval of 2,048 tokens on two Zen 4 cores took 60 ms
 # with 8 x 2 vectors, 63 with 4 x 4, 65 with 24 x 1, 154 with 12 x 2 (2026-11-22). With AVX2, on a Zen 3 core, 6 x 2,
-# 5 x 2, 4 x 2 and 2 x 4 are equal, in float32 and integers; 3 x 4 is half as fast, n x 1 two thirds (2026-11-26).
+# 5 x 2, 4 x 2 and 2 x 4 are equal; 3 x 4 is half as fast, n x 1 two thirds (2026-11-26).
 LANES, BLOCK_ROWS, BLOCK_VECTORS = (16, 8, 2) if HAS_AVX512 else (8, 6, 2)
 BLOCK_KEYS = LANES * BLOCK_VECTORS
 
-_FLOAT, _INT16, _INT32, _INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def _int64(value: int) -> ir.Constant:
@@ -62,15 +60,11 @@ def _multiply_floats(builder, left, right, total):
 
 def _multiply_pairs(builder, left, right, total):
     """`total` plus both products of the two int16 in each lane."""
-    if _HAS_VNNI:
-        return _call(builder, "llvm.x86.avx512.vpdpwssd.512", total, left, right)
-    pairs = ir.VectorType(_INT16, 2 * total.type.count)
-    left, right = builder.bitcast(left, pairs), builder.bitcast(right, pairs)
-    return builder.add(total, _call(builder, "llvm.x86.avx2.pmadd.wd", left, right, result_type=total.type))
+    return _call(builder, "llvm.x86.avx512.vpdpwssd.512", total, left, right)
 
 
-def _call(builder, name, *vectors, result_type=None):
-    function_type = ir.FunctionType(result_type or vectors[0].type, [vector.type for vector in vectors])
+def _call(builder, name, *vectors):
+    function_type = ir.FunctionType(vectors[0].type, [vectors[0].type] * len(vectors))
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), vectors)
 
 
@@ -123,9 +117,8 @@ score_integer_block = _product_block(BLOCK_ROWS, LANES, BLOCK_VECTORS, _INT32, _
 FEW_ROWS, FEW_KEYS = 8, 8
 score_few_block = _product_block(FEW_KEYS, FEW_ROWS, 1, _FLOAT, _multiply_floats)
 
-# Sub-keys of a list that are scored at once, in squares of as many sub-keys as features; 24 at once are no faster than
-# three times 8 (on a Zen 3 core).
-LISTED_KEYS, SQUARE = 8, 8
+# Sub-keys of a list that are scored at once, in vectors of 8, and features that are loaded at once from each.
+LISTED_KEYS, LISTED_LANES, LISTED_FEATURES = 24, 8, 4
 
 
 @intrinsic
@@ -133,9 +126,9 @@ def score_listed(typing_context, query, sub_keys, keys, first, out):
     """`out[i] = query · sub_keys[keys[i]]` for the `LISTED_KEYS` positions i from `first` on.
 
     `query` (width,) and `sub_keys` (n, width) are float32, `keys` int64; all are C-contiguous, and `width` is a
-    multiple of `SQUARE`.
+    multiple of `LISTED_FEATURES`.
     """
-    vector_type = ir.VectorType(_FLOAT, SQUARE)
+    vector_type = ir.VectorType(_FLOAT, LISTED_LANES)
 
     def generate(context, builder, signature, args):
         query, sub_keys, keys, first, out = args
@@ -144,43 +137,39 @@ def score_listed(typing_context, query, sub_keys, keys, first, out):
         numbers = [builder.load(element(context, builder, keys_type, keys, [i], _INT64)) for i in positions]
 
         def features_of(key, feature):
-            pointer = element(context, builder, sub_keys_type, sub_keys, [key, feature], vector_type)
-            return builder.load(pointer, align=4)
+            few = ir.VectorType(_FLOAT, LISTED_FEATURES)
+            return builder.load(element(context, builder, sub_keys_type, sub_keys, [key, feature], few), align=4)
 
         def add(feature, sums):
             values = []
-            for i in range(SQUARE):
+            for i in range(LISTED_FEATURES):
                 index = [builder.add(feature, _int64(i))]
                 value = builder.load(element(context, builder, query_type, query, index, _FLOAT))
                 values.append(in_every_lane(builder, value, vector_type))
             new_sums = []
             for i, total in enumerate(sums):
-                rows = [features_of(key, feature) for key in numbers[i * SQUARE : (i + 1) * SQUARE]]
-                for value, column in zip(values, _transpose(builder, rows), strict=True):
+                rows = [features_of(key, feature) for key in numbers[i * LISTED_LANES : (i + 1) * LISTED_LANES]]
+                for value, column in zip(values, _columns(builder, rows), strict=True):
                     total = _multiply_floats(builder, value, column, total)
                 new_sums.append(total)
             return new_sums
 
         width = cgutils.unpack_tuple(builder, context.make_array(query_type)(context, builder, query).shape)[0]
-        for i, total in enumerate(_sum_over(builder, width, SQUARE, LISTED_KEYS // SQUARE, vector_type, add)):
-            pointer = element(context, builder, out_type, out, [positions[i * SQUARE]], vector_type)
+        num_sums = LISTED_KEYS // LISTED_LANES
+        for i, total in enumerate(_sum_over(builder, width, LISTED_FEATURES, num_sums, vector_type, add)):
+            pointer = element(context, builder, out_type, out, [positions[i * LISTED_LANES]], vector_type)
             builder.store(total, pointer, align=4)
         return context.get_dummy_value()
 
     return types.void(query, sub_keys, keys, types.int64, out), generate
 
 
-def _transpose(builder, rows):
-    """The columns of a matrix of which `rows` are the rows, as many as each has elements, a power of two: one step for
-    each bit of an element's place, which exchanges that bit of its row's number with that of its column's."""
-    size, distance = len(rows), 1
-    while distance < size:
-        # of two rows side by side: what takes the place of the first, and of the second
-        first = [i + (size - distance) * bool(i & distance) for i in range(size)]
-        masks = [ir.Constant(ir.VectorType(_INT32, size), [i + shift for i in first]) for shift in (0, distance)]
-        for i in range(size):
-            if not i & distance:
-                pair = rows[i], rows[i + distance]
-                rows[i], rows[i + distance] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-        distance *= 2
-    return rows
+def _columns(builder, rows):
+    """The columns of a matrix of which `rows` are the rows, a power of two of them."""
+    num_rows, num_columns = len(rows), rows[0].type.count
+    order = lambda indices: ir.Constant(ir.VectorType(_INT32, len(indices)), list(indices))  # noqa: E731
+    while len(rows) > 1:
+        joined = order(range(2 * rows[0].type.count))
+        rows = [builder.shuffle_vector(a, b, joined) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+    stop = num_rows * num_columns
+    return [builder.shuffle_vector(rows[0], rows[0], order(range(i, stop, num_columns))) for i in range(num_columns)]
