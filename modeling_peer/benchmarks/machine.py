@@ -65,7 +65,7 @@ def describe_run(settings: BenchmarkArguments) -> dict[str, Any]:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, the widest vectors it computes with, cores this process may use, threads, memory, and the GPU if that is what is measured."""
+    """Processor and its widest vectors, cores this process may use, threads, memory, and a GPU if one is measured."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "cpu": _cpu_model(),
