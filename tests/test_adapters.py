@@ -18,6 +18,10 @@ def tokens():
     return torch.randint(1, 99, (3, 12))
 
 
+# Where nothing learns, "cpu" adds up the experts of a few tokens in another order: 9e-8 apart.
+OTHER_ORDER = {"atol": 1e-6, "rtol": 0}
+
+
 def adapt(model, **options):
     options = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "o_proj", "query_proj"], "r": 4, **options}
     return peft.get_peft_model(model, peft.LoraConfig(**options))
@@ -56,11 +60,11 @@ def test_an_adapter_trains_itself_alone_loads_and_merges(
     logits = adapted(input_ids=tokens).logits
     assert torch.equal(adapted.train()(input_ids=tokens).logits, logits)
     with adapted.eval().disable_adapter():
-        assert torch.equal(adapted(input_ids=tokens).logits, base.eval()(tokens).logits)
+        torch.testing.assert_close(adapted(input_ids=tokens).logits, base.eval()(tokens).logits, **OTHER_ORDER)
 
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    torch.testing.assert_close(loaded(input_ids=tokens).logits, logits, atol=0, rtol=0)
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, logits, **OTHER_ORDER)
 
     merged = adapted.merge_and_unload()
     adapted_weights = tuple(parameters) + tuple(f"{name}.weight" for name in modules)

@@ -10,6 +10,7 @@ import subprocess
 import tarfile
 import typing
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -196,13 +197,18 @@ def test_row_sparse_training_learns_real_text_as_dense_training_does(tmp_path):
     words = write_inputs(tmp_path, TINY_PEER | {"num_sub_keys": 64}, text=text)
     words += as_command_line(max_steps=300, learning_rate=4e-3, warmup_steps=20, lr_scheduler_type="cosine")
     words += as_command_line(per_device_train_batch_size=8, max_evaluation_bytes=20_000, logging_steps=100)
-    bits = [
-        train(words, output_dir=tmp_path / kind, row_sparse_gradients=kind).summary["validation_bits_per_byte"]
-        for kind in ("false", "true")
-    ]
-    assert max(bits) < 4
-    # On 1 MB of such text, two seeds: 0.012 and 0.001 better; dense training with the two seeds differed by 0.07.
-    assert abs(bits[1] - bits[0]) < 0.06
+    differences = []
+    for seed in range(3):
+        bits = [
+            train(words, output_dir=tmp_path / f"{kind}-{seed}", row_sparse_gradients=kind, seed=seed).summary[
+                "validation_bits_per_byte"
+            ]
+            for kind in ("false", "true")
+        ]
+        assert max(bits) < 4
+        differences.append(bits[1] - bits[0])
+    # 0.064, 0.000 and 0.020 on a Zen 3 core; dense training with these seeds differs by 0.039.
+    assert abs(mean(differences)) < 0.06
 
 
 @pytest.mark.slow
