@@ -164,6 +164,17 @@ def test_a_query_network_of_another_kind_computes_itself(calls):
     torch.testing.assert_close(output, run(layer, tokens, "eager")[0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_norm_in_another_type_computes_itself(calls):
+    layer, tokens = build(query_norm="layer_norm"), torch.randn(2, SIZES["hidden_size"])
+    norm = layer.retrieval.query_norm
+    with torch.no_grad():
+        norm.weight, norm.bias = (nn.Parameter(values.double()) for values in (norm.weight, norm.bias))
+        layer.retrieval.config._experts_implementation = "cpu"
+        with pytest.raises(RuntimeError, match="type"):  # PyTorch's own word, and not another norm's
+            layer(tokens)
+    assert calls == []
+
+
 def test_gradients_training_and_autocast_go_through_the_parts(calls):
     layer, tokens = build(), torch.randn(2, SIZES["hidden_size"])
     layer.retrieval.config._experts_implementation = "cpu"

@@ -290,6 +290,8 @@ def retrieve_few(
         return None
     if not tokens.dtype == weight.dtype == bias.dtype or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
+    if not tokens.is_cpu or any(tensor is not None and tensor.dtype != torch.float32 for tensor in norm):
+        return None
     if not _are_ordinary(weight, bias, *norm, sub_keys) or _somebody_looks((tokens,)):
         return None
     if torch.is_autocast_enabled(tokens.device.type):
@@ -302,7 +304,7 @@ def _mix_few(hidden_states, expert_ids, gates, tables, activation, implementatio
     if torch.compiler.is_compiling() or (few := _few_tokens(implementation)) is None:
         return None
     name, given = _name_of(activation), [table for table in tables if table is not None]
-    if name is None or not 0 < expert_ids.numel() <= few.MAX_ASSIGNMENTS:
+    if name is None or not hidden_states.is_cpu or not 0 < expert_ids.numel() <= few.MAX_ASSIGNMENTS:
         return None
     if not _are_ordinary(*given) or _somebody_looks((hidden_states, expert_ids, gates)):
         return None
@@ -318,7 +320,7 @@ def _are_ordinary(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and (
             type(tensor) not in (nn.Parameter, torch.Tensor)
             or (needs_gradient and tensor.requires_grad)
-            or not tensor.is_contiguous()
+            or not (tensor.is_cpu and tensor.is_contiguous())
         ):
             return False
     return True
