@@ -10,11 +10,11 @@ from transformers.utils import logging
 
 # Kernels stay home when these files travel with a checkpoint: there, eager is all there is.
 try:
-    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, obstacle, operators
+    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, few_tokens, obstacle, operators
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
-    IMPLEMENTATION_OF_DEVICE, obstacle, operators = {}, None, None
+    IMPLEMENTATION_OF_DEVICE, few_tokens, obstacle, operators = {}, None, None, None
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +38,7 @@ for _name in IMPLEMENTATION_OF_DEVICE.values():
     RETRIEVAL_FUNCTIONS[_name] = partial(operators.product_key_top_k, implementation=_name)
     EXPERT_MIXTURE_FUNCTIONS[_name] = partial(operators.expert_mixture, implementation=_name)
 if operators is not None:
-    RETRIEVAL_OF_FEW_FUNCTIONS["cpu"] = partial(operators.retrieve_few, implementation="cpu")
+    RETRIEVAL_OF_FEW_FUNCTIONS["cpu"] = few_tokens.retrieve_few
     ADAMW_ROWS_FUNCTIONS["cpu"] = partial(operators.adamw_rows_, implementation="cpu")
 
 
@@ -58,7 +58,9 @@ def check_experts_implementation(name: str | None) -> str | None:
     return name
 
 
-def choose(functions: PeerExpertsInterface, name: str | None, eager: Callable, table: torch.Tensor) -> Callable:
+def choose(
+    functions: PeerExpertsInterface, name: str | None, eager: Callable | None, table: torch.Tensor
+) -> Callable | None:
     """The function called `name`, or `eager` where this operation has no faster form of that name.
 
     Args:

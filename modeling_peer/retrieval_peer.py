@@ -4,11 +4,10 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers import initialization as init
 
 from .auxiliary_losses_peer import AuxiliaryLosses, balance_loss
-from .backends_peer import RETRIEVAL_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS, choose, implementation_for
+from .backends_peer import RETRIEVAL_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
 from .product_keys_peer import product_key_top_k
 
@@ -170,7 +169,9 @@ class PeerRetrieval(nn.Module):
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
-        if not self.training and (few := self._retrieve_few(tokens)) is not None:
+        wants_loss = aux_losses is not None and self.config.balance_loss is not None
+        few = None if self.training or wants_loss else self._retrieve_few(tokens)
+        if few is not None:
             gates, expert_ids = few
             return gates.view(shape), expert_ids.view(shape)
         query = self.query_proj(tokens)  # (t, h * query_dim)
@@ -184,7 +185,7 @@ class PeerRetrieval(nn.Module):
 
         retrieve = choose(RETRIEVAL_FUNCTIONS, self.config._experts_implementation, product_key_top_k, self.sub_keys)
         scores, expert_ids = retrieve(query, self.sub_keys, self.top_k)
-        if aux_losses is not None and self.config.balance_loss is not None:
+        if wants_loss:
             aux_losses.add(balance_loss(self.config.balance_loss, query, self.sub_keys, expert_ids, token_mask))
         gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
         return gates.view(shape), expert_ids.view(shape)
@@ -194,16 +195,21 @@ class PeerRetrieval(nn.Module):
         implementation has no such call, or somebody is to see the parts of this one."""
         if torch.compiler.is_compiling():
             return None
-        implementation = implementation_for(self.config._experts_implementation, self.sub_keys)
-        retrieve, norm = RETRIEVAL_OF_FEW_FUNCTIONS.get(implementation), self.query_norm
-        if retrieve is None or not (_is_unobserved(self.query_proj, nn.Linear) and _is_unobserved(norm, *_NORMS)):
+        retrieve = choose(RETRIEVAL_OF_FEW_FUNCTIONS, self.config._experts_implementation, None, self.sub_keys)
+        projection, norm = self.query_proj, self.query_norm
+        names = _NORM_TENSORS.get(type(norm))
+        if retrieve is None or type(projection) is not nn.Linear or names is None or norm.training:
             return None
-        known, projection = {**norm._parameters, **norm._buffers}, self.query_proj
+        # Attributes, not registered parameters: where these are sharded, plain views stand in their place.
+        tensors = {name: getattr(norm, name, None) for name in names}
+        if projection.bias is None or any(tensor is None for tensor in tensors.values()):
+            return None
         return retrieve(
             tokens,
+            (projection, norm),
             projection.weight,
             projection.bias,
-            tuple(map(known.get, ("running_mean", "running_var", "weight", "bias"))),
+            tuple(map(tensors.get, _NORM_TENSORS[PeerBatchNorm])),
             getattr(norm, "eps", 0.0),
             self.sub_keys,
             self.num_heads,
@@ -212,16 +218,13 @@ class PeerRetrieval(nn.Module):
         )
 
 
-_NORMS = (PeerBatchNorm, PeerRMSNorm, PeerLayerNorm, nn.Identity)
-
-
-def _is_unobserved(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling `module` does what one of these classes does, and nothing else: no adapter, no hook."""
-    return (
-        type(module) in kinds
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks or has_any_global_hook())
-    )
+# Of the norms that retrieval in one call knows: what they normalise with.
+_NORM_TENSORS = {
+    PeerBatchNorm: ("running_mean", "running_var", "weight", "bias"),
+    PeerLayerNorm: ("weight", "bias"),
+    PeerRMSNorm: ("weight",),
+    nn.Identity: (),
+}
 
 
 def _query_norm(config: PeerConfig) -> nn.Module:

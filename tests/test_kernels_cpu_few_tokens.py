@@ -8,6 +8,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from modeling_peer import PeerConfig, PeerLayer
+from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS
 from modeling_peer.experts_peer import expert_mixture as eager_mixture
 from modeling_peer.product_key_memory_peer import PeerProductKeyMemory
@@ -141,6 +142,76 @@ def test_hooks_of_the_query_network_and_its_norm_see_their_module(calls):
     assert calls == ["mix", "mix"]
 
 
+def test_the_balance_loss_of_a_short_input_is_computed_in_evaluation_too(calls):
+    layer, tokens = build(balance_loss="switch"), torch.randn(2, SIZES["hidden_size"])
+    losses = []
+    for implementation in ("cpu", "eager"):
+        layer.retrieval.config._experts_implementation = implementation
+        collected = AuxiliaryLosses()
+        with torch.no_grad():
+            layer(tokens, aux_losses=collected)
+        losses.append(collected.total)
+    assert calls == ["mix"]
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("query_norm", ["batch_norm", "layer_norm", "rms_norm"])
+def test_a_norm_whose_weights_are_plain_attributes_still_normalises(calls, query_norm):
+    """As FSDP1 leaves them, which shards parameters under other names."""
+    layer, tokens = build(query_norm=query_norm), torch.randn(2, SIZES["hidden_size"])
+    expected, _, _ = run(layer, tokens, "cpu")
+    norm = layer.retrieval.query_norm
+    for name, values in dict(norm.named_parameters()).items():
+        delattr(norm, name)
+        setattr(norm, name, values.detach())
+    assert torch.equal(run(layer, tokens, "cpu")[0], expected)
+    assert calls == 2 * ["retrieve", "mix", "retrieve"]
+
+
+def test_a_norm_that_still_learns_its_statistics_does(calls):
+    layer = build()
+    norm = layer.retrieval.query_norm.train()
+    before = norm.running_mean.clone()
+    run(layer, torch.randn(3, SIZES["hidden_size"]), "cpu")
+    assert not torch.equal(norm.running_mean, before)
+    assert calls == ["mix"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"top_k": 46}, "top_k .46. exceeds the 45 sub-keys"),
+        ({"query_dim": 12, "query_proj": nn.Linear(20, 36)}, "query has 12 features, sub_keys two halves of 5"),
+        ({"query_proj": nn.Linear(21, 30)}, "shapes cannot be multiplied"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_refused_as_by_the_parts(calls, change, error):
+    layer = build(query_norm="none")
+    for name, value in change.items():
+        setattr(layer.retrieval, name, value)
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        run(layer, torch.randn(2, SIZES["hidden_size"]), "cpu")
+    assert calls == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [2, 70])  # in one call, and in parts
+def test_results_are_float32_whatever_the_default_is(num_tokens, dtype):
+    layer, tokens = build(), torch.randn(num_tokens, SIZES["hidden_size"])
+    expected = run(layer, tokens, "cpu")
+    torch.set_default_dtype(dtype)
+    try:
+        results = run(layer, tokens, "cpu")
+        layer(tokens).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(results, expected, strict=True))
+    assert layer.retrieval.sub_keys.grad.dtype == torch.float32
+    assert layer.retrieval.sub_keys.grad.isfinite().all()
+
+
 class Doubled(nn.Linear):
     """As an adapter that stands in a module's place."""
 
@@ -150,10 +221,26 @@ class Doubled(nn.Linear):
 
 def test_a_hook_of_the_activation_sees_it(calls):
     layer, seen = build(), []
-    layer.experts.activation.register_forward_hook(lambda module, *_: seen.append(module))
+    hook = layer.experts.activation.register_forward_hook(lambda module, *_: seen.append(module))
     run(layer, torch.randn(2, SIZES["hidden_size"]), "cpu")
     assert seen == [layer.experts.activation]
     assert calls == ["retrieve", "retrieve"]
+    hook.remove()
+    layer.experts.activation.forward = lambda values: seen.append("forward") or values
+    run(layer, torch.randn(2, SIZES["hidden_size"]), "cpu")
+    assert seen[1:] == ["forward"]
+    assert "mix" not in calls
+
+
+def test_a_hook_of_every_module_sees_them_all(calls):
+    layer, seen = build(), []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        run(layer, torch.randn(2, SIZES["hidden_size"]), "cpu")
+    finally:
+        hook.remove()
+    assert {layer.retrieval.query_proj, layer.retrieval.query_norm, layer.experts.activation} <= set(seen)
+    assert calls == []
 
 
 def test_a_query_network_of_another_kind_computes_itself(calls):

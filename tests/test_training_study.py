@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 import yaml
 from training_helpers import REPOSITORY, TINY_PEER, as_command_line, run_script, some_text
 
@@ -20,7 +21,7 @@ from modeling_peer.training.study.compare import compare_feed_forwards
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.training.study.plan import plan_runs, shared_recipe
 from modeling_peer.training.study.recipe import FOLDER, parse_study
-from modeling_peer.training.study.report import as_tables, make_rows, write_report
+from modeling_peer.training.study.report import as_tables, make_rows, restore, write_report
 from modeling_peer.training.study.run import MODEL_FOLDER, PAUSED, run_in_process
 
 DATA = {"vocab_size": 257, "block_size": 32}
@@ -155,6 +156,18 @@ def test_a_study_goes_on_where_only_the_file_with_all_runs_is_left(finished, tmp
         compare_feed_forwards([*words, "--train_file", str(tmp_path / "text.txt")])
 
 
+def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(finished, tmp_path):
+    shutil.copy(finished.folder / "study.json", tmp_path)
+    (tmp_path / "peer-1").mkdir()  # as a restoration leaves it that was killed
+    restore(tmp_path)
+    for name in ("shared.json", "fits.json", "data.json", "peer-1/results.json", "peer-1/run.json"):
+        assert read(tmp_path / name) == read(finished.folder / name)
+    assert read(tmp_path / "fits.json")
+    shutil.rmtree(tmp_path / "peer-1")
+    restore(tmp_path)
+    assert not (tmp_path / "peer-1").exists()
+
+
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     (tmp_path / "study.json").write_bytes((finished.folder / "study.json").read_bytes())
     words = [finished.words[0], "--output_dir", str(tmp_path), "--report_only"]
@@ -222,7 +235,8 @@ def test_a_run_that_was_interrupted_continues_as_if_nothing_had_happened(finishe
     (run,) = plan(words, tmp_path / "out")
     context = multiprocessing.get_context("forkserver")
     stop = context.Event()
-    process = context.Process(target=run_in_process, args=(run, stop, 1, False))
+    # as many threads as a study gives a run: sums of another number of them may differ in their last bits
+    process = context.Process(target=run_in_process, args=(run, stop, torch.get_num_threads(), False))
     process.start()
     while not list_checkpoints(run.folder / MODEL_FOLDER):
         assert process.is_alive(), (run.folder / "log.txt").read_text()

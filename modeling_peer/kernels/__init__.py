@@ -2,8 +2,9 @@
 """Fast implementations of retrieval and expert mixture: tensors in, tensors out; nothing here knows the model.
 
 operators.py                        the operators of PyTorch, their backward, and the public functions
+observers.py                        whether operators, hooks or gradients have to be seen
 cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
-cpu_few_tokens.py                   the same for a token or a few without gradients, in two calls
+few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, in two calls: when, and how
 triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"
 """
 

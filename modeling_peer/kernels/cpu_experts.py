@@ -76,7 +76,8 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
 
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
-    weights, outputs = weights.to(torch.float32), torch.empty(expert_ids.shape[0], table.shape[1])
+    weights = weights.to(torch.float32)
+    outputs = torch.empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32)
     ids, rows = ids_and_rows(expert_ids, table)
     _for_assignments(_write, expert_ids.numel(), borrowed(weights), ids, rows, borrowed(outputs))
     return outputs

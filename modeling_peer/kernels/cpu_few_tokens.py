@@ -28,8 +28,11 @@ CHUNKS_PER_THREAD = 2
 KEYS_PER_PART = 128
 ASSIGNMENTS_PER_PART = 32
 
-GATES = {None: 0, "softmax": 1, "sigmoid": 2}
-ACTIVATIONS = {"identity": 0, "gelu": 1, "relu": 2, "silu": 3}
+# What compiled code knows gates and activations by.
+SCORES, SOFTMAX, SIGMOID = range(3)
+GATES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
+IDENTITY, GELU, RELU, SILU = range(4)
+ACTIVATIONS = {"identity": IDENTITY, "gelu": GELU, "relu": RELU, "silu": SILU}
 
 
 def retrieve(
@@ -43,9 +46,9 @@ def retrieve(
     top_k: int,
     gate_activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `operators.retrieve_few`."""
+    """See `few_tokens.retrieve_few`."""
     num_tokens, query_dim = tokens.shape[0], weight.shape[0] // num_heads
-    gates = torch.empty(num_tokens, num_heads, top_k)
+    gates = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32)
     expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
     num_rows, num_sub_keys, half = num_tokens * num_heads, sub_keys.shape[-2], sub_keys.shape[-1]
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
@@ -122,7 +125,7 @@ def _mean_square(values, center):
 def search_few(queries: np.ndarray, codebooks: np.ndarray, scores: np.ndarray, expert_ids: np.ndarray) -> None:
     """Write `scores` and `expert_ids`, (rows, k) each, of queries (rows, 2, q / 2): row r searches codebook
     `r % searches` of (searches, 2, n, q / 2)."""
-    _search(queries, codebooks, scores, expert_ids, GATES[None], cpu_threads.team_for(codebooks.nbytes))
+    _search(queries, codebooks, scores, expert_ids, SCORES, cpu_threads.team_for(codebooks.nbytes))
 
 
 @compiled
@@ -188,15 +191,15 @@ def _rank(products, num_searches, out_scores, out_ids, gate, chunk, num_chunks):
 
 @compiled
 def _open_gates(scores, gate):
-    """Scores, best first, become gates in their place: see `GATES`."""
-    if gate == 1:
+    """Scores, best first, become gates in their place; `SCORES` stay."""
+    if gate == SOFTMAX:
         total, largest = np.float32(0), scores[0]
         for i in range(len(scores)):
             scores[i] = np.exp(scores[i] - largest)
             total += scores[i]
         for i in range(len(scores)):
             scores[i] /= total
-    elif gate == 2:
+    elif gate == SIGMOID:
         for i in range(len(scores)):
             scores[i] = np.float32(1) / (np.float32(1) + np.exp(-scores[i]))
 
@@ -212,7 +215,7 @@ def mix(
 ) -> torch.Tensor:
     """Outputs (t, d), float32, of `operators.expert_mixture`; `activation` is one of `ACTIVATIONS`."""
     tokens, gates, expert_ids = as_float32(tokens), as_float32(gates), expert_ids.contiguous()
-    output = torch.empty(tokens.shape)
+    output = torch.empty(tokens.shape, dtype=torch.float32)
     ids, up = ids_and_rows(expert_ids, up_embed)
     down, gate = (None if table is None else rows_of(table) for table in (down_embed, gate_embed))
     num_threads = cpu_threads.team_for(2 * expert_ids.numel() * up_embed.shape[1] * up_embed.itemsize)
@@ -262,11 +265,10 @@ def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk,
 
 @compiled
 def _activate(value, activation):
-    """See `ACTIVATIONS`."""
-    if activation == 1:
+    if activation == GELU:
         return np.float32(0.5) * value * np.float32(1 + math.erf(value * math.sqrt(0.5)))
-    if activation == 2:
+    if activation == RELU:
         return value if value > 0 or value != value else np.float32(0)
-    if activation == 3:
+    if activation == SILU:
         return value / (np.float32(1) + np.exp(-value))
     return value

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What Numba's Python cannot say: prefetching, bfloat16, masks.
 
-Numba keeps compiled kernels on disk and compiles again when their own file changes; after a change here, delete
-`kernels/__pycache__`.
+Numba keeps compiled kernels on disk and compiles again when their own file changes; after a change of what kernels of
+other files call, as here, delete `kernels/__pycache__`.
 """
 
 from llvmlite import ir

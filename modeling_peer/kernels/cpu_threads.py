@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How CPU kernels share work: on the threads that PyTorch has, none of which meets Python's lock.
+"""How CPU kernels share work: on the threads that PyTorch has, where it has GNU OpenMP, as on Linux; none of them
+meets Python's lock. Elsewhere, and after a fork, on a pool of Python's (`run`) or not at all (`in_parallel`).
 
 Threads of our own beside PyTorch's would fight for the cores: OpenMP's spin for milliseconds after every operation
 (retrieval of 2,048 tokens on two cores: 74 ms on a pool of our own, 60 ms on PyTorch's). Threads that take their work
@@ -88,7 +89,12 @@ def _launch(num_chunks, num_threads, *args):
 @intrinsic
 def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
     """Call `kernel(*args, chunk, num_chunks)` for every chunk, on `num_threads` threads that take one after the other,
-    and return when all are done. More than one thread needs OpenMP."""
+    and return when all are done. More than one thread needs OpenMP (`team_for`).
+
+    Raises:
+        RuntimeError: the kernel failed for some chunk; the others were computed. Of one thread too: the kernel's own
+            exception is lost, as it is not where `run` calls the kernel from Python.
+    """
     kernel_signature = kernel.get_call_type(typing_context, (*args.types, types.int64, types.int64), {})
 
     def generate(context, builder, signature, values):

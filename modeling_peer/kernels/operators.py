@@ -17,11 +17,9 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.activations import GELUActivation, SiLUActivation
 
-# Activations that a whole mixture in one call can have.
-_ACTIVATION_NAMES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", SiLUActivation: "silu"}
+from .few_tokens import mix_few
+from .observers import somebody_looks
 
 _library = torch.library.Library("modeling_peer", "DEF")
 
@@ -38,35 +36,11 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         operator = getattr(torch.ops.modeling_peer, name).default
 
         def call(*args):
-            return operator(*args) if _somebody_looks(args) else function(*args)
+            return operator(*args) if somebody_looks(args) else function(*args)
 
         return call
 
     return define
-
-
-def _somebody_looks(args: tuple) -> bool:
-    """Whether the operator of PyTorch has to be called: for a gradient, for what traces, counts, or wraps operators
-    and tensors, or since a tensor is not what lies in its memory."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return True
-    needs_gradient = torch.is_grad_enabled()
-    return any(
-        type(arg) not in (torch.Tensor, nn.Parameter)
-        or (needs_gradient and arg.requires_grad)
-        or arg.is_meta
-        or not torch._C._has_storage(arg)  # of a batched backward
-        or arg.is_neg()
-        or arg._is_zerotensor()
-        for arg in args
-        if isinstance(arg, torch.Tensor)
-    )
 
 
 @cache
@@ -77,12 +51,6 @@ def _retrieval(implementation: str):
 @cache
 def _experts(implementation: str):
     return import_module(f"{__package__}.{implementation}_experts")
-
-
-@cache
-def _few_tokens(implementation: str):
-    """The module for a token or a few; None where there is none."""
-    return import_module(f"{__package__}.cpu_few_tokens") if implementation == "cpu" else None
 
 
 @_operator(
@@ -254,89 +222,6 @@ def product_key_top_k(
     return _top_k(query.to(torch.float32), sub_keys, top_k, implementation)
 
 
-def retrieve_few(
-    tokens: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm: tuple[torch.Tensor | None, ...],
-    eps: float,
-    sub_keys: torch.Tensor,
-    num_heads: int,
-    top_k: int,
-    gate_activation: str,
-    *,
-    implementation: str,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """All of retrieval in one call, where that is faster and nobody can tell: for a token or a few, without gradients.
-
-        query = norm(tokens @ weight.T + bias);  scores, ids = product_key_top_k(query);  gates = softmax(scores)
-
-    Args:
-        tokens: `(num_tokens, hidden_size)`.
-        weight, bias: the query network's, of all heads; `weight` `(num_heads * query_dim, hidden_size)`.
-        norm: mean, variance, scale and shift of each feature. Without the first two each head's own are taken:
-            LayerNorm, or, without a shift, RMSNorm; without a scale there is none.
-        eps: added to the variance.
-        gate_activation: `"softmax"` over the scores of a head, or `"sigmoid"`.
-
-    Returns:
-        gates and expert_ids, `(num_tokens, num_heads, top_k)` each, as from `PeerRetrieval`; or None where the parts
-        are to be called one by one.
-    """
-    if torch.compiler.is_compiling() or (few := _few_tokens(implementation)) is None:
-        return None
-    num_searches = num_heads if sub_keys.dim() == 4 else 1
-    if not 0 < tokens.shape[0] * num_heads // num_searches < few.MIN_BLOCKED_ROWS:
-        return None
-    if not tokens.dtype == weight.dtype == bias.dtype or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if not tokens.is_cpu or any(tensor is not None and tensor.dtype != torch.float32 for tensor in norm):
-        return None
-    if not _are_ordinary(weight, bias, *norm, sub_keys) or _somebody_looks((tokens,)):
-        return None
-    if torch.is_autocast_enabled(tokens.device.type):
-        return None
-    return few.retrieve(tokens, weight, bias, norm, eps, sub_keys, num_heads, top_k, gate_activation)
-
-
-def _mix_few(hidden_states, expert_ids, gates, tables, activation, implementation) -> torch.Tensor | None:
-    """`expert_mixture` in one call, where that is faster and nobody can tell; else None."""
-    if torch.compiler.is_compiling() or (few := _few_tokens(implementation)) is None:
-        return None
-    name, given = _name_of(activation), [table for table in tables if table is not None]
-    if name is None or not hidden_states.is_cpu or not 0 < expert_ids.numel() <= few.MAX_ASSIGNMENTS:
-        return None
-    if not _are_ordinary(*given) or _somebody_looks((hidden_states, expert_ids, gates)):
-        return None
-    output = few.mix(hidden_states, expert_ids, gates, *tables, name)
-    return output if output.dtype == hidden_states.dtype else output.to(hidden_states.dtype)
-
-
-def _are_ordinary(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing is special about parameters and buffers, so that a call may take their memory: in a tenth of the
-    time of `_somebody_looks`, which is asked about what is computed."""
-    needs_gradient = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in (nn.Parameter, torch.Tensor)
-            or (needs_gradient and tensor.requires_grad)
-            or not (tensor.is_cpu and tensor.is_contiguous())
-        ):
-            return False
-    return True
-
-
-def _name_of(activation: Callable) -> str | None:
-    """What `mix` calls an activation; None if it is none of its own, or has a hook."""
-    if isinstance(activation, nn.Module) and (activation._forward_hooks or activation._forward_pre_hooks):
-        return None
-    if activation in (F.gelu, F.relu, F.silu):
-        return activation.__name__
-    if type(activation) is GELUActivation and activation.act is F.gelu:
-        return "gelu"
-    return _ACTIVATION_NAMES.get(type(activation))
-
-
 def expert_mixture(
     hidden_states: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -361,9 +246,10 @@ def expert_mixture(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
             f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
         )
-    few = _mix_few(hidden_states, expert_ids, gates, (down_embed, up_embed, gate_embed), activation, implementation)
-    if few is not None:
-        return few
+    if implementation == "cpu":
+        few = mix_few(hidden_states, expert_ids, gates, (down_embed, up_embed, gate_embed), activation)
+        if few is not None:
+            return few
     # Sorted once, for the backward of every table.
     order = None
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):

@@ -6,14 +6,17 @@ from typing import Any
 from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.recipes import SettingsError
 
+SHARED_FILE = "shared.json"  # settings that all runs of a study have in common
+
 
 def require_same_beginning(path: Path, facts: dict[str, Any], kind: str) -> None:
-    """Keep `facts` in the JSON file `path`, or compare them with what it keeps; arguments and errors as `compare`."""
-    compare(path, facts, kind)
+    """Keep `facts` in the JSON file `path`, or compare them with what it keeps; arguments and errors as
+    `require_unchanged`."""
+    require_unchanged(path, facts, kind)
     write_json(path, facts)
 
 
-def compare(path: Path, facts: dict[str, Any], kind: str) -> None:
+def require_unchanged(path: Path, facts: dict[str, Any], kind: str) -> None:
     """Compare `facts` with what the JSON file `path` keeps, if it is there.
 
     Args:

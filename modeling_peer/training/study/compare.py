@@ -4,16 +4,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError
-from modeling_peer.training.study.beginning import compare, require_same_beginning
+from modeling_peer.training.study.beginning import SHARED_FILE, require_unchanged
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.training.study.plan import plan_runs, shared_recipe, shared_settings
 from modeling_peer.training.study.queue import Tally, has_begun, require_same_settings, select_runs, work_off
 from modeling_peer.training.study.recipe import Study, parse_study
 from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, restore, write_report
-
-SHARED_FILE = "shared.json"
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -66,11 +65,11 @@ def _require_same_study(study: Study, data: dict[str, Any]) -> None:
     """Raise SettingsError if the folder has runs that are no match for the planned ones."""
     if not has_begun(study.output_dir):
         (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
-    beginning = (study.output_dir / SHARED_FILE, shared_settings(study), "settings for all")
-    compare(*beginning)
+    path, settings = study.output_dir / SHARED_FILE, shared_settings(study)
+    require_unchanged(path, settings, "settings for all")
     for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
         require_same_settings(run)  # to its budget others were fitted
-    require_same_beginning(*beginning)
+    write_json(path, settings)
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:

@@ -9,14 +9,17 @@ from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.comparison import mean_and_deviation, with_deviation
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.study.beginning import SHARED_FILE
 from modeling_peer.training.study.data import DATA_FILE, FACTS
-from modeling_peer.training.study.plan import group_name
+from modeling_peer.training.study.plan import FITS_FILE, group_name
 from modeling_peer.training.study.plots import plot_study
 from modeling_peer.training.study.recipe import Study
 from modeling_peer.training.study.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, USAGE
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"
+# Of a study's other files, by their names in `STUDY_FILE`, which holds them whole.
+WHOLE_FILES = {"shared": SHARED_FILE, "fits": FITS_FILE}
 
 
 def collect(study: Study) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def collect(study: Study) -> dict[str, Any]:
         "budget": recipe.budget,
         "training": recipe.training,
         **read_json(study.output_dir / DATA_FILE),
+        **{name: read_json(study.output_dir / file) for name, file in WHOLE_FILES.items()},
         "places": places,
         "failed": {f.name: why["cause"] for f in folders if (why := read_json(f / FAILURE_FILE))},
         "runs": runs,
@@ -44,16 +48,20 @@ def collect(study: Study) -> dict[str, Any]:
 
 def restore(folder: Path) -> None:
     """What `collect` read, where `study.json` is all that is left: finished runs then count as done, and the study
-    takes no other data than its own."""
+    takes no other data, settings and sizes than its own."""
     study = read_json(folder / STUDY_FILE)
-    for run in study.get("runs", []):
+    if not study or (folder / DATA_FILE).exists():
+        return
+    for run in study["runs"]:
         run_folder = folder / f"{group_name(run['contender'], run['size'])}-{run['seed']}"
-        if not run_folder.exists():
-            run_folder.mkdir()
-            write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
-            write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
-    if study and not (folder / DATA_FILE).exists():
-        write_json(folder / DATA_FILE, {name: study[name] for name in FACTS})
+        run_folder.mkdir(exist_ok=True)
+        write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
+        write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
+    for name, file in WHOLE_FILES.items():
+        if study.get(name):  # studies of before 2026-11-26 have none
+            write_json(folder / file, study[name])
+    # Last: with it all is there, and a run that somebody deletes from then on stays deleted.
+    write_json(folder / DATA_FILE, {name: study[name] for name in FACTS})
 
 
 def read_study(folder: Path) -> dict[str, Any]:
