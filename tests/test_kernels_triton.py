@@ -63,6 +63,12 @@ def test_half_precision_sub_keys_meet_a_float32_query(dtype):
     assert_is_exact_top_k(torch.randn(2, 2, 16), torch.randn(2, 9, 8).to(dtype), 4)
 
 
+def test_bfloat16_sub_keys_meet_every_bit_of_a_query():
+    query = torch.tensor([1 + 2**-23, -1.0, 2**-8 + 2**-31, -(2**-8)]).view(2, 1, 2)
+    scores, _ = on_device(product_key_top_k, query, torch.ones(2, 3, 1, dtype=torch.bfloat16), 2)
+    assert scores[:, 0].tolist() == [[2**-23, 2**-23], [2**-31, 2**-31]]
+
+
 def test_more_rows_than_a_program_takes(monkeypatch):
     monkeypatch.setattr(triton_retrieval, "BLOCK_R", 16)
     monkeypatch.setattr(triton_retrieval, "JOIN_CODES", 8)

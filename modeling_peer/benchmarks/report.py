@@ -22,7 +22,7 @@ def publish(result: dict[str, Any], output_file: str | None) -> None:
 
 def as_tables(result: dict[str, Any]) -> str:
     """Markdown of a result, whichever benchmark's it is."""
-    return layer_markdown(result) if result["benchmark"] == "layer" else model_markdown(result)
+    return MARKDOWN[result["benchmark"]](result)
 
 
 def layer_markdown(result: dict[str, Any]) -> str:
@@ -70,6 +70,31 @@ def model_markdown(result: dict[str, Any]) -> str:
                 }
             )
     return f"{headline(result)}\n\n{table(rows)}"
+
+
+def compilation_markdown(result: dict[str, Any]) -> str:
+    """What each kernel takes of each GPU, which it was compiled for."""
+    parts = [f"Triton {result['versions']['triton']}; {result['spilled_bytes']} bytes spilled in all"]
+    for architecture, kernels in groupby(result["kernels"], key=lambda kernel: kernel["architecture"]):
+        rows = [
+            {
+                "kernel": kernel["kernel"],
+                "of": kernel["shape"],
+                "registers": kernel["registers"],
+                "spilled, bytes": kernel["spilled_bytes"],
+                "shared, KiB": f"{kernel['shared_bytes'] / 2**10:.1f}",
+                "warps of a program": kernel["warps"],
+                "that fit": kernel["warps_per_multiprocessor"],
+                "widest load, bits": kernel["widest_load_bits"],
+                "tensor core instructions": kernel["tensor_core_instructions"],
+            }
+            for kernel in kernels
+        ]
+        parts += [f"**sm_{architecture}**", table(rows)]
+    return "\n\n".join(parts)
+
+
+MARKDOWN = {"layer": layer_markdown, "model": model_markdown, "compilation": compilation_markdown}
 
 
 def headline(result: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ MAX_RUN = 128
 # would mostly start in vain. No result depends on either. Not swept yet: 2048 to 65536 programs, windows of 1 to 64.
 RUN_PROGRAMS = 8192
 MAX_WINDOW = 16
+# Products and sums in one instruction: Triton's default until 3.9, which warns that it will change.
+FUSED = {"enable_fp_fusion": True}
 
 
 # ------------------------------------------------------------------------------------------------- forward
@@ -115,7 +117,7 @@ def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Te
         grid = (num_tokens * triton.cdiv(num_active, block_a),)
         with torch.cuda.device_of(tokens):
             read_experts_kernel[grid](
-                tokens, expert_ids, table, pre, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d
+                tokens, expert_ids, table, pre, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d, **FUSED
             )
     return pre
 
@@ -140,7 +142,7 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
         grid = (num_tokens * triton.cdiv(width, block_d),)
         with torch.cuda.device_of(weights):
             write_experts_kernel[grid](
-                weights, expert_ids, table, out, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d
+                weights, expert_ids, table, out, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d, **FUSED
             )
     return out
 
@@ -327,9 +329,9 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
     num_borders = (num_assignments - 1) // MAX_RUN  # multiples of MAX_RUN after the first position
     pieces = torch.empty(2 * (num_borders + 1), width, dtype=torch.float32, device=tokens.device)
     block_d = triton.next_power_of_2(width)
-    # A row a program, 8 elements a thread, and 4 assignments at a time (more of a narrow row). Not swept yet: 1 to 16
-    # assignments, 4 to 32 elements a thread.
-    num_warps = min(max(block_d // 256, 1), 32)
+    # A row a program, 8 elements a thread, and 4 assignments at a time: more of a narrow row, fewer of a wide one (32
+    # warps have 64 registers a thread, and spill). Not swept yet: 1 to 16 assignments, 4 to 32 elements a thread.
+    num_warps = min(max(block_d // 256, 1), 16)
     block_a = min(max(1024 * num_warps // block_d, 1), 16)
     # A power of two, since each window is compiled.
     window = min(triton.next_power_of_2(triton.cdiv(num_assignments, RUN_PROGRAMS)), MAX_WINDOW)
@@ -353,10 +355,19 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
             BLOCK_A=block_a,
             BLOCK_D=block_d,
             num_warps=num_warps,
+            **FUSED,
         )
         if num_borders:
             block_d = min(WRITE_BLOCK_D, block_d)
             join_pieces_kernel[(num_borders * triton.cdiv(width, block_d),)](
-                pieces, segments, values, num_assignments, width, MAX_RUN=MAX_RUN, BLOCK_P=16, BLOCK_D=block_d
+                pieces,
+                segments,
+                values,
+                num_assignments,
+                width,
+                MAX_RUN=MAX_RUN,
+                BLOCK_P=16,
+                BLOCK_D=block_d,
+                **FUSED,
             )
     return rows, values, grad_weights

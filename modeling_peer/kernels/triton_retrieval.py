@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_experts import group_by_expert, row_gradients, write_experts
+from .triton_experts import FUSED, group_by_expert, row_gradients, write_experts
 
 # Rows (a token's query of one head) and sub-keys of a tile of scores; 16 rows a warp, so that a row's best code is
 # found within one. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.
@@ -29,6 +29,9 @@ JOIN_CODES = 256
 NUM_PROGRAMS = 256
 MAX_SPLITS = 8
 
+# What tensor cores take. Triton's interpreter would multiply bfloat16's bits as if they were integers; as float32 the
+# same numbers have the same products.
+FACTOR = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 # Below the code of every score.
 NOTHING = tl.constexpr(-(2**63))
 
@@ -69,6 +72,19 @@ def keep_best(best, codes):
 
 
 @triton.jit
+def add_product(total, left, right):
+    """total + left . transposed right, for float32 `left` and bfloat16 `right`: exact products, summed in float32."""
+    right = tl.trans(right).to(FACTOR)
+    first = left.to(tl.bfloat16)
+    rest = left - first.to(tl.float32)
+    second = rest.to(tl.bfloat16)
+    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    total = tl.dot(third.to(FACTOR), right, total)  # the small ones first
+    total = tl.dot(second.to(FACTOR), right, total)
+    return tl.dot(first.to(FACTOR), right, total)
+
+
+@triton.jit
 def sub_key_top_k_kernel(
     query_ptr,
     sub_keys_ptr,
@@ -102,9 +118,14 @@ def sub_key_top_k_kernel(
             in_codebook = (n < num_sub_keys)[:, None] & (q < HALF)[None, :]
             query = tl.load(query_ptr + query_ids[:, None] * HALF + q[None, :], mask=in_query, other=0.0)
             keys = tl.load(sub_keys_ptr + n[:, None] * HALF + q[None, :], mask=in_codebook, other=0.0)
-            # Three tensor-core products keep 22 bits of each factor, about float32's own rounding over such a sum;
-            # plain tf32 keeps 11 and changes winners, and "ieee" would leave the tensor cores.
-            scores = tl.dot(query, tl.trans(keys.to(tl.float32)), scores, input_precision="tf32x3")
+            # Three products of tensor cores; one in tf32 keeps 11 bits and changes winners, and "ieee" would leave the
+            # tensor cores.
+            if keys.dtype == tl.bfloat16:
+                # Sub-keys as they are, and all 24 bits of a query in three pieces: half the work of three in tf32.
+                scores = add_product(scores, query, keys)
+            else:
+                # 22 bits of each factor, about float32's own rounding over such a sum.
+                scores = tl.dot(query, tl.trans(keys.to(tl.float32)), scores, input_precision="tf32x3")
         codes = tl.where((n < num_sub_keys)[None, :], encode(scores, n[None, :]), NOTHING)
         best = keep_best(best, codes)
 
@@ -207,6 +228,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
             BLOCK_N=BLOCK_N,
             BLOCK_Q=min(BLOCK_Q, max(triton.next_power_of_2(query_dim // 2), 16)),
             num_warps=BLOCK_R // 16,
+            **FUSED,
         )
         product_key_top_k_kernel[(triton.cdiv(num_rows, block_r),)](
             codes,
@@ -219,6 +241,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
             BLOCK_C=block_c,
             BLOCK_R=block_r,
             num_warps=1,
+            **FUSED,
         )
     return scores, expert_ids
 

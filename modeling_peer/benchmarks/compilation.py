@@ -1,0 +1,220 @@
+"""Triton's kernels compiled for GPUs that are not at hand: what `scripts/compile_kernels.py` runs.
+
+Triton brings NVIDIA's assembler, which needs no GPU. What it says of a kernel, registers, what it had to spill, shared
+memory and instructions, bounds how fast the kernel can be; how fast it is only a GPU can tell.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_peer.benchmarks.machine import announce, describe_versions
+from modeling_peer.benchmarks.report import publish
+from modeling_peer.training.recipes import SettingsError
+
+# Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+REGISTERS = 65536
+REGISTERS_AT_A_TIME = 256  # for a warp
+SHARED_BYTES = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
+WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}
+
+
+@dataclass
+class CompilationArguments:
+    """For which GPUs."""
+
+    architectures: list[int] = field(
+        default_factory=lambda: [80, 90, 100],
+        metadata={"help": "Compute capabilities times ten: 80 A100, 89 L4, 90 H100 and H200, 100 B200."},
+    )
+    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+
+    def __post_init__(self):
+        for architecture in self.architectures:
+            if architecture not in WARPS:
+                known = ", ".join(map(str, WARPS))
+                raise SettingsError(f"--architectures {architecture} is none of {known} (compute capability 9.0: 90).")
+        if self.output_file and not Path(self.output_file).parent.is_dir():
+            raise SettingsError(f"--output_file {self.output_file}: no such folder.")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that a kernel is compiled for."""
+
+    num_tokens: int
+    width: int
+    num_heads: int
+    top_k: int
+    num_sub_keys: int
+    half: int
+    dtype: torch.dtype
+    share_sub_keys: bool = True
+
+    def __str__(self):
+        return (
+            f"{self.num_tokens:,} tokens, width {self.width:,}, h {self.num_heads}, k {self.top_k}, "
+            f"n {self.num_sub_keys:,}, {str(self.dtype).removeprefix('torch.')}"
+        )
+
+
+SHAPES = (
+    Shape(4096, 1024, 8, 16, 1024, 128, torch.bfloat16),  # a million experts, as in the paper
+    Shape(2048, 256, 8, 16, 512, 64, torch.float32),
+    Shape(1024, 4096, 4, 64, 1024, 128, torch.float16, share_sub_keys=False),
+    Shape(256, 8192, 16, 32, 1024, 128, torch.bfloat16),
+    Shape(100, 100, 3, 5, 45, 9, torch.bfloat16),  # no multiple of anything
+)
+
+
+def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
+    """Compile every kernel for every shape and architecture, and print what each takes.
+
+    Raises:
+        SettingsError: Triton is missing, or runs in its interpreter.
+    """
+    if find_spec("triton") is None:
+        raise SettingsError('kernels are compiled by triton, which is not installed: pip install -e ".[triton]".')
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise SettingsError("TRITON_INTERPRET=1 compiles nothing: unset it.")
+    kernels = []
+    for architecture in settings.architectures:
+        for shape in SHAPES:
+            announce(f"sm_{architecture}: {shape}")
+            with _recorded(architecture) as launches:
+                _launch_all(shape)
+            kernels += [_describe(kernel, architecture, shape) for kernel in launches]
+    result = {
+        "benchmark": "compilation",
+        "versions": describe_versions(),
+        "spilled_bytes": sum(kernel["spilled_bytes"] for kernel in kernels),
+        "kernels": kernels,
+    }
+    publish(result, settings.output_file)
+    return result
+
+
+class _AbsentGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, warp_size=32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # each has compiled kernels of its own
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def _recorded(architecture: int) -> Iterator[list]:
+    """Launches compile, and do not run; the compiled kernels, each once."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if all(kernel is not known for known in kernels):
+            kernels.append(kernel)
+        return kernel
+
+    driver.set_active(_AbsentGpu(architecture))
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver._active = None
+
+
+def _launch_all(shape: Shape) -> None:
+    """Every kernel as the operators call it. Tensors of the CPU do: only types, sizes and alignment count."""
+    from modeling_peer.kernels import triton_experts, triton_retrieval
+
+    num_active = shape.num_heads * shape.top_k
+    tokens = torch.zeros(shape.num_tokens, shape.width, dtype=shape.dtype)
+    table = torch.zeros(2, shape.width, dtype=shape.dtype)
+    expert_ids = torch.zeros(shape.num_tokens, num_active, dtype=torch.int64)
+    weights = torch.zeros(shape.num_tokens, num_active)
+    triton_experts.read_experts(tokens, expert_ids, table)
+    triton_experts.write_experts(weights, expert_ids, table)
+    order = triton_experts.group_by_expert(expert_ids)
+    triton_experts.row_gradients(weights, tokens, expert_ids, order, len(table), shape.dtype, True)
+    triton_experts.write_experts_gradients(tokens, weights, expert_ids, order, table, True)
+
+    codebooks = (2, shape.num_sub_keys, shape.half)
+    sub_keys = torch.zeros(codebooks if shape.share_sub_keys else (shape.num_heads, *codebooks), dtype=shape.dtype)
+    query = torch.zeros(shape.num_tokens, shape.num_heads, 2 * shape.half)
+    scores, expert_ids = triton_retrieval.product_key_top_k(query, sub_keys, shape.top_k)
+    triton_retrieval.product_key_top_k_backward(scores.zero_(), expert_ids.zero_(), query, sub_keys)
+
+
+def _describe(kernel, architecture: int, shape: Shape) -> dict[str, Any]:
+    """Resources and instructions of a compiled kernel."""
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _dump(kernel, "--dump-resource-usage"))}
+    opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", _dump(kernel, "--dump-sass")))
+    num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+    return {
+        "kernel": kernel.metadata.name,
+        "architecture": architecture,
+        "shape": str(shape),
+        "registers": usage["REG"],
+        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "shared_bytes": shared,
+        "warps": num_warps,
+        "warps_per_multiprocessor": _resident_warps(architecture, usage["REG"], shared, num_warps),
+        "widest_load_bits": max((_load_bits(opcode) for opcode in opcodes), default=0),
+        "tensor_core_instructions": sum(n for opcode, n in opcodes.items() if _is_product(opcode)),
+        "instructions": sum(opcodes.values()),
+    }
+
+
+def _dump(kernel, what: str) -> str:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+
+
+def _load_bits(opcode: str) -> int:
+    """Bits that a thread loads from the GPU's memory at once; 0 of another instruction."""
+    if not opcode.startswith("LDG"):
+        return 0
+    widths = [int(part) for part in opcode.split(".") if part in ("64", "128", "256")]
+    return max(widths, default=32)
+
+
+def _is_product(opcode: str) -> bool:
+    """Of tensor cores: HMMA, HGMMA, UTCHMMA and more; HFMA2.MMA is none."""
+    return opcode.partition(".")[0].endswith("MMA")
+
+
+def _resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:
+    """How many warps of such programs fit into one multiprocessor."""
+    registers_of_warp = -(-registers * 32 // REGISTERS_AT_A_TIME) * REGISTERS_AT_A_TIME
+    limits = [REGISTERS // (registers_of_warp * num_warps), WARPS[architecture] // num_warps]
+    if shared:
+        limits.append(SHARED_BYTES[architecture] * 2**10 // (shared + 1024))  # 1 KiB is the system's
+    return min(limits) * num_warps

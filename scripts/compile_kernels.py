@@ -1,0 +1,12 @@
+"""Compile the Triton kernels for GPUs that are not at hand: registers, spills, shared memory, loads, tensor cores.
+
+python scripts/compile_kernels.py
+python scripts/compile_kernels.py --architectures 89 90 --output_file compilation.json
+"""
+
+from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
+from modeling_peer.training.console import run_script
+from modeling_peer.training.recipes import parse_arguments
+
+if __name__ == "__main__":
+    run_script(lambda: compile_kernels(parse_arguments(CompilationArguments)))
