@@ -14,12 +14,13 @@ from modeling_peer.benchmarks.calls import make_call, make_tokens
 from modeling_peer.benchmarks.contestants import all_names, build_contestants
 from modeling_peer.benchmarks.expert_usage import bench_expert_usage
 from modeling_peer.benchmarks.layer import bench_layer
-from modeling_peer.benchmarks.machine import describe_versions, require_green_tests
 from modeling_peer.benchmarks.model import ModelArguments, bench_model
+from modeling_peer.benchmarks.preconditions import require_green_tests
 from modeling_peer.benchmarks.settings import TASKS, Case, LayerArguments, parse_cases, parse_settings
 from modeling_peer.benchmarks.timing import interleave, summarize
 from modeling_peer.benchmarks.traffic import bytes_to_move, count_rows, measure_traffic
 from modeling_peer.training.console import run_script
+from modeling_peer.training.provenance import describe_versions
 from modeling_peer.training.recipes import SettingsError
 
 SIZES = {"hidden_size": 8, "num_retrieval_heads": 2, "num_experts_per_head": 2, "query_dim": 4}

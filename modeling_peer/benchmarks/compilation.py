@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from modeling_peer.benchmarks.machine import announce, describe_versions
+from modeling_peer.benchmarks.preconditions import announce
 from modeling_peer.benchmarks.report import publish
+from modeling_peer.training.provenance import describe_versions
 from modeling_peer.training.recipes import SettingsError
 
 # Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").

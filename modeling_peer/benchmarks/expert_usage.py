@@ -3,10 +3,10 @@
 from typing import Any
 
 from modeling_peer.analysis.expert_usage import ExpertUsage
-from modeling_peer.benchmarks.machine import describe_machine, describe_versions
 from modeling_peer.benchmarks.model import ModelArguments, build_models, make_call, make_input, row_sparse
 from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
 from modeling_peer.training.expert_usage_callback import find_retrievals
+from modeling_peer.training.provenance import describe_machine, describe_versions
 
 LOGGING_STEPS = 10  # the default of scripts/train_lm.py
 BALANCE_LOSSES = ("switch", "uniformity")

@@ -20,8 +20,8 @@ from modeling_peer.benchmarks.contestants import (
     weights_owner,
     why_missing,
 )
-from modeling_peer.benchmarks.machine import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.memory import available_bytes, call_bytes, fit, in_new_process, peak_bytes, weight_bytes
+from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.report import publish, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
 from modeling_peer.benchmarks.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads

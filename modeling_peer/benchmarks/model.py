@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
 from modeling_peer.benchmarks.contestants import FAST, share_weights, why_missing
-from modeling_peer.benchmarks.machine import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.memory import in_new_process, peak_bytes
+from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
 from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
