@@ -33,7 +33,7 @@ def test_every_kernel_compiles_for_an_h200_without_spills_and_loads_16_bytes_at_
     assert {kernel["kernel"] for kernel in result["kernels"]} == KERNELS
     for kernel in result["kernels"]:
         assert kernel["architecture"] == 90
-        assert kernel["spilled_bytes"] == 0, kernel
+        assert kernel["spilled_bytes_per_thread"] == 0, kernel
         assert 8 <= kernel["warps_per_multiprocessor"] <= 64, kernel
         uses_tensor_cores = kernel["tensor_core_instructions"] > 0
         assert uses_tensor_cores == (kernel["kernel"] == "sub_key_top_k_kernel"), kernel

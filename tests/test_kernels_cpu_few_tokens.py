@@ -12,6 +12,7 @@ from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS
 from modeling_peer.experts_peer import expert_mixture as eager_mixture
 from modeling_peer.product_key_memory_peer import PeerProductKeyMemory
+from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm
 
 pytest.importorskip("numba")
 
@@ -186,6 +187,9 @@ def test_a_norm_that_still_learns_its_statistics_does(calls):
         ({"top_k": 46}, "top_k .46. exceeds the 45 sub-keys"),
         ({"query_dim": 12, "query_proj": nn.Linear(20, 36)}, "query has 12 features, sub_keys two halves of 5"),
         ({"query_proj": nn.Linear(21, 30)}, "shapes cannot be multiplied"),
+        ({"query_norm": PeerBatchNorm(20).eval()}, "should contain 30 elements not 20"),
+        ({"query_norm": PeerLayerNorm(4)}, "normalized_shape"),
+        ({"sub_keys": nn.Parameter(torch.randn(2, 2, 45, 5))}, "query has 3 heads, sub_keys 2"),
     ],
     ids=str,
 )
@@ -193,6 +197,7 @@ def test_shapes_that_do_not_fit_are_refused_as_by_the_parts(calls, change, error
     layer = build(query_norm="none")
     for name, value in change.items():
         setattr(layer.retrieval, name, value)
+    layer.retrieval.has_batch_norm = "query_norm" in change and isinstance(change["query_norm"], PeerBatchNorm)
     with pytest.raises((RuntimeError, ValueError), match=error):
         run(layer, torch.randn(2, SIZES["hidden_size"]), "cpu")
     assert calls == []

@@ -64,9 +64,20 @@ def test_half_precision_sub_keys_meet_a_float32_query(dtype):
 
 
 def test_bfloat16_sub_keys_meet_every_bit_of_a_query():
-    query = torch.tensor([1 + 2**-23, -1.0, 2**-8 + 2**-31, -(2**-8)]).view(2, 1, 2)
+    most = 1 + 2**-10  # two pieces; the last bit is in a third
+    query = torch.tensor([most + 2**-23, -most]).view(1, 1, 2)
     scores, _ = on_device(product_key_top_k, query, torch.ones(2, 3, 1, dtype=torch.bfloat16), 2)
-    assert scores[:, 0].tolist() == [[2**-23, 2**-23], [2**-31, 2**-31]]
+    assert scores.flatten().tolist() == [2**-23, 2**-23]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_of_sub_keys_and_queries_rank_as_they_are(dtype):
+    sub_keys = torch.tensor([[1.0, -torch.inf, 2.0], [1.0, 0.5, 2.0]]).unsqueeze(-1).to(dtype)
+    query = torch.tensor([[1.3, 1.0], [torch.inf, 1.0]]).unsqueeze(1)
+    scores, expert_ids = on_device(product_key_top_k, query, sub_keys, 2)
+    torch.testing.assert_close(scores[:, 0], torch.tensor([[4.6, 3.6], [torch.inf, torch.inf]]))
+    assert expert_ids[0, 0].tolist() == [8, 6]
+    assert (expert_ids[1] // 3 != 1).all()
 
 
 def test_more_rows_than_a_program_takes(monkeypatch):

@@ -156,7 +156,7 @@ def test_a_study_goes_on_where_only_the_file_with_all_runs_is_left(finished, tmp
         compare_feed_forwards([*words, "--train_file", str(tmp_path / "text.txt")])
 
 
-def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(finished, tmp_path):
+def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(finished, tmp_path, capsys):
     shutil.copy(finished.folder / "study.json", tmp_path)
     (tmp_path / "peer-1").mkdir()  # as a restoration leaves it that was killed
     restore(tmp_path)
@@ -166,6 +166,10 @@ def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(
     shutil.rmtree(tmp_path / "peer-1")
     restore(tmp_path)
     assert not (tmp_path / "peer-1").exists()
+    assert (
+        "study.json names runs that have no folder, 1 in all (peer-1): they count as not done"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):

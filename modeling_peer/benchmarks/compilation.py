@@ -23,10 +23,11 @@ from modeling_peer.training.provenance import describe_versions
 from modeling_peer.training.recipes import SettingsError
 
 # Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
-REGISTERS = 65536
+REGISTERS_OF_QUARTER = 16384
 REGISTERS_AT_A_TIME = 256  # for a warp
-SHARED_BYTES = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
-WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 
 @dataclass
@@ -86,8 +87,11 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
     if find_spec("triton") is None:
         raise SettingsError('kernels are compiled by triton, which is not installed: pip install -e ".[triton]".')
     from triton import knobs
+    from triton.runtime.jit import JITFunction
 
-    if knobs.runtime.interpret:
+    from modeling_peer.kernels.triton_experts import read_experts_kernel
+
+    if knobs.runtime.interpret or not isinstance(read_experts_kernel, JITFunction):
         raise SettingsError("TRITON_INTERPRET=1 compiles nothing: unset it.")
     kernels = []
     for architecture in settings.architectures:
@@ -95,11 +99,10 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
             announce(f"sm_{architecture}: {shape}")
             with _recorded(architecture) as launches:
                 _launch_all(shape)
-            kernels += [_describe(kernel, architecture, shape) for kernel in launches]
+            kernels += [_describe(*launch, architecture, shape) for launch in launches]
     result = {
         "benchmark": "compilation",
         "versions": describe_versions(),
-        "spilled_bytes": sum(kernel["spilled_bytes"] for kernel in kernels),
         "kernels": kernels,
     }
     publish(result, settings.output_file)
@@ -126,7 +129,7 @@ class _AbsentGpu:
 
 @contextmanager
 def _recorded(architecture: int) -> Iterator[list]:
-    """Launches compile, and do not run; the compiled kernels, each once."""
+    """Launches compile, and do not run; the compiled kernels, each once, and the constants compiled into them."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -134,8 +137,10 @@ def _recorded(architecture: int) -> Iterator[list]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(kernel is not known for known in kernels):
-            kernels.append(kernel)
+        if all(kernel is not known for known, _ in kernels):
+            names = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
+            arguments = self.signature.bind(*args, **names).arguments
+            kernels.append((kernel, {name: value for name, value in arguments.items() if name.isupper()}))
         return kernel
 
     driver.set_active(_AbsentGpu(architecture))
@@ -169,7 +174,7 @@ def _launch_all(shape: Shape) -> None:
     triton_retrieval.product_key_top_k_backward(scores.zero_(), expert_ids.zero_(), query, sub_keys)
 
 
-def _describe(kernel, architecture: int, shape: Shape) -> dict[str, Any]:
+def _describe(kernel, constants: dict[str, Any], architecture: int, shape: Shape) -> dict[str, Any]:
     """Resources and instructions of a compiled kernel."""
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _dump(kernel, "--dump-resource-usage"))}
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", _dump(kernel, "--dump-sass")))
@@ -178,8 +183,9 @@ def _describe(kernel, architecture: int, shape: Shape) -> dict[str, Any]:
         "kernel": kernel.metadata.name,
         "architecture": architecture,
         "shape": str(shape),
+        "constants": constants,
         "registers": usage["REG"],
-        "spilled_bytes": usage["STACK"] + usage["LOCAL"],
+        "spilled_bytes_per_thread": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": shared,
         "warps": num_warps,
         "warps_per_multiprocessor": _resident_warps(architecture, usage["REG"], shared, num_warps),
@@ -215,7 +221,7 @@ def _is_product(opcode: str) -> bool:
 def _resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:
     """How many warps of such programs fit into one multiprocessor."""
     registers_of_warp = -(-registers * 32 // REGISTERS_AT_A_TIME) * REGISTERS_AT_A_TIME
-    limits = [REGISTERS // (registers_of_warp * num_warps), WARPS[architecture] // num_warps]
-    if shared:
-        limits.append(SHARED_BYTES[architecture] * 2**10 // (shared + 1024))  # 1 KiB is the system's
+    warps = min(WARPS[architecture], 4 * (REGISTERS_OF_QUARTER // registers_of_warp))
+    limits = [warps // num_warps, PROGRAMS[architecture]]
+    limits.append(SHARED_KIB[architecture] * 2**10 // (shared + 1024))  # 1 KiB is the system's
     return min(limits) * num_warps

@@ -74,14 +74,15 @@ def model_markdown(result: dict[str, Any]) -> str:
 
 def compilation_markdown(result: dict[str, Any]) -> str:
     """What each kernel takes of each GPU, which it was compiled for."""
-    parts = [f"Triton {result['versions']['triton']}; {result['spilled_bytes']} bytes spilled in all"]
+    parts = [f"Triton {result['versions']['triton']}"]
     for architecture, kernels in groupby(result["kernels"], key=lambda kernel: kernel["architecture"]):
         rows = [
             {
                 "kernel": kernel["kernel"],
-                "of": kernel["shape"],
+                "for": kernel["shape"],
+                "constants": ", ".join(f"{name} {value}" for name, value in kernel["constants"].items()),
                 "registers": kernel["registers"],
-                "spilled, bytes": kernel["spilled_bytes"],
+                "spilled, bytes a thread": kernel["spilled_bytes_per_thread"],
                 "shared, KiB": f"{kernel['shared_bytes'] / 2**10:.1f}",
                 "warps of a program": kernel["warps"],
                 "that fit": kernel["warps_per_multiprocessor"],

@@ -92,8 +92,8 @@ def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
     and return when all are done. More than one thread needs OpenMP (`team_for`).
 
     Raises:
-        RuntimeError: the kernel failed for some chunk; the others were computed. Of one thread too: the kernel's own
-            exception is lost, as it is not where `run` calls the kernel from Python.
+        RuntimeError: the kernel failed for some chunk; the others were computed. Also with one thread: a kernel's own
+            exception survives only where `run` calls it from Python.
     """
     kernel_signature = kernel.get_call_type(typing_context, (*args.types, types.int64, types.int64), {})
 

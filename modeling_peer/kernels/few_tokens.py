@@ -55,8 +55,7 @@ def retrieve_few(
     num_searches = num_heads if sub_keys.dim() == 4 else 1
     if not 0 < tokens.shape[0] * num_heads // num_searches < _kernels().MIN_BLOCKED_ROWS:
         return None
-    num_sub_keys, half = sub_keys.shape[-2:]
-    if weight.shape != (num_heads * 2 * half, tokens.shape[1]) or top_k > num_sub_keys:
+    if not _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k) or eps is None:
         return None
     if not tokens.dtype == weight.dtype == bias.dtype or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
@@ -67,6 +66,20 @@ def retrieve_few(
     if torch.is_autocast_enabled(tokens.device.type) or not all(map(is_unobserved, modules)):
         return None
     return _kernels().retrieve(tokens, weight, bias, norm, eps, sub_keys, num_heads, top_k, gate_activation)
+
+
+def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k) -> bool:
+    """Whether no compiled loop would leave a tensor: it looks at the sizes of some."""
+    *codebooks, num_sub_keys, half = sub_keys.shape
+    num_features = num_heads * 2 * half
+    norm_shape = (2 * half if norm[0] is None else num_features,)
+    return (
+        weight.shape == (num_features, tokens.shape[1])
+        and bias.shape == (num_features,)
+        and codebooks in ([2], [num_heads, 2])
+        and 0 < top_k <= num_sub_keys
+        and all(tensor is None or tensor.shape == norm_shape for tensor in norm)
+    )
 
 
 def mix_few(

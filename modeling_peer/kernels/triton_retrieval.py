@@ -73,14 +73,16 @@ def keep_best(best, codes):
 
 @triton.jit
 def add_product(total, left, right):
-    """total + left . transposed right, for float32 `left` and bfloat16 `right`: exact products, summed in float32."""
+    """total + left . transposed right, for float32 `left` and bfloat16 `right`: exact products, summed in float32.
+
+    What is infinite has no rest: its first piece alone decides, as it does in float32."""
     right = tl.trans(right).to(FACTOR)
     first = left.to(tl.bfloat16)
     rest = left - first.to(tl.float32)
     second = rest.to(tl.bfloat16)
     third = (rest - second.to(tl.float32)).to(tl.bfloat16)
-    total = tl.dot(third.to(FACTOR), right, total)  # the small ones first
-    total = tl.dot(second.to(FACTOR), right, total)
+    small = tl.dot(second.to(FACTOR), right, tl.dot(third.to(FACTOR), right))
+    total += tl.where(small == small, small, 0.0)
     return tl.dot(first.to(FACTOR), right, total)
 
 

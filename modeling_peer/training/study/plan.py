@@ -168,8 +168,8 @@ class _Planner:
         if recipe.budget == "none" or knobs == []:
             return config, {}
         key, path = f"{f'{size}-' if size else ''}{name}", self.study.output_dir / FITS_FILE
-        inputs = {"budget": recipe.budget, "knobs": knobs, "config": config.to_diff_dict()}
-        inputs = json.loads(json.dumps(inputs | {"reference": reference.to_diff_dict()}))
+        inputs = {"budget": recipe.budget, "knobs": knobs}
+        inputs = json.loads(json.dumps(inputs | {"config": _fields(config), "reference": _fields(reference)}))
         known = read_json(path)
         if known.get(key, {}).get("inputs") != inputs:
             options = {"knobs": tuple(knobs)} if knobs else {}
@@ -218,8 +218,13 @@ def compared(settings: dict[str, Any]) -> dict[str, Any]:
 def _settings(recipe: Recipe, config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
     """What decides the result of a training, as it will be read from JSON."""
     settings = compared(recipe.settings) | others
-    settings["architecture"] = {n: v for n, v in config.to_diff_dict().items() if n != "transformers_version"}
+    settings["architecture"] = _fields(config)
     return json.loads(json.dumps(settings))
+
+
+def _fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Those that are not as they are by default, whichever Transformers is installed."""
+    return {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
 
 
 def _changes(config: PreTrainedConfig, before: PreTrainedConfig) -> dict[str, Any]:

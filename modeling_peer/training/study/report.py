@@ -50,10 +50,20 @@ def restore(folder: Path) -> None:
     """What `collect` read, where `study.json` is all that is left: finished runs then count as done, and the study
     takes no other data, settings and sizes than its own."""
     study = read_json(folder / STUDY_FILE)
-    if not study or (folder / DATA_FILE).exists():
+    if not study:
         return
-    for run in study["runs"]:
-        run_folder = folder / f"{group_name(run['contender'], run['size'])}-{run['seed']}"
+    folders = [folder / f"{group_name(run['contender'], run['size'])}-{run['seed']}" for run in study["runs"]]
+    if (folder / DATA_FILE).exists():
+        gone = [path.name for path in folders if not path.exists()]
+        if gone:
+            names = ", ".join(gone[:3]) + ", ..." * (len(gone) > 3)
+            print(
+                f"{STUDY_FILE} names runs that have no folder, {len(gone)} in all ({names}): they count as not done. "
+                f"To have them back, stop and delete {folder / DATA_FILE}.",
+                flush=True,
+            )
+        return
+    for run, run_folder in zip(study["runs"], folders, strict=True):
         run_folder.mkdir(exist_ok=True)
         write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
         write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
