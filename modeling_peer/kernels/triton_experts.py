@@ -329,8 +329,8 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
     num_borders = (num_assignments - 1) // MAX_RUN  # multiples of MAX_RUN after the first position
     pieces = torch.empty(2 * (num_borders + 1), width, dtype=torch.float32, device=tokens.device)
     block_d = triton.next_power_of_2(width)
-    # A row a program, 8 elements a thread up to a width of 4096 (32 warps have 64 registers a thread, and spill), and 4
-    # assignments at a time, more of a narrow row, fewer of a wide one. Not swept yet: 1 to 16 assignments, 4 to 32
+    # A row a program, 8 elements a thread up to a width of 4096 (32 warps have 64 registers a thread, and spill), and
+    # 4 assignments at a time, more of a narrow row, fewer of a wide one. Not swept yet: 1 to 16 assignments, 4 to 32
     # elements a thread.
     num_warps = min(max(block_d // 256, 1), 16)
     block_a = min(max(1024 * num_warps // block_d, 1), 16)
