@@ -191,7 +191,7 @@ def test_a_norm_that_still_learns_its_statistics_does(calls):
         ({"query_norm": PeerLayerNorm(4)}, "normalized_shape"),
         ({"sub_keys": nn.Parameter(torch.randn(2, 2, 45, 5))}, "query has 3 heads, sub_keys 2"),
     ],
-    ids=str,
+    ids=["k", "query_dim", "hidden_size", "batch norm", "layer norm", "heads"],
 )
 def test_shapes_that_do_not_fit_are_refused_as_by_the_parts(calls, change, error):
     layer = build(query_norm="none")
