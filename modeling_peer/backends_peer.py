@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which implementation of retrieval and expert mixture runs, and why; the only door to `modeling_peer.kernels`."""
+"""Which implementation of retrieval and expert mixture runs, and why; models have no other door to the kernels."""
 
 from collections.abc import Callable
 from functools import cache, partial

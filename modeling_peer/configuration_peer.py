@@ -70,7 +70,8 @@ class PeerConfig(PreTrainedConfig):
         row_sparse_gradients (`bool`, *optional*, defaults to `False`):
             Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved, so that its
             memory and time depend on those and not on the size of the pool. The optimizer must take them:
-            [`modeling_peer.training.RowSparseAdamW`].
+            [`modeling_peer.training.RowSparseAdamW`]. With `experts_implementation="cpu"` they hold no rows before
+            somebody asks for them, and that optimizer does not.
         balance_loss (`str`, *optional*):
             Auxiliary loss that evens out the use of rows and columns of the grid of experts: `"switch"` or
             `"uniformity"` ([`auxiliary_losses_peer.balance_loss`]). The paper has none. In training, and wherever

@@ -96,7 +96,7 @@ if torch.distributed.is_available():
         def backward(ctx, grad):
             earlier = ctx.table.grad
             if earlier is not None:
-                grad = (earlier._local_tensor + grad).coalesce()
+                grad = earlier._local_tensor + grad
             ctx.table.grad = DTensor(grad, ctx.table._spec, requires_grad=False)
             return None
 

@@ -4,16 +4,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS
 from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.parallel_peer import EXPERT_ROWS
 from modeling_peer.training import RowSparseAdamW, clip_gradients
 from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
+from modeling_peer.training.row_sparse_gradients import average_over_processes, lazy_products
 
 MAX_NORM = 0.1  # of gradients: small enough to clip every step
 # sequences of a batch for each rank of a data-parallel group: unequal, as batches may be
@@ -125,3 +128,30 @@ def sent_bytes(config, shared: bool, num_tokens: int) -> float:
     with SentBytes(num_ranks) as sent:
         experts(tokens, ids, gates).sum().backward()
     return sent.total
+
+
+def average_gradients(num_experts: int, who_looks: int | None) -> tuple[torch.Tensor, bool, torch.Tensor]:
+    """Two backwards of each rank's tokens through one table, averaged.
+
+    Args:
+        who_looks: rank that asks for rows of its own gradient.
+
+    Returns:
+        the gradient; whether it was not multiplied out; this rank's own of one backward, by the formula.
+    """
+    torch.manual_seed(dist.get_rank())
+    model = nn.ModuleDict({"experts": nn.Module()})
+    table = model["experts"].up_embed = nn.Parameter(torch.zeros(num_experts, 8))
+    average_over_processes(model)
+    looked_at = []
+    if dist.get_rank() == who_looks:
+        table.register_hook(lambda gradient: looked_at.append(gradient._values()))
+    expert_ids = torch.randint(50, (3 + dist.get_rank(), 4))
+    tokens, gates = torch.randn(len(expert_ids), 8), torch.rand(expert_ids.shape)
+    for _ in range(2):
+        output = EXPERT_MIXTURE_FUNCTIONS["cpu"](tokens, expert_ids, gates, None, table, row_sparse_gradients=True)
+        (output * tokens).sum().backward()
+    was_lazy = lazy_products(table.grad) is not None
+    rows = gates.unsqueeze(-1) * tokens.unsqueeze(1)  # (t, a, d)
+    own = torch.zeros(num_experts, 8).index_add_(0, expert_ids.flatten(), rows.flatten(0, 1))
+    return table.grad.to_dense(), was_lazy, own

@@ -110,43 +110,6 @@ def test_memory_of_a_training_step_depends_on_touched_rows_and_not_on_the_pool()
     assert peak(100_000) < 6 * rows
 
 
-def test_the_memory_of_a_gradient_that_is_gone_serves_the_next(monkeypatch):
-    given_back = {}
-    monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
-    monkeypatch.setattr(cpu_memory, "_given_back", given_back)
-    first, second = (cpu_memory.recycled_empty(100, 4, torch.float32).fill_(i) for i in (1, 2))
-    assert first.eq(1).all()
-    address, view = first.data_ptr(), first[3:]
-    del first
-    assert not given_back  # a view of it is still in use
-    del view
-    assert list(given_back) == [address]
-
-    # a few rows more, of another type, find room in it
-    third = cpu_memory.recycled_empty(220, 4, torch.bfloat16)
-    assert (third.data_ptr(), third.shape, third.is_contiguous()) == (address, (220, 4), True)
-    del third
-    # many more, or far fewer, do not, and what lay there goes
-    for num_rows in (300, 100):
-        large = cpu_memory.recycled_empty(num_rows, 5, torch.float32)
-        assert (large.shape, given_back) == ((num_rows, 5), {})
-        del large
-        assert len(given_back) == 1
-    assert second.eq(2).all()
-
-
-def test_recycled_gradients_are_those_of_fresh_memory(monkeypatch):
-    inputs = [mixture_inputs("cpu", num_tokens=30, num_active=32) for _ in range(3)]
-    mixture = partial(EXPERT_MIXTURE_FUNCTIONS["cpu"], row_sparse_gradients=True)
-    fresh = [output_and_gradients(mixture, one)[1] for one in inputs]
-    monkeypatch.setattr(cpu_memory, "MIN_BYTES", 0)
-    monkeypatch.setattr(cpu_memory, "_given_back", {})
-    for one, expected in zip(inputs, fresh, strict=True):
-        _, gradients = output_and_gradients(mixture, one)
-        assert all(torch.equal(gradients[name], expected[name]) for name in expected)
-        assert len(cpu_memory._given_back) == 2  # those of both tables
-
-
 def test_a_table_is_moved_to_huge_pages_once_and_so_is_the_next_in_its_place(monkeypatch):
     monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
     advised = []

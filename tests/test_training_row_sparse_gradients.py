@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from parallel_training import average_gradients
+from rank_groups import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_peer import PeerForCausalLM
@@ -103,3 +105,17 @@ def test_float16_with_a_gradient_scaler_unscales_rows_and_skips_steps_that_overf
             assert all(map(torch.equal, expert_tables(model), before))
     assert max(norms) < 10, "norms of the loss, not of the scaled loss"
     assert loss < 4
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "who_looks", "lazy"),
+    [(1000, None, True), (1000, 1, False), (60, None, False)],
+    ids=["of products", "of rows, since one rank looked", "of rows, since products would be larger"],
+)
+def test_ranks_average_what_gradients_are_made_of_where_all_can(tmp_path, num_experts, who_looks, lazy):
+    pytest.importorskip("numba")
+    results = run_ranks(2, tmp_path, average_gradients, num_experts, who_looks)
+    expected = sum(own for _, _, own in results)  # of two backwards, divided by two ranks
+    for averaged, was_lazy, _ in results:
+        assert was_lazy == lazy
+        torch.testing.assert_close(averaged, expected)

@@ -3,7 +3,8 @@
 
     read    pre[t, a] = tokens[t] · table[id]                     one pass over the rows of each token
     write   out[t]    = Σ_a weights[t, a] · table[id]             the same
-    rows    grad[id]  = Σ_(t, a) weights[t, a] · tokens[t]        one pass over assignments sorted by expert
+    rows    grad[id]  = Σ_(t, a) weights[t, a] · tokens[t]        one pass over assignments sorted by expert, at once
+                                                                  or when an optimizer wants the row (`OuterProducts`)
 
 A row comes from anywhere in a table of gigabytes, so the rows to come are prefetched while one is used; nothing is
 gathered into a tensor of its own. Sums run in float32, tables are float32 or bfloat16. Every element is computed by
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_memory import array, borrowed, floats, move_to_huge_pages, recycled_empty
+from .cpu_memory import array, borrowed, floats, move_to_huge_pages
 from .cpu_simd import compiled, narrow, prefetch_row, widen
+from .lazy_gradients import OuterProducts
 
 # Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
 PREFETCHED_ROWS = 8
@@ -117,13 +119,13 @@ def row_gradients(
         rows: ascending experts that were assigned to, `(u,)`; empty when not `row_sparse`.
         values: their gradients, `(u, d)`; or of all experts, `(num_experts, d)`.
     """
-    segments = _segments(expert_ids, order)
-    rows, values, targets = _gradient(segments, num_experts, tokens.shape[1], dtype, row_sparse)
+    touched = segments(expert_ids, order)
+    rows, values, targets = _gradient(touched, num_experts, tokens.shape[1], dtype, row_sparse)
     arguments = (
         floats(weights),
         floats(tokens),
         array(order),
-        array(segments[1]),
+        array(touched[1]),
         array(targets),
         array(values),
     )
@@ -153,11 +155,11 @@ def write_experts_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `write_experts` for `grad_outputs` (t, d): of `weights`, (t, a), and of `table`, as
     `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
-    segments = _segments(expert_ids, order)
-    rows, values, targets = _gradient(segments, *table.shape, table.dtype, row_sparse)
+    touched = segments(expert_ids, order)
+    rows, values, targets = _gradient(touched, *table.shape, table.dtype, row_sparse)
     grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32)
-    arguments = (floats(weights), floats(grad_outputs), array(order), array(segments[1]), array(targets))
-    arguments += (array(values), array(segments[0]), array(table), array(grad_weights))
+    arguments = (floats(weights), floats(grad_outputs), array(order), array(touched[1]), array(targets))
+    arguments += (array(values), array(touched[0]), array(table), array(grad_weights))
     _for_assignments(_sum_rows_and_read, expert_ids.numel(), *arguments)
     return grad_weights, rows, values
 
@@ -179,7 +181,65 @@ def _sum_rows_and_read(weights, tokens, order, starts, targets, values, rows, ta
         _store(total, values[targets[segment]])
 
 
-def _segments(expert_ids: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def read_experts_in_order(products: OuterProducts, order: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """`read_experts` of the tokens that `products` are made of, whose assignments `order` sorted: (t * a,), float32.
+    Each row is loaded once for all its assignments, and rows are met in the order in which they lie."""
+    results = torch.empty(len(order), dtype=torch.float32)
+    rows, starts, _, token_ids, tokens = map(array, products)
+    _for_assignments(
+        _read_in_order, len(order), tokens, token_ids, starts, rows, array(order), array(table), array(results)
+    )
+    return results
+
+
+@compiled
+def _read_in_order(tokens, token_ids, starts, rows, order, table, results, chunk, num_chunks):
+    stop = len(rows) * (chunk + 1) // num_chunks
+    for i in range(len(rows) * chunk // num_chunks, stop):
+        prefetch_row(table, rows[min(i + PREFETCHED_ROWS, stop - 1)])
+        for j in range(starts[i], starts[i + 1]):
+            results[order[j]] = dot_row(tokens[token_ids[j]], table[rows[i]])
+
+
+def multiply_out(products: OuterProducts, dtype: torch.dtype) -> torch.Tensor:
+    """Values (u, d) of their rows, as `row_gradients` has them."""
+    values = torch.empty(len(products.rows), products.tokens.shape[1], dtype=dtype)
+    _for_assignments(_multiply_out, len(products.weights), *map(array, products[1:]), array(values))
+    return values
+
+
+@compiled
+def _multiply_out(starts, weights, token_ids, tokens, values, chunk, num_chunks):
+    total = np.empty(tokens.shape[1], np.float32)
+    for i in range(len(values) * chunk // num_chunks, len(values) * (chunk + 1) // num_chunks):
+        sum_products(total, starts[i], starts[i + 1], weights, token_ids, tokens)
+        _store(total, values[i])
+
+
+def squared_norms(products: OuterProducts) -> torch.Tensor:
+    """Of each of their rows, (u,), float32."""
+    norms = torch.empty(len(products.rows), dtype=torch.float32)
+    _for_assignments(_square, len(products.weights), *map(array, products[1:]), array(norms))
+    return norms
+
+
+@compiled
+def _square(starts, weights, token_ids, tokens, norms, chunk, num_chunks):
+    total = np.empty(tokens.shape[1], np.float32)
+    for i in range(len(norms) * chunk // num_chunks, len(norms) * (chunk + 1) // num_chunks):
+        sum_products(total, starts[i], starts[i + 1], weights, token_ids, tokens)
+        norms[i] = dot_row(total, total)
+
+
+@compiled
+def sum_products(total, start, stop, weights, token_ids, tokens):
+    """One row of `OuterProducts`, into `total`."""
+    total[:] = 0
+    for j in range(start, stop):
+        add_row(total, weights[j], tokens[token_ids[j]])
+
+
+def segments(expert_ids: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`."""
     rows, starts = torch.empty_like(order), torch.empty(len(order) + 1, dtype=torch.int64)
     count = _find_segments(array(expert_ids.flatten()), array(order), array(rows), array(starts))
@@ -199,13 +259,13 @@ def _find_segments(ids, order, rows, starts):
     return count
 
 
-def _gradient(segments, num_experts, width, dtype, row_sparse):
+def _gradient(touched, num_experts, width, dtype, row_sparse):
     """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each segment."""
-    touched, _ = segments
+    rows, _ = touched
     if row_sparse:
-        return touched, recycled_empty(len(touched), width, dtype), torch.arange(len(touched))
+        return rows, torch.empty(len(rows), width, dtype=dtype), torch.arange(len(rows))
     # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
-    return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
+    return rows.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), rows
 
 
 def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

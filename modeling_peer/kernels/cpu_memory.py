@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tensors as Numba's kernels see them: NumPy arrays on the same memory; large ones in large pages, and used again."""
+"""Tensors as Numba's kernels see them: NumPy arrays on the same memory; large ones in large pages."""
 
 import ctypes
 import sys
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 
 HUGE_PAGE = 2**21  # bytes
-# Above it, glibc maps every allocation anew; what is smaller it hands out again, its pages already there (30 MB took
-# 38 ms in huge pages and 2 ms without, 170 MB 12 ms and 57 ms).
-MIN_BYTES = 2**25
+MIN_BYTES = 2**25  # glibc gives larger allocations pages of their own
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # <sys/mman.h>, Linux; the second since 6.1
 
 _moved: set[tuple[int, int]] = set()
-_given_back: dict[int, torch.Tensor] = {}  # memory of tensors that are gone, by address
 
 
 class _Memory:
@@ -70,35 +67,6 @@ def borrowed(tensor: torch.Tensor, *shape: int) -> np.ndarray:
 @lru_cache(maxsize=256)
 def _array_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
     return np.empty(shape, _TYPES[dtype]) if 0 in shape else np.asarray(_Memory(address, shape, dtype))
-
-
-def recycled_empty(num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """`torch.empty(num_rows, width)` for what every training step makes and drops: a large one takes the memory of one
-    that is gone, and keeps Linux from clearing as much anew (a step on 450 MiB of row gradients: 236 ms; 272 with new
-    huge pages; 325 with new pages of 4 KiB).
-
-    What was given back waits for the next step. When nothing of it fits it goes: it is of another size of batch."""
-    nbytes = num_rows * width * dtype.itemsize
-    if nbytes <= MIN_BYTES:
-        return torch.empty(num_rows, width, dtype=dtype)
-    memory = _take_back(nbytes)
-    if memory is None:
-        _given_back.clear()
-        # A step touches some rows more than the one before. Untouched pages cost nothing.
-        memory = torch.empty(nbytes + nbytes // 8, dtype=torch.uint8)
-        _advise(memory, MADV_HUGEPAGE)
-    # An array lives as long as a tensor on it. (It can't be resized; gradients are not.)
-    lease = memory.numpy()[:nbytes]
-    weakref.finalize(lease, _given_back.__setitem__, memory.data_ptr(), memory).atexit = False
-    return torch.from_numpy(lease).view(dtype).view(num_rows, width)
-
-
-def _take_back(nbytes: int) -> torch.Tensor | None:
-    """The smallest memory that was given back and has room for `nbytes`, but not for more than twice as many."""
-    for address, memory in sorted(_given_back.items(), key=lambda item: item[1].nbytes):
-        if nbytes <= memory.nbytes <= 2 * nbytes and _given_back.pop(address, None) is not None:
-            return memory  # where the pop finds none, another thread was faster
-    return None
 
 
 def move_to_huge_pages(table: torch.Tensor) -> None:

@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from . import cpu_threads
+from .cpu_experts import sum_products
 from .cpu_memory import array, move_to_huge_pages
 from .cpu_simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
+from .lazy_gradients import OuterProducts
 
 PREFETCHED_ROWS = 2
 MIN_ROWS_PER_THREAD = 256
@@ -19,7 +21,7 @@ def adamw_rows_(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
-    gradients: torch.Tensor,
+    gradients: torch.Tensor | OuterProducts,
     asleep: torch.Tensor,
     step: int,
     lr: float,
@@ -36,21 +38,39 @@ def adamw_rows_(
         move_to_huge_pages(memory)
     one_square = exp_avg_sq.shape[1] < table.shape[1]  # for the whole row
     kernel = _adamw_rows_of_one_square if one_square else _adamw_rows
-    arguments = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows, gradients.contiguous(), asleep)]
-    cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments, factors, step)
+    if isinstance(gradients, OuterProducts):
+        values, products = None, tuple(map(array, gradients[1:]))
+    else:
+        values, products = array(gradients.contiguous()), None
+    tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows)]
+    arguments = (*tensors, values, products, array(asleep), factors, step)
+    cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
 
 
 @compiled
-def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, factors, step, chunk, num_chunks):
+def _gradient(gradients, products, i, total):
+    """That of row i, which lies in `gradients`, or is multiplied out into `total`."""
+    if products is not None:
+        starts, weights, token_ids, tokens = products
+        sum_products(total, starts[i], starts[i + 1], weights, token_ids, tokens)
+        gradient = total
+    if gradients is not None:  # no `else`: the compiler leaves out what tests for an argument that is None
+        gradient = gradients[i]
+    return gradient
+
+
+@compiled
+def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, factors, step, chunk, num_chunks):
     keep, beta1, beta2, step_size, correction, eps = factors
     one = np.float32(1)
+    total = np.empty(table.shape[1], np.float32)
     stop = len(rows) * (chunk + 1) // num_chunks
     for i in range(len(rows) * chunk // num_chunks, stop):
         ahead = rows[min(i + PREFETCHED_ROWS, stop - 1)]
         prefetch_row(table, ahead)
         prefetch_row(exp_avg, ahead)
         prefetch_row(exp_avg_sq, ahead)
-        weights, gradient = table[rows[i]], gradients[i]
+        weights, gradient = table[rows[i]], _gradient(gradients, products, i, total)
         means, squares = exp_avg[rows[i]], exp_avg_sq[rows[i]]
         kept, travelled, mean_kept, square_kept = asleep[i]
         for j in range(len(weights)):
@@ -65,15 +85,18 @@ def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, factors, st
 
 
 @compiled
-def _adamw_rows_of_one_square(table, exp_avg, exp_avg_sq, rows, gradients, asleep, factors, step, chunk, num_chunks):
+def _adamw_rows_of_one_square(
+    table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, factors, step, chunk, num_chunks
+):
     keep, beta1, beta2, step_size, correction, eps = factors
     one = np.float32(1)
+    total = np.empty(table.shape[1], np.float32)
     stop = len(rows) * (chunk + 1) // num_chunks
     for i in range(len(rows) * chunk // num_chunks, stop):
         ahead = rows[min(i + PREFETCHED_ROWS, stop - 1)]
         prefetch_row(table, ahead)
         prefetch_row(exp_avg, ahead)
-        weights, gradient, means = table[rows[i]], gradients[i], exp_avg[rows[i]]
+        weights, means, gradient = table[rows[i]], exp_avg[rows[i]], _gradient(gradients, products, i, total)
         kept, travelled, mean_kept, square_kept = asleep[i]
         sum_of_squares = np.float32(0)
         for j in range(len(weights)):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .few_tokens import mix_few
+from .lazy_gradients import LazyRowGradient, OuterProducts
 from .observers import somebody_looks
 
 _library = torch.library.Library("modeling_peer", "DEF")
@@ -166,10 +167,14 @@ def _read_autograd(ctx, grad_products):
         grad_tokens = _write(grad_products, expert_ids, table, None, False, ctx.implementation).to(tokens.dtype)
     if ctx.needs_input_grad[2]:
         order = _group(expert_ids, ctx.implementation) if order is None else order
-        rows, values = _row_gradients(
-            grad_products, tokens, expert_ids, order, table.shape[0], table.dtype, ctx.row_sparse, ctx.implementation
-        )
-        grad_table = _table_gradient(rows, values, table, ctx.row_sparse)
+        if _may_be_lazy(ctx, expert_ids, table, grad_products, tokens):
+            grad_table = LazyRowGradient.of([OuterProducts.group(expert_ids, order, grad_products, tokens)], table)
+        else:
+            assignments = (grad_products, tokens, expert_ids, order)
+            rows, values = _row_gradients(
+                *assignments, table.shape[0], table.dtype, ctx.row_sparse, ctx.implementation
+            )
+            grad_table = _table_gradient(rows, values, table, ctx.row_sparse)
     return grad_tokens, None, grad_table, None, None, None
 
 
@@ -178,15 +183,27 @@ def _write_autograd(ctx, grad_outputs):
     grad_weights = grad_table = None
     if ctx.needs_input_grad[2]:
         order = _group(expert_ids, ctx.implementation) if order is None else order
-        grad_weights, rows, values = _write_gradients(
-            grad_outputs, weights, expert_ids, order, table, ctx.row_sparse, ctx.implementation
-        )
-        grad_table = _table_gradient(rows, values, table, ctx.row_sparse)
+        if _may_be_lazy(ctx, expert_ids, table, grad_outputs, weights):
+            products = OuterProducts.group(expert_ids, order, weights, grad_outputs)
+            grad_table = LazyRowGradient.of([products], table)
+            read = _experts(ctx.implementation).read_experts_in_order
+            grad_weights = read(products, order, table.contiguous()).view(weights.shape)
+        else:
+            grad_weights, rows, values = _write_gradients(
+                grad_outputs, weights, expert_ids, order, table, ctx.row_sparse, ctx.implementation
+            )
+            grad_table = _table_gradient(rows, values, table, ctx.row_sparse)
     elif ctx.needs_input_grad[0]:
         grad_weights = _read(grad_outputs, expert_ids, table, None, False, ctx.implementation)
     if grad_weights is not None:
         grad_weights = grad_weights.to(weights.dtype)
     return grad_weights, None, grad_table, None, None, None
+
+
+def _may_be_lazy(ctx, expert_ids, table, *tensors):
+    if not ctx.row_sparse or ctx.implementation != "cpu" or somebody_looks((expert_ids, table, *tensors)):
+        return False
+    return LazyRowGradient.pays(expert_ids, table)
 
 
 def _table_gradient(rows, values, table, row_sparse):

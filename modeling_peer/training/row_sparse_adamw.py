@@ -6,7 +6,8 @@ import math
 import torch
 
 from modeling_peer.backends_peer import ADAMW_ROWS_FUNCTIONS, choose
-from modeling_peer.training.row_sparse_gradients import coalesced, local_rows, sharded_as
+from modeling_peer.kernels.lazy_gradients import OuterProducts
+from modeling_peer.training.row_sparse_gradients import local_rows, sharded_as, touched_rows
 
 # dtypes of the first and of the second moment, and whether a row shares one second moment
 ROW_STATES = {
@@ -75,7 +76,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             for _, parameter, gradient in row_sparse:
                 parameter.grad = gradient
         for group, parameter, gradient in row_sparse:
-            self._step_rows(group, parameter, local_rows(coalesced(gradient)))
+            self._step_rows(group, parameter, *touched_rows(gradient))
         return loss
 
     def _is_row_sparse(self, parameter):
@@ -88,8 +89,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             )
         return parameter.grad.is_sparse
 
-    def _step_rows(self, group, table, gradient):
-        rows, gradients = gradient._indices()[0], gradient._values()
+    def _step_rows(self, group, table, rows, gradients):
         state = self.state[table]
         if not state:
             if not len(rows) and local_rows(table) is table:  # else other ranks' rows may have been touched: count
@@ -171,7 +171,7 @@ def adamw_rows_(
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
-    gradients: torch.Tensor,
+    gradients: torch.Tensor | OuterProducts,
     asleep: torch.Tensor,
     step: int,
     lr: float,
@@ -185,12 +185,14 @@ def adamw_rows_(
         table, exp_avg: `(num_rows, width)`.
         exp_avg_sq: the same shape, or `(num_rows, 1)`: the mean over the row.
         rows: `(num_touched,)`, int64, each at most once.
-        gradients: `(num_touched, width)`.
+        gradients: `(num_touched, width)`, multiplied out or not yet.
         asleep: `(num_touched, 4)`, `sleep_factors`.
         step: number of this step, the first is 1.
     """
     beta1, beta2 = betas
     dtype = torch.promote_types(table.dtype, torch.float32)
+    if isinstance(gradients, OuterProducts):
+        gradients = gradients.values(dtype)
     gradients, asleep = gradients.to(dtype), asleep.to(dtype).unsqueeze(-1)
     weights, mean, square = table[rows].to(dtype), exp_avg[rows].to(dtype), exp_avg_sq[rows].to(dtype)
     weights = weights * asleep[:, 0] + asleep[:, 1] * mean / (square.sqrt() + eps)

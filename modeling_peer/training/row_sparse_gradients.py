@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from modeling_peer.kernels.lazy_gradients import LazyRowGradient, OuterProducts
 from modeling_peer.training.parameter_groups import EXPERT_TABLE, expert_tables
 
 
@@ -60,6 +61,20 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.coalesce()
 
 
+def touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | OuterProducts]:
+    """Rows that this rank's part of a row-sparse gradient touches, `(num_touched,)`, and their gradients."""
+    gradient = local_rows(gradient)
+    if (products := lazy_products(gradient)) is not None:
+        return products.rows, products
+    gradient = coalesced(gradient)
+    return gradient._indices()[0], gradient._values()
+
+
+def lazy_products(gradient: torch.Tensor) -> OuterProducts | None:
+    """What a gradient that is not multiplied out yet is made of; None of any other."""
+    return gradient.products() if isinstance(gradient, LazyRowGradient) else None
+
+
 def local_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a tensor that is sharded over processes (`DTensor.to_local` refuses sparse ones), or all."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
@@ -106,11 +121,11 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     groups: dict = {}  # gradients on different device meshes can't be in one call
     for parameter in parameters:
         if parameter.grad is not None:
-            if parameter.grad.is_sparse:
-                parameter.grad = coalesced(parameter.grad)
             gradient = parameter.grad
-            if gradient.is_sparse:  # of a sharded table, the norm is that of all ranks' values
-                gradient = sharded_as(parameter, local_rows(gradient)._values())
+            if gradient.is_sparse and lazy_products(gradient) is None:
+                parameter.grad = coalesced(gradient)
+                # of a sharded table, the norm is that of all ranks' values
+                gradient = sharded_as(parameter, local_rows(parameter.grad)._values())
             groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
@@ -128,10 +143,10 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
 
     DDP reduces only those sparse gradients that come from `nn.Embedding`, and NCCL none. Tables are therefore left out
     of it: they begin as the first process has them, and as soon as a backward has added up the gradient of one, the
-    processes exchange the rows that they touched and each takes the mean. A mean of equal gradients is the gradient,
-    so nothing goes wrong where this happens more often than needed, such as under `DDP.no_sync`; inside
-    `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP does. All processes run the same
-    backward, and so exchange the same table at the same time.
+    processes exchange the rows that they touched, or what these are made of while that is less, and each takes the
+    mean. A mean of equal gradients is the gradient, so nothing goes wrong where this happens more often than needed,
+    such as under `DDP.no_sync`; inside `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP
+    does. All processes run the same backward, and so exchange the same table at the same time.
 
     Raises:
         ValueError: the tables are sharded: no process has them whole.
@@ -155,20 +170,34 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
             "leave it out: set row_sparse_gradients before average_over_processes, or call neither."
         )
     num_processes = dist.get_world_size(process_group)
+    products = lazy_products(table.grad)
+    may_be_lazy = products is not None and num_processes * products.nbytes <= table.nbytes
+    # All multiply theirs out where one has to, or did since somebody looked.
+    all_lazy = torch.tensor(int(may_be_lazy), device=table.device)
+    dist.all_reduce(all_lazy, dist.ReduceOp.MIN, process_group)
+    if all_lazy:
+        products = products._replace(weights=products.weights / num_processes)
+        parts = [OuterProducts(*of_process) for of_process in _exchange(products, process_group)]
+        table.grad = LazyRowGradient.of(parts, table)
+        return
     gradient = coalesced(table.grad)
-    rows, values = gradient._indices()[0], gradient._values()
-    counts = [torch.empty((), dtype=torch.int64, device=rows.device) for _ in range(num_processes)]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device), process_group)
-    counts = torch.stack(counts).tolist()
-    all_rows, all_values = (_gather(part, counts, process_group) for part in (rows, values))
-    summed = _row_sparse(all_rows.unsqueeze(0), all_values.div_(num_processes), table.shape, is_coalesced=False)
-    table.grad = summed.coalesce()
+    parts = _exchange((gradient._indices()[0], gradient._values() / num_processes), process_group)
+    rows, values = map(torch.cat, zip(*parts, strict=True))
+    table.grad = _row_sparse(rows.unsqueeze(0), values, table.shape, is_coalesced=False).coalesce()
 
 
-def _gather(part: torch.Tensor, counts: list[int], process_group: dist.ProcessGroup | None) -> torch.Tensor:
-    """`part` of every process, end to end; they differ in length, collectives do not."""
-    padded = part.new_zeros(max(counts), *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, process_group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _exchange(
+    tensors: tuple[torch.Tensor, ...], process_group: dist.ProcessGroup | None
+) -> list[tuple[torch.Tensor, ...]]:
+    """The `tensors` of every process; they differ in length, collectives do not."""
+    lengths = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
+    all_lengths = [torch.empty_like(lengths) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(all_lengths, lengths, process_group)
+    gathered = []
+    for tensor, counts in zip(tensors, torch.stack(all_lengths, dim=1).tolist(), strict=True):
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        of_processes = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(of_processes, padded, process_group)
+        gathered.append([padded[:count].clone() for padded, count in zip(of_processes, counts, strict=True)])
+    return list(zip(*gathered, strict=True))

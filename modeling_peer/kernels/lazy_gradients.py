@@ -1,0 +1,224 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Row-sparse gradients of expert tables as the products that they are made of. On CPU so far (`cpu_experts`).
+
+A token adds a multiple of itself to the gradients of its hundred experts: one row of memory instead of a hundred.
+An optimizer that knows these gradients multiplies out one row at a time, just before it updates that row.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+
+@cache
+def _kernels():
+    return import_module(f"{__package__}.cpu_experts")  # compiled by what may not be installed
+
+
+class OuterProducts(NamedTuple):
+    """A sparse matrix of weights times a matrix of tokens; of the sparse one rows that are empty are left out.
+
+    grad[rows[i]] = Σ_j weights[j] · tokens[token_ids[j]]        starts[i] <= j < starts[i + 1]
+    """
+
+    rows: torch.Tensor  # (u,) int64, ascending
+    starts: torch.Tensor  # (u + 1,) int64
+    weights: torch.Tensor  # (m,) float32
+    token_ids: torch.Tensor  # (m,) int64
+    tokens: torch.Tensor  # (t, d) float32
+
+    @classmethod
+    def group(
+        cls, expert_ids: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor
+    ) -> "OuterProducts":
+        """Of assignments `expert_ids` (t, a) with `weights` (t, a), whose positions `order` (t * a,) sorts by expert.
+        Copies: what a layer was given, its caller may overwrite before the optimizer's step."""
+        rows, starts = _kernels().segments(expert_ids, order)
+        token_ids = order // max(1, expert_ids.shape[1])
+        tokens = torch.empty(tokens.shape, dtype=torch.float32).copy_(tokens)
+        return cls(rows, starts, weights.flatten()[order].float(), token_ids, tokens)
+
+    @classmethod
+    def join(cls, parts: list["OuterProducts"]) -> "OuterProducts":
+        """The sum of several."""
+        if len(parts) == 1:
+            return parts[0]
+        expert_ids = torch.cat([part.rows.repeat_interleave(part.starts.diff()) for part in parts])
+        first_tokens = [0, *torch.tensor([len(part.tokens) for part in parts]).cumsum(0).tolist()]
+        token_ids = torch.cat([part.token_ids + first for part, first in zip(parts, first_tokens, strict=False)])
+        order = _kernels().group_by_expert(expert_ids)
+        weights, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "tokens"))
+        return cls(*_kernels().segments(expert_ids, order), weights[order], token_ids[order], tokens)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """Multiplied out: the gradients of `rows`, `(u, d)`."""
+        return _kernels().multiply_out(self, dtype)
+
+    def norm(self) -> torch.Tensor:
+        """Euclidean norm of all values, without holding them: float32, a scalar."""
+        return _kernels().squared_norms(self).sum(dtype=torch.float64).sqrt().float()
+
+
+class LazyRowGradient(torch.Tensor):
+    """A row-sparse gradient that is not multiplied out before somebody asks for its rows.
+
+    As it is, it is added to its like (while their sum is smaller than the table), scaled, and its norm is taken. For
+    everything else it becomes the coalesced sparse COO tensor that it stands for, and stays that: what is done to its
+    values in place is done to it. So it goes wherever row-sparse gradients go. Only autograd, which would ask a sparse
+    tensor for its parts, sees a strided one without memory.
+
+    Args:
+        content: shared by tensors that share memory, as `detach()` has it.
+    """
+
+    is_sparse = True
+    layout = torch.sparse_coo
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, content: "_Content"):
+        return cls._make_wrapper_subclass(cls, content.shape, dtype=content.dtype)
+
+    def __init__(self, content: "_Content"):
+        self._content = content
+
+    @classmethod
+    def of(cls, parts: list[OuterProducts], table: torch.Tensor) -> "LazyRowGradient":
+        """The gradient of `table` (num_experts, d), in its dtype: the sum of `parts`."""
+        return cls(_Content(parts, table.shape, table.dtype))
+
+    @staticmethod
+    def pays(expert_ids: torch.Tensor, table: torch.Tensor) -> bool:
+        """Whether it takes less memory than `table`, and thus than a dense gradient, for these assignments (t, a)."""
+        num_bytes = 28 * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]  # of `OuterProducts`, at most
+        return num_bytes <= table.nbytes
+
+    def products(self) -> OuterProducts | None:
+        """What it is the sum of; None if it was multiplied out."""
+        return self._content.join()
+
+    def __reduce_ex__(self, protocol):
+        return self._content.multiply_out().__reduce_ex__(protocol)
+
+    def __repr__(self, **_):
+        return f"LazyRowGradient(shape={tuple(self.shape)}, dtype={self.dtype}, {self._content.describe()})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        lazy = _LAZY_OPERATIONS.get(func)
+        result = NotImplemented if lazy is None or kwargs else lazy(*args)
+        if result is not NotImplemented:
+            return result
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor._content.multiply_out(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _as_coo_tensor(name: str):
+    # These look at the layout before they are dispatched.
+    def method(self, *args, **kwargs):
+        return getattr(self._content.multiply_out(), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in ("coalesce", "is_coalesced", "sparse_dim", "dense_dim", "to_dense", "to_sparse", "indices", "values"):
+    setattr(LazyRowGradient, _name, _as_coo_tensor(_name))
+
+
+class _Content:
+    """Sums of outer products, or, once they were multiplied out, a sparse tensor."""
+
+    def __init__(self, parts: list[OuterProducts] | None, shape: torch.Size, dtype: torch.dtype, rows=None):
+        self.parts, self.shape, self.dtype, self.rows = parts, shape, dtype, rows
+
+    def join(self) -> OuterProducts | None:
+        if self.parts is None:
+            return None
+        self.parts = [OuterProducts.join(self.parts)]
+        return self.parts[0]
+
+    def multiply_out(self) -> torch.Tensor:
+        products = self.join()
+        if products is not None:
+            self.rows = torch.sparse_coo_tensor(
+                products.rows.unsqueeze(0),
+                products.values(self.dtype),
+                self.shape,
+                is_coalesced=True,
+                check_invariants=False,
+            )
+            self.parts = None
+        return self.rows
+
+    def clone(self) -> "_Content":
+        # The tensors of the parts are never changed, only replaced.
+        if self.parts is None:
+            return _Content(None, self.shape, self.dtype, self.rows.clone())
+        return _Content([*self.parts], self.shape, self.dtype)
+
+    def describe(self) -> str:
+        if self.parts is None:
+            return f"{self.rows._nnz()} rows"
+        return f"{sum(len(part.weights) for part in self.parts)} assignments, not multiplied out"
+
+
+def _detach(gradient):
+    return LazyRowGradient(gradient._content)
+
+
+def _clone(gradient):
+    return LazyRowGradient(gradient._content.clone())
+
+
+def _add_(gradient, other):
+    if not _all_lazy(gradient, other):
+        return NotImplemented
+    parts = gradient._content.parts + other._content.parts
+    if sum(part.nbytes for part in parts) > gradient.numel() * gradient.itemsize:
+        return NotImplemented
+    gradient._content.parts[:] = parts
+    return gradient
+
+
+def _add(gradient, other):
+    return _add_(_clone(gradient), other) if _all_lazy(gradient, other) else NotImplemented
+
+
+def _mul_(gradient, factor):
+    if not _all_lazy(gradient) or (isinstance(factor, torch.Tensor) and factor.dim() > 0):
+        return NotImplemented
+    parts = gradient._content.parts
+    parts[:] = [part._replace(weights=part.weights * factor) for part in parts]
+    return gradient
+
+
+def _foreach_mul_(gradients, factor):
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
+def _norm(gradient, order=2):
+    return gradient.products().norm().to(gradient.dtype) if _all_lazy(gradient) and order == 2 else NotImplemented
+
+
+def _all_lazy(*gradients) -> bool:
+    return all(type(one) is LazyRowGradient and one._content.parts is not None for one in gradients)
+
+
+_LAZY_OPERATIONS = {
+    torch.ops.aten.detach.default: _detach,
+    torch.ops.aten.clone.default: _clone,
+    torch.ops.aten.add_.Tensor: _add_,
+    torch.ops.aten.add.Tensor: _add,
+    torch.ops.aten.mul_.Tensor: _mul_,
+    torch.ops.aten._foreach_mul_.Tensor: _foreach_mul_,
+    torch.ops.aten.linalg_vector_norm.default: _norm,
+}
