@@ -32,13 +32,13 @@ class PeerExpertsInterface(ExpertsInterface):
 
 RETRIEVAL_FUNCTIONS = PeerExpertsInterface()
 EXPERT_MIXTURE_FUNCTIONS = PeerExpertsInterface()
-RETRIEVAL_OF_FEW_FUNCTIONS = PeerExpertsInterface()
+LAYER_OF_FEW_FUNCTIONS = PeerExpertsInterface()
 ADAMW_ROWS_FUNCTIONS = PeerExpertsInterface()
 for _name in IMPLEMENTATION_OF_DEVICE.values():
     RETRIEVAL_FUNCTIONS[_name] = partial(operators.product_key_top_k, implementation=_name)
     EXPERT_MIXTURE_FUNCTIONS[_name] = partial(operators.expert_mixture, implementation=_name)
 if operators is not None:
-    RETRIEVAL_OF_FEW_FUNCTIONS["cpu"] = few_tokens.retrieve_few
+    LAYER_OF_FEW_FUNCTIONS["cpu"] = few_tokens.run_few
     ADAMW_ROWS_FUNCTIONS["cpu"] = partial(operators.adamw_rows_, implementation="cpu")
 
 

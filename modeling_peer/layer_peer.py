@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .auxiliary_losses_peer import AuxiliaryLosses
+from .backends_peer import LAYER_OF_FEW_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .retrieval_peer import PeerRetrieval
@@ -48,11 +49,43 @@ class PeerLayer(nn.Module):
         Returns:
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
+        wants_loss = aux_losses is not None and self.retrieval.config.balance_loss is not None
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        few = None if self.training or wants_loss else self._run_few(tokens)
+        if few is not None:
+            return few.view(hidden_states.shape)
         gates, expert_ids = self.retrieval(hidden_states, token_mask, aux_losses)  # (..., h, k) each
         if self.training and self.expert_dropout:
             gates = F.dropout(gates, p=self.expert_dropout)
         # One row per token, the heads' experts side by side.
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_active = gates.shape[-2] * gates.shape[-1]
         output = self.experts(tokens, expert_ids.view(-1, num_active), gates.view(-1, num_active))
         return output.view(hidden_states.shape)
+
+    def _run_few(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Outputs `(num_tokens, hidden_size)` in one call, as decoding wants it; None where the implementation has no
+        such call, or somebody is to see the parts of this one."""
+        if torch.compiler.is_compiling():
+            return None
+        retrieval, experts = self._modules["retrieval"], self._modules["experts"]
+        if type(retrieval) is not PeerRetrieval or type(experts) is not self.experts_class or retrieval.training:
+            return None
+        sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
+        if sub_keys is None or tables is None:
+            return None
+        run = choose(LAYER_OF_FEW_FUNCTIONS, retrieval.config._experts_implementation, None, tables[1])
+        query_network = None if run is None else retrieval.query_network()
+        if query_network is None:
+            return None
+        modules, weights = query_network
+        return run(
+            tokens,
+            (retrieval, *modules, experts),
+            weights,
+            sub_keys,
+            retrieval.num_heads,
+            retrieval.top_k,
+            retrieval.gate_activation,
+            tables,
+            experts._modules["activation"],
+        )

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .auxiliary_losses_peer import AuxiliaryLosses, balance_loss
-from .backends_peer import RETRIEVAL_FUNCTIONS, RETRIEVAL_OF_FEW_FUNCTIONS, choose
+from .backends_peer import RETRIEVAL_FUNCTIONS, choose
 from .configuration_peer import PeerConfig
 from .product_keys_peer import product_key_top_k
 
@@ -170,10 +170,6 @@ class PeerRetrieval(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         shape = (*hidden_states.shape[:-1], self.num_heads, self.top_k)
         wants_loss = aux_losses is not None and self.config.balance_loss is not None
-        few = None if self.training or wants_loss else self._retrieve_few(tokens)
-        if few is not None:
-            gates, expert_ids = few
-            return gates.view(shape), expert_ids.view(shape)
         query = self.query_proj(tokens)  # (t, h * query_dim)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         token_mask = None if token_mask is None else token_mask.flatten()
@@ -190,36 +186,23 @@ class PeerRetrieval(nn.Module):
         gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
         return gates.view(shape), expert_ids.view(shape)
 
-    def _retrieve_few(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Gates and ids `(num_tokens, num_heads, top_k)` in one call, as decoding wants them; None where the
-        implementation has no such call, or somebody is to see the parts of this one."""
-        if torch.compiler.is_compiling():
-            return None
-        projection, norm, sub_keys = self.query_proj, self.query_norm, self.sub_keys
-        retrieve = choose(RETRIEVAL_OF_FEW_FUNCTIONS, self.config._experts_implementation, None, sub_keys)
+    def query_network(self) -> tuple[tuple, tuple] | None:
+        """Its modules, and their weights as a layer in one call wants them (`kernels.few_tokens`); None if it is of
+        another kind, or its norm still learns."""
+        projection, norm = self._modules["query_proj"], self._modules["query_norm"]
         names = _NORM_TENSORS.get(type(norm))
-        if retrieve is None or type(projection) is not nn.Linear or names is None or norm.training:
+        if type(projection) is not nn.Linear or names is None or norm.training:
             return None
         # Looked up where modules register them: in a fifth of the time of their attributes. FSDP registers others.
         weight, bias = map(projection._parameters.get, ("weight", "bias"))
         tensors = {**norm._parameters, **norm._buffers}
         if weight is None or bias is None or any(tensors.get(name) is None for name in names):
             return None
-        return retrieve(
-            tokens,
-            (projection, norm),
-            weight,
-            bias,
-            tuple(map(tensors.get, _NORM_TENSORS[PeerBatchNorm])),
-            getattr(norm, "eps", 0.0),
-            sub_keys,
-            self.num_heads,
-            self.top_k,
-            self.gate_activation,
-        )
+        norm_tensors = tuple(map(tensors.get, _NORM_TENSORS[PeerBatchNorm]))
+        return (projection, norm), (weight, bias, norm_tensors, getattr(norm, "eps", 0.0))
 
 
-# Of the norms that retrieval in one call knows: what they normalise with.
+# Of the norms that a layer in one call knows: what they normalise with.
 _NORM_TENSORS = {
     PeerBatchNorm: ("running_mean", "running_var", "weight", "bias"),
     PeerLayerNorm: ("weight", "bias"),

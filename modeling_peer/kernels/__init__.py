@@ -5,7 +5,7 @@ operators.py                        the operators of PyTorch, their backward, an
 observers.py                        whether operators, hooks or gradients have to be seen
 lazy_gradients.py                   row-sparse gradients of tables, multiplied out row by row in an optimizer's step
 cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
-few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, in two calls: when, and how
+few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, a layer in one call: when, and how
 triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"
 """
 

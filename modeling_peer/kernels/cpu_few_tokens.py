@@ -1,8 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A few tokens on CPU, one as a rule: decoding, where what is called between kernels takes as long as they do.
 
-    retrieve    queries, their norm, scores, best experts and gates      one call, three shares of work
-    mix         act(x · down) · gate, added up with the rows of `up`     one call, one share
+    queries, normalised | scores | best experts and gates | act(x · down) · gate, added up with the rows of `up`
 
 Every element is summed in an order in which neither other tokens nor the number of threads have a part: results are
 bit-identical from run to run.
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, ids_and_rows, rows_of
+from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, rows_of
 from .cpu_memory import as_float32, borrowed
 from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
 from .cpu_simd import GROUPS, compiled, narrow, prefetch_row, widen
@@ -35,48 +34,76 @@ IDENTITY, GELU, RELU, SILU = range(4)
 ACTIVATIONS = {"identity": IDENTITY, "gelu": GELU, "relu": RELU, "silu": SILU}
 
 
-def retrieve(
+def run_layer(
     tokens: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    norm: tuple[torch.Tensor | None, ...],
-    eps: float,
+    query_network: tuple,
     sub_keys: torch.Tensor,
     num_heads: int,
     top_k: int,
     gate_activation: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `few_tokens.retrieve_few`."""
-    num_tokens, query_dim = tokens.shape[0], weight.shape[0] // num_heads
-    gates = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32)
-    expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
-    num_rows, num_sub_keys, half = num_tokens * num_heads, sub_keys.shape[-2], sub_keys.shape[-1]
+    tables: tuple[torch.Tensor | None, ...],
+    activation: str,
+) -> torch.Tensor:
+    """Outputs (t, d), float32. Arguments as of `few_tokens.run_few`, which has checked them; `activation` by name."""
+    weight, bias, norm, eps = query_network
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
-    _retrieve(
+    num_sub_keys, half = sub_keys.shape[-2:]
+    output = torch.empty(tokens.shape, dtype=torch.float32)
+    down, up, gate = (None if table is None else rows_of(table) for table in tables)
+    num_assignments = tokens.shape[0] * num_heads * top_k
+    num_bytes = weight.nbytes + codebooks.nbytes + 2 * num_assignments * tables[1].shape[1] * tables[1].itemsize
+    _run_layer(
         borrowed(tokens),
         borrowed(weight),
         borrowed(bias),
         *(None if tensor is None else borrowed(tensor) for tensor in norm),
         np.float32(eps),
-        query_dim,
         borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half),
-        borrowed(gates, num_rows, top_k),
-        borrowed(expert_ids, num_rows, top_k),
+        top_k,
         GATES[gate_activation],
-        cpu_threads.team_for(weight.nbytes + codebooks.nbytes),
+        down,
+        up,
+        gate,
+        ACTIVATIONS[activation],
+        borrowed(output),
+        cpu_threads.team_for(num_bytes),
     )
-    return gates, expert_ids
+    return output
 
 
 @compiled
-def _retrieve(
-    tokens, weight, bias, mean, variance, scale, shift, eps, query_dim, codebooks, gates, ids, gate, num_threads
+def _run_layer(
+    tokens,
+    weight,
+    bias,
+    mean,
+    variance,
+    scale,
+    shift,
+    eps,
+    codebooks,
+    top_k,
+    gate_activation,
+    down,
+    up,
+    gate_rows,
+    activation,
+    output,
+    num_threads,
 ):
-    num_heads, half = len(weight) // query_dim, codebooks.shape[3]
+    half = codebooks.shape[3]
+    query_dim = 2 * half
+    num_heads = len(weight) // query_dim
     queries = np.empty((len(tokens), len(weight)), np.float32)
     arguments = (tokens, weight, bias, mean, variance, scale, shift, eps, queries, query_dim)
     in_parallel(_make_queries, arguments, min(num_heads, CHUNKS_PER_THREAD * num_threads), num_threads)
-    _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate, num_threads)
+    gates, ids = (
+        np.empty((len(tokens) * num_heads, top_k), np.float32),
+        np.empty((len(tokens) * num_heads, top_k), np.int64),
+    )
+    _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate_activation, num_threads)
+    shape = (len(tokens), num_heads * top_k)
+    _mix(tokens, ids.reshape(shape), gates.reshape(shape), down, up, gate_rows, activation, output, num_threads)
 
 
 @compiled
@@ -202,26 +229,6 @@ def _open_gates(scores, gate):
     elif gate == SIGMOID:
         for i in range(len(scores)):
             scores[i] = np.float32(1) / (np.float32(1) + np.exp(-scores[i]))
-
-
-def mix(
-    tokens: torch.Tensor,
-    expert_ids: torch.Tensor,
-    gates: torch.Tensor,
-    down_embed: torch.Tensor | None,
-    up_embed: torch.Tensor,
-    gate_embed: torch.Tensor | None,
-    activation: str,
-) -> torch.Tensor:
-    """Outputs (t, d), float32, of `operators.expert_mixture`; `activation` is one of `ACTIVATIONS`."""
-    tokens, gates, expert_ids = as_float32(tokens), as_float32(gates), expert_ids.contiguous()
-    output = torch.empty(tokens.shape, dtype=torch.float32)
-    ids, up = ids_and_rows(expert_ids, up_embed)
-    down, gate = (None if table is None else rows_of(table) for table in (down_embed, gate_embed))
-    num_threads = cpu_threads.team_for(2 * expert_ids.numel() * up_embed.shape[1] * up_embed.itemsize)
-    arguments = (borrowed(tokens), ids, borrowed(gates), down, up, gate, ACTIVATIONS[activation], borrowed(output))
-    _mix(*arguments, num_threads)
-    return output
 
 
 @compiled

@@ -18,7 +18,6 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 
-from .few_tokens import mix_few
 from .lazy_gradients import LazyRowGradient, OuterProducts
 from .observers import somebody_looks
 
@@ -263,10 +262,6 @@ def expert_mixture(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
             f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
         )
-    if implementation == "cpu":
-        few = mix_few(hidden_states, expert_ids, gates, (down_embed, up_embed, gate_embed), activation)
-        if few is not None:
-            return few
     # Sorted once, for the backward of every table.
     order = None
     if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
