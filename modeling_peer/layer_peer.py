@@ -68,10 +68,11 @@ class PeerLayer(nn.Module):
         if torch.compiler.is_compiling():
             return None
         retrieval, experts = self._modules["retrieval"], self._modules["experts"]
-        if type(retrieval) is not PeerRetrieval or type(experts) is not self.experts_class or retrieval.training:
+        if type(retrieval) is not PeerRetrieval or type(experts).forward is not PeerExperts.forward:
             return None
         sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
-        if sub_keys is None or tables is None:
+        # Offloaded tables come when the parts are called.
+        if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
             return None
         run = choose(LAYER_OF_FEW_FUNCTIONS, retrieval.config._experts_implementation, None, tables[1])
         query_network = None if run is None else retrieval.query_network()
@@ -87,5 +88,5 @@ class PeerLayer(nn.Module):
             retrieval.top_k,
             retrieval.gate_activation,
             tables,
-            experts._modules["activation"],
+            experts._modules.get("activation"),
         )

@@ -97,6 +97,7 @@ if torch.distributed.is_available():
             earlier = ctx.table.grad
             if earlier is not None:
                 grad = earlier._local_tensor + grad
+                grad = grad.coalesce() if type(grad) is torch.Tensor else grad  # or it multiplies out rows when asked
             ctx.table.grad = DTensor(grad, ctx.table._spec, requires_grad=False)
             return None
 

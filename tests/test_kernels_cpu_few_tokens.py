@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from modeling_peer import PeerConfig, PeerLayer
 from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.backends_peer import LAYER_OF_FEW_FUNCTIONS
+from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.product_key_memory_peer import PeerProductKeyMemory
 from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm
 
@@ -138,6 +140,34 @@ def test_hooks_of_the_modules_within_see_their_module(calls):
     assert calls == []
     run(layer, tokens, "cpu")
     assert calls == [2]
+
+
+def test_experts_with_a_forward_of_their_own_are_called(calls):
+    class Silent(PeerExperts):
+        def forward(self, hidden_states, expert_ids, gates):
+            return torch.zeros_like(hidden_states)
+
+    class Layer(PeerLayer):
+        experts_class = Silent
+
+    assert not run(build(Layer), torch.randn(2, SIZES["hidden_size"]), "cpu").any()
+    assert calls == []
+
+
+def test_offloaded_tables_come_when_the_parts_are_called(calls):
+    layer, tokens = build(), torch.randn(2, SIZES["hidden_size"])
+    expected = run(layer, tokens, "cpu")
+    accelerate.cpu_offload(layer, torch.device("cpu"))
+    torch.testing.assert_close(run(layer, tokens, "cpu"), expected, atol=1e-5, rtol=1e-5)
+    assert calls == [2]  # the first time
+
+
+def test_an_activation_that_is_no_module_is_called(calls):
+    layer, tokens = build(), torch.randn(2, SIZES["hidden_size"])
+    del layer.experts.activation
+    layer.experts.activation = torch.tanh
+    torch.testing.assert_close(run(layer, tokens, "cpu"), run(layer, tokens, "eager"), atol=1e-5, rtol=1e-5)
+    assert calls == []
 
 
 def test_the_balance_loss_of_a_short_input_is_computed_in_evaluation_too(calls):

@@ -32,12 +32,16 @@ def batch(num_tokens=20, num_experts=NUM_EXPERTS):
     return torch.randn(num_tokens, WIDTH), expert_ids, torch.rand(num_tokens, NUM_ACTIVE)
 
 
-def backward(table, other, tokens, expert_ids, gates, mixture="cpu"):
-    """Two gradients of `table` a time, one as a reader and one as a writer, as where layers share tables."""
+def mix(table, other, tokens, expert_ids, gates, mixture="cpu"):
+    """A loss with two gradients of `table`, one as a reader and one as a writer, as where layers share tables."""
     function = expert_mixture if mixture == "eager" else EXPERT_MIXTURE_FUNCTIONS[mixture]
     output = function(tokens, expert_ids, gates, table, other, row_sparse_gradients=True)
     output = output + function(tokens, expert_ids, gates, other, table, row_sparse_gradients=True)
-    output.square().sum().backward()
+    return output.square().sum()
+
+
+def backward(*inputs, **options):
+    mix(*inputs, **options).backward()
 
 
 @pytest.fixture
@@ -74,6 +78,8 @@ def test_they_are_scaled_and_measured_without_being_multiplied_out(lazy):
     table.grad.mul_(2)
     torch._foreach_mul_([table.grad], torch.tensor(0.5))
     assert table.grad.products() is not None
+    rows = torch.linalg.vector_norm(table.grad.clone().to_dense(), 2, dim=1)
+    torch.testing.assert_close(rows.norm(), table.grad.products().norm())
     assert_same(table.grad, dense.grad)
 
 
@@ -117,17 +123,46 @@ def test_gradients_that_would_outgrow_the_table_are_multiplied_out():
     assert_same(few.grad, twin.grad)
 
 
+def other_gradient(kind):
+    rows = torch.sparse_coo_tensor([[3, 10]], torch.ones(2, WIDTH), (NUM_EXPERTS, WIDTH), check_invariants=True)
+    return rows.to_dense() if kind == "dense" else rows
+
+
 @pytest.mark.parametrize("kind", ["row-sparse", "dense"])
-def test_they_are_added_to_other_gradients(lazy, kind):
+def test_they_are_added_to_other_gradients_and_others_to_them(lazy, kind):
     table, twin = lazy
-    before = torch.sparse_coo_tensor([[3, 10]], torch.ones(2, WIDTH), table.shape)
-    before = before.to_dense() if kind == "dense" else before
-    table.grad = before.clone() + table.grad
-    assert_same(table.grad, before + twin.grad)
-    table.grad = before.clone()
+    before, gradient = other_gradient(kind), table.grad
+    expected = before.to_dense() + twin.grad.to_dense()
+    assert_same(before + gradient.clone(), expected)
+    assert_same(gradient.clone() + before, expected)
+    assert_same(before.clone().add_(gradient), expected)
+    assert_same(gradient.add_(before), expected)
+
+
+@pytest.mark.parametrize("dense_comes_first", [True, False])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_table_that_has_a_dense_gradient_too(table, other, dense_comes_first, at_once):
     inputs = batch()
-    backward(table, torch.zeros_like(table), *inputs)
-    assert_same(table.grad, before)
+    losses = [lambda: 0.1 * table.square().sum(), lambda: mix(table, other, *inputs)]
+    losses = losses if dense_comes_first else losses[::-1]
+    if at_once:
+        sum(loss() for loss in losses).backward()
+    else:
+        for loss in losses:
+            loss().backward()
+    twin = nn.Parameter(table.detach().clone())
+    mix(twin, other, *inputs, mixture="eager").backward()
+    torch.testing.assert_close(table.grad.to_dense(), twin.grad.to_dense() + 0.2 * twin, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_other_sizes_are_refused(lazy):
+    few, other = nn.Parameter(torch.randn(600, WIDTH)), torch.randn(600, WIDTH)
+    backward(few, other, *batch(num_experts=600))
+    assert few.grad.products() is not None
+    with pytest.raises(RuntimeError, match="600"):
+        few.grad + lazy[0].grad
+    with pytest.raises(RuntimeError, match="600"):
+        lazy[0].grad.add_(few.grad)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +216,50 @@ def test_hooks_see_the_gradient(table, other):
     assert len(seen) == 2
     assert seen[0].any()
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("hook", "factor"),
+    [(lambda g: g * 2, 2), (lambda g: g.mul_(3), 3), (lambda g: g.coalesce(), 1), (lambda g: g.clone(), 1)],
+    ids=["new", "in place", "coalesced", "cloned"],
+)
+def test_what_a_hook_returns_is_the_gradient(table, other, hook, factor):
+    twin, inputs = nn.Parameter(table.detach().clone()), batch()
+    table.register_hook(hook)
+    for _ in range(2):
+        backward(table, other, *inputs)
+        backward(twin, other, *inputs, mixture="eager")
+    assert_same(table.grad, factor * twin.grad)
+
+
+def test_a_gradient_that_somebody_keeps_is_copied(table, other):
+    twin, inputs, kept = nn.Parameter(table.detach().clone()), batch(), []
+    table.register_hook(kept.append)
+    table.retain_grad()
+    for _ in range(2):
+        backward(table, other, *inputs)
+        backward(twin, other, *inputs, mixture="eager")
+    assert_same(table.grad, twin.grad)
+    for gradient in kept:
+        assert_same(gradient, 0.5 * twin.grad)
+
+
+def test_a_gradient_of_what_was_computed_from_a_table(table, other):
+    changed = table + torch.zeros_like(table)
+    changed.retain_grad()
+    backward(changed, other, *batch())
+    assert_same(changed.grad, table.grad)
+    assert table.grad.to_dense().any()
+
+
+def test_its_data_can_be_replaced(lazy):
+    table, twin = lazy
+    table.grad.data = table.grad.data.clone().mul_(3)
+    assert_same(table.grad, 3 * twin.grad)
+    table.grad.data = twin.grad
+    assert_same(table.grad, twin.grad)
+    with pytest.raises(TypeError, match="can't become a torch"):
+        table.grad.data = twin.grad.to_dense()
 
 
 def test_a_gradient_of_no_tokens(table, other):

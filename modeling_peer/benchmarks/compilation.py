@@ -89,8 +89,9 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
     from triton import knobs
     from triton.runtime.jit import JITFunction
 
-    from modeling_peer.kernels.triton_experts import read_experts_kernel
-
+    # Asked before kernels are imported: what is interpreted then stays so in this process.
+    if not knobs.runtime.interpret:
+        from modeling_peer.kernels.triton_experts import read_experts_kernel
     if knobs.runtime.interpret or not isinstance(read_experts_kernel, JITFunction):
         raise SettingsError("TRITON_INTERPRET=1 compiles nothing: unset it.")
     kernels = []

@@ -31,7 +31,7 @@ def run_few(
     top_k: int,
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
-    activation: nn.Module,
+    activation: nn.Module | None,
 ) -> torch.Tensor | None:
     """All of a layer.
 
@@ -96,7 +96,7 @@ def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables
 
 def _name_of(activation: Callable) -> str | None:
     """What `run_layer` calls an activation; None if it is none of its own, or somebody is to see it."""
-    if not is_unobserved(activation):
+    if activation is None or not is_unobserved(activation):
         return None
     if type(activation) is GELUActivation and activation.act is F.gelu:
         return "gelu"

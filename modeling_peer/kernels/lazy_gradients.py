@@ -70,9 +70,9 @@ class LazyRowGradient(torch.Tensor):
     """A row-sparse gradient that is not multiplied out before somebody asks for its rows.
 
     As it is, it is added to its like (while their sum is smaller than the table), scaled, and its norm is taken. For
-    everything else it becomes the coalesced sparse COO tensor that it stands for, and stays that: what is done to its
-    values in place is done to it. So it goes wherever row-sparse gradients go. Only autograd, which would ask a sparse
-    tensor for its parts, sees a strided one without memory.
+    everything else it becomes a shell of the coalesced sparse COO tensor that it stands for, and stays that: what is
+    done to its values in place is done to it. So it goes where row-sparse gradients go; a hook may return what it made
+    of one. Only autograd, which would ask a sparse tensor for its parts, sees a strided one without memory.
 
     Args:
         content: shared by tensors that share memory, as `detach()` has it.
@@ -100,6 +100,14 @@ class LazyRowGradient(torch.Tensor):
         num_bytes = 28 * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]  # of `OuterProducts`, at most
         return num_bytes <= table.nbytes
 
+    @property
+    def data(self) -> "LazyRowGradient":
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor):
+        self._content.replace(value._content if isinstance(value, LazyRowGradient) else _Content.of(value))
+
     def products(self) -> OuterProducts | None:
         """What it is the sum of; None if it was multiplied out."""
         return self._content.join()
@@ -112,24 +120,35 @@ class LazyRowGradient(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         lazy = _LAZY_OPERATIONS.get(func)
-        result = NotImplemented if lazy is None or kwargs else lazy(*args)
+        result = NotImplemented if lazy is None else lazy(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        args, kwargs = tree_map_only(cls, lambda tensor: tensor._content.multiply_out(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor._content.multiply_out(), (args, kwargs))
+        return tree_map_only(torch.Tensor, _wrap, func(*args, **kwargs))
+
+
+def _wrap(result: torch.Tensor) -> torch.Tensor:
+    """A row-sparse result in a shell, too: autograd takes nothing else from the hook of a gradient that is."""
+    is_row_sparse = result.is_sparse and result.dim() == 2 and result.sparse_dim() == 1
+    return LazyRowGradient(_Content.of(result)) if is_row_sparse and type(result) is torch.Tensor else result
 
 
 def _as_coo_tensor(name: str):
     # These look at the layout before they are dispatched.
     def method(self, *args, **kwargs):
-        return getattr(self._content.multiply_out(), name)(*args, **kwargs)
+        result = getattr(self._content.multiply_out(), name)(*args, **kwargs)
+        return _wrap(result) if isinstance(result, torch.Tensor) else result
 
     method.__name__ = name
     return method
 
 
-for _name in ("coalesce", "is_coalesced", "sparse_dim", "dense_dim", "to_dense", "to_sparse", "indices", "values"):
+for _name in (
+    *("coalesce", "is_coalesced", "sparse_dim", "dense_dim", "to_dense", "to_sparse", "indices", "values"),
+    "new",  # of torch.optim.SparseAdam
+):
     setattr(LazyRowGradient, _name, _as_coo_tensor(_name))
 
 
@@ -138,6 +157,17 @@ class _Content:
 
     def __init__(self, parts: list[OuterProducts] | None, shape: torch.Size, dtype: torch.dtype, rows=None):
         self.parts, self.shape, self.dtype, self.rows = parts, shape, dtype, rows
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "_Content":
+        if not rows.is_sparse:
+            raise TypeError(f"A row-sparse gradient can't become a {rows.layout} tensor of {tuple(rows.shape)}.")
+        return cls(None, rows.shape, rows.dtype, rows)
+
+    def replace(self, other: "_Content") -> None:
+        if (other.shape, other.dtype) != (self.shape, self.dtype):
+            raise TypeError(f"A gradient {tuple(self.shape)} can't become one of {tuple(other.shape)}.")
+        self.parts, self.rows = other.parts and [*other.parts], other.rows
 
     def join(self) -> OuterProducts | None:
         if self.parts is None:
@@ -174,12 +204,30 @@ def _detach(gradient):
     return LazyRowGradient(gradient._content)
 
 
-def _clone(gradient):
+def _clone(gradient, memory_format=None):
     return LazyRowGradient(gradient._content.clone())
 
 
-def _add_(gradient, other):
-    if not _all_lazy(gradient, other):
+def _new_empty(gradient, size, stride, **_):
+    # Autograd's way to a copy, where somebody else holds the gradient; then comes `copy_`.
+    if tuple(size) != tuple(gradient.shape):
+        return NotImplemented
+    no_rows = torch.empty(1, 0, dtype=torch.int64), torch.empty(0, size[1], dtype=gradient.dtype)
+    return LazyRowGradient(_Content.of(torch.sparse_coo_tensor(*no_rows, size, check_invariants=False)))
+
+
+def _copy_(gradient, other, non_blocking=False):
+    if type(gradient) is not type(other) or gradient.dtype != other.dtype:
+        return NotImplemented
+    gradient._content.replace(other._content.clone())
+    return gradient
+
+
+def _add_(gradient, other, alpha=1):
+    if _is_dense(other) and other.shape == gradient.shape:
+        gradient._content.multiply_out().add_(other.to_sparse(1), alpha=alpha)
+        return gradient
+    if not _all_lazy(gradient, other) or alpha != 1:
         return NotImplemented
     parts = gradient._content.parts + other._content.parts
     if sum(part.nbytes for part in parts) > gradient.numel() * gradient.itemsize:
@@ -188,12 +236,16 @@ def _add_(gradient, other):
     return gradient
 
 
-def _add(gradient, other):
-    return _add_(_clone(gradient), other) if _all_lazy(gradient, other) else NotImplemented
+def _add(gradient, other, alpha=1):
+    if _is_dense(other) and not _is_dense(gradient):
+        return alpha * other + gradient._content.multiply_out()  # PyTorch adds a sparse tensor to a dense one only
+    return _add_(_clone(gradient), other) if _all_lazy(gradient, other) and alpha == 1 else NotImplemented
 
 
 def _mul_(gradient, factor):
-    if not _all_lazy(gradient) or (isinstance(factor, torch.Tensor) and factor.dim() > 0):
+    is_tensor = isinstance(factor, torch.Tensor)
+    is_real_number = not (factor.dim() or factor.is_complex()) if is_tensor else isinstance(factor, (int, float))
+    if not _all_lazy(gradient) or not is_real_number:
         return NotImplemented
     parts = gradient._content.parts
     parts[:] = [part._replace(weights=part.weights * factor) for part in parts]
@@ -205,17 +257,28 @@ def _foreach_mul_(gradients, factor):
         gradient.mul_(factor)
 
 
-def _norm(gradient, order=2):
-    return gradient.products().norm().to(gradient.dtype) if _all_lazy(gradient) and order == 2 else NotImplemented
+def _norm(gradient, order=2, *others, **_):
+    if not _all_lazy(gradient) or order != 2 or others:
+        return NotImplemented
+    return gradient.products().norm().to(gradient.dtype)
+
+
+def _is_dense(tensor) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
 
 
 def _all_lazy(*gradients) -> bool:
-    return all(type(one) is LazyRowGradient and one._content.parts is not None for one in gradients)
+    """Whether none was multiplied out, and all are of one table."""
+    if not all(type(one) is LazyRowGradient and one._content.parts is not None for one in gradients):
+        return False
+    return len({(one.shape, one.dtype) for one in gradients}) == 1
 
 
 _LAZY_OPERATIONS = {
     torch.ops.aten.detach.default: _detach,
     torch.ops.aten.clone.default: _clone,
+    torch.ops.aten.new_empty_strided.default: _new_empty,
+    torch.ops.aten.copy_.default: _copy_,
     torch.ops.aten.add_.Tensor: _add_,
     torch.ops.aten.add.Tensor: _add,
     torch.ops.aten.mul_.Tensor: _mul_,

@@ -1,5 +1,6 @@
 """What a study began with: kept beside its runs, so that no others join their table."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ def require_same_beginning(path: Path, facts: dict[str, Any], kind: str) -> None
     write_json(path, facts)
 
 
-def require_unchanged(path: Path, facts: dict[str, Any], kind: str) -> None:
+def require_unchanged(path: Path, facts: dict[str, Any], kind: str, ignored: Collection[str] = ()) -> None:
     """Compare `facts` with what the JSON file `path` keeps, if it is there.
 
     Args:
         kind: what they are, in words: "data".
+        ignored: names that an earlier version may have kept, and that no longer count.
 
     Raises:
         SettingsError: some are not as before.
     """
-    changes = describe_changes(read_json(path) or facts, facts)
+    before = {name: value for name, value in (read_json(path) or facts).items() if name not in ignored}
+    changes = describe_changes(before, facts)
     if changes:
         raise SettingsError(
             f"{path.parent} was begun with other {kind}: {changes}. Name another --output_dir, or delete it."

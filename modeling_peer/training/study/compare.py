@@ -9,7 +9,7 @@ from modeling_peer.training.models import load_config
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.study.beginning import SHARED_FILE, require_unchanged
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study.plan import plan_runs, shared_recipe, shared_settings
+from modeling_peer.training.study.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
 from modeling_peer.training.study.queue import Tally, has_begun, require_same_settings, select_runs, work_off
 from modeling_peer.training.study.recipe import Study, parse_study
 from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, restore, write_report
@@ -66,7 +66,7 @@ def _require_same_study(study: Study, data: dict[str, Any]) -> None:
     if not has_begun(study.output_dir):
         (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
     path, settings = study.output_dir / SHARED_FILE, shared_settings(study)
-    require_unchanged(path, settings, "settings for all")
+    require_unchanged(path, settings, "settings for all", ignored=NOT_COMPARED)
     for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
         require_same_settings(run)  # to its budget others were fitted
     write_json(path, settings)
