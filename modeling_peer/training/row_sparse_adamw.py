@@ -156,6 +156,8 @@ def sleep_factors(
     Returns:
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
+    if step < len(slept):  # powers of each possible number, rather than of each row's: a tenth of the time
+        return sleep_factors(torch.arange(step, device=slept.device), step, lr, betas, weight_decay)[slept.long()]
     beta1, beta2 = betas
     slept = slept.double()
     first = (step - slept).clamp(max=step - 1).clamp(min=1)  # of the steps slept
