@@ -37,9 +37,10 @@ def bytes_to_move(
         update (AdamW)     gradient in; weight and two moments in and out: 7 values of the weights' type for each
                            parameter touched
 
-    With `rows_read = rows_touched = distinct rows` it is the least that any implementation moves. With requested rows
-    it is what one moves that reuses no row. Queries, scores, ids and gates are not counted, nor are dense gradients
-    and dense updates of whole tables: these are what an implementation adds.
+    With `rows_read = rows_touched = distinct rows` it is the least that an implementation moves whose gradients of
+    rows are in memory. Lazy ones (`kernels.lazy_gradients`) are not, and are counted alike, so that contestants
+    compare. With requested rows it is what one moves that reuses no row. Queries, scores, ids and gates are not
+    counted, nor are dense gradients and dense updates of whole tables: these are what an implementation adds.
 
     Args:
         task: one of `TASKS`.
