@@ -14,6 +14,8 @@ from statistics import mean
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from training_helpers import (
     TINY_PEER,
@@ -235,6 +237,8 @@ def test_two_processes_train_as_one(tmp_path, script):
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("two", "one")]
     # sums in another order, and Adam makes much of a small gradient: measured 3e-5 after steps of up to 0.04
     torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+    if script == "train_lm.py" and Version(transformers.__version__) < Version("5.18"):
+        return  # before, Trainer loads no optimizer on two CPU processes
     shutil.rmtree(tmp_path / "two" / "checkpoint-6")
     again = run("two", 4, 2, "--resume_from_checkpoint", "last")
     assert again["train_loss"] == pytest.approx(two["train_loss"], rel=1e-6)
