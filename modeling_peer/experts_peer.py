@@ -237,12 +237,11 @@ class PeerExperts(nn.Module):
         return mixture(*inputs)
 
     def tables(self) -> tuple[torch.Tensor | None, ...] | None:
-        """`down_embed`, `up_embed` and `gate_embed`, in a fifth of the time of their attributes; None where one is
-        computed, as under an adapter."""
-        parameters = self._parameters
-        if any(name not in parameters for name in TABLE_NAMES):
+        """`down_embed`, `up_embed` and `gate_embed`, as they are registered; None where one is computed, as under an
+        adapter."""
+        if any(name not in self._parameters for name in TABLE_NAMES):
             return None
-        return tuple(parameters[name] for name in TABLE_NAMES)
+        return tuple(self._parameters[name] for name in TABLE_NAMES)
 
     def _check_adapted_tables(self):
         """Raise ValueError where a table plus an update, as under PEFT's `target_parameters`, can't take its place."""

@@ -49,9 +49,8 @@ class PeerLayer(nn.Module):
         Returns:
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
-        wants_loss = aux_losses is not None and self.retrieval.config.balance_loss is not None
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        few = None if self.training or wants_loss else self._run_few(tokens)
+        few = None if self.training or aux_losses is not None else self._run_few(tokens)
         if few is not None:
             return few.view(hidden_states.shape)
         gates, expert_ids = self.retrieval(hidden_states, token_mask, aux_losses)  # (..., h, k) each

@@ -119,30 +119,10 @@ def row_gradients(
         rows: ascending experts that were assigned to, `(u,)`; empty when not `row_sparse`.
         values: their gradients, `(u, d)`; or of all experts, `(num_experts, d)`.
     """
-    touched = segments(expert_ids, order)
-    rows, values, targets = _gradient(touched, num_experts, tokens.shape[1], dtype, row_sparse)
-    arguments = (
-        floats(weights),
-        floats(tokens),
-        array(order),
-        array(touched[1]),
-        array(targets),
-        array(values),
-    )
-    _for_assignments(_sum_rows, expert_ids.numel(), *arguments)
+    products = OuterProducts.group(expert_ids, order, weights, tokens)
+    rows, values, targets = _gradient(products.rows, num_experts, tokens.shape[1], dtype, row_sparse)
+    _multiply_out_into(products, targets, values)
     return rows, values
-
-
-@compiled
-def _sum_rows(weights, tokens, order, starts, targets, values, chunk, num_chunks):
-    num_active = weights.shape[1]
-    flat_weights = weights.reshape(-1)
-    total = np.empty(tokens.shape[1], np.float32)
-    for segment in range(len(targets) * chunk // num_chunks, len(targets) * (chunk + 1) // num_chunks):
-        total[:] = 0
-        for i in range(starts[segment], starts[segment + 1]):
-            add_row(total, flat_weights[order[i]], tokens[order[i] // num_active])
-        _store(total, values[targets[segment]])
 
 
 def write_experts_gradients(
@@ -155,11 +135,11 @@ def write_experts_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `write_experts` for `grad_outputs` (t, d): of `weights`, (t, a), and of `table`, as
     `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
-    touched = segments(expert_ids, order)
+    touched, starts = segments(expert_ids, order)
     rows, values, targets = _gradient(touched, *table.shape, table.dtype, row_sparse)
     grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32)
-    arguments = (floats(weights), floats(grad_outputs), array(order), array(touched[1]), array(targets))
-    arguments += (array(values), array(touched[0]), array(table), array(grad_weights))
+    arguments = (floats(weights), floats(grad_outputs), array(order), array(starts), array(targets))
+    arguments += (array(values), array(touched), array(table), array(grad_weights))
     _for_assignments(_sum_rows_and_read, expert_ids.numel(), *arguments)
     return grad_weights, rows, values
 
@@ -202,18 +182,23 @@ def _read_in_order(tokens, token_ids, starts, rows, order, table, results, chunk
 
 
 def multiply_out(products: OuterProducts, dtype: torch.dtype) -> torch.Tensor:
-    """Values (u, d) of their rows, as `row_gradients` has them."""
+    """Values (u, d) of their rows."""
     values = torch.empty(len(products.rows), products.tokens.shape[1], dtype=dtype)
-    _for_assignments(_multiply_out, len(products.weights), *map(array, products[1:]), array(values))
+    _multiply_out_into(products, torch.arange(len(values)), values)
     return values
 
 
+def _multiply_out_into(products, targets, values):
+    arguments = (*map(array, products[1:]), array(targets), array(values))
+    _for_assignments(_multiply_out, len(products.weights), *arguments)
+
+
 @compiled
-def _multiply_out(starts, weights, token_ids, tokens, values, chunk, num_chunks):
+def _multiply_out(starts, weights, token_ids, tokens, targets, values, chunk, num_chunks):
     total = np.empty(tokens.shape[1], np.float32)
-    for i in range(len(values) * chunk // num_chunks, len(values) * (chunk + 1) // num_chunks):
+    for i in range(len(targets) * chunk // num_chunks, len(targets) * (chunk + 1) // num_chunks):
         sum_products(total, starts[i], starts[i + 1], weights, token_ids, tokens)
-        _store(total, values[i])
+        _store(total, values[targets[i]])
 
 
 def squared_norms(products: OuterProducts) -> torch.Tensor:
@@ -260,12 +245,11 @@ def _find_segments(ids, order, rows, starts):
 
 
 def _gradient(touched, num_experts, width, dtype, row_sparse):
-    """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each segment."""
-    rows, _ = touched
+    """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each that was touched."""
     if row_sparse:
-        return rows, torch.empty(len(rows), width, dtype=dtype), torch.arange(len(rows))
+        return touched, torch.empty(len(touched), width, dtype=dtype), torch.arange(len(touched))
     # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
-    return rows.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), rows
+    return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
 
 
 def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

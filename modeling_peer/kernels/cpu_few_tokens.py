@@ -97,10 +97,8 @@ def _run_layer(
     queries = np.empty((len(tokens), len(weight)), np.float32)
     arguments = (tokens, weight, bias, mean, variance, scale, shift, eps, queries, query_dim)
     in_parallel(_make_queries, arguments, min(num_heads, CHUNKS_PER_THREAD * num_threads), num_threads)
-    gates, ids = (
-        np.empty((len(tokens) * num_heads, top_k), np.float32),
-        np.empty((len(tokens) * num_heads, top_k), np.int64),
-    )
+    of_queries = (len(tokens) * num_heads, top_k)
+    gates, ids = np.empty(of_queries, np.float32), np.empty(of_queries, np.int64)
     _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate_activation, num_threads)
     shape = (len(tokens), num_heads * top_k)
     _mix(tokens, ids.reshape(shape), gates.reshape(shape), down, up, gate_rows, activation, output, num_threads)

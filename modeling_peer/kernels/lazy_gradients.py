@@ -97,7 +97,8 @@ class LazyRowGradient(torch.Tensor):
     @staticmethod
     def pays(expert_ids: torch.Tensor, table: torch.Tensor) -> bool:
         """Whether it takes less memory than `table`, and thus than a dense gradient, for these assignments (t, a)."""
-        num_bytes = 28 * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]  # of `OuterProducts`, at most
+        # of `OuterProducts` where no expert repeats: rows, starts and token ids in int64, the rest float32
+        num_bytes = (3 * 8 + 4) * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]
         return num_bytes <= table.nbytes
 
     @property
@@ -166,7 +167,9 @@ class _Content:
 
     def replace(self, other: "_Content") -> None:
         if (other.shape, other.dtype) != (self.shape, self.dtype):
-            raise TypeError(f"A gradient {tuple(self.shape)} can't become one of {tuple(other.shape)}.")
+            raise TypeError(
+                f"A gradient {tuple(self.shape)} of {self.dtype} can't become {tuple(other.shape)} of {other.dtype}."
+            )
         self.parts, self.rows = other.parts and [*other.parts], other.rows
 
     def join(self) -> OuterProducts | None:

@@ -156,7 +156,7 @@ def sleep_factors(
     Returns:
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
-    if step < len(slept):  # powers of each possible number, rather than of each row's: a tenth of the time
+    if step < len(slept):  # powers of each possible number, rather than of each row's: a third of the time
         return sleep_factors(torch.arange(step, device=slept.device), step, lr, betas, weight_decay)[slept.long()]
     beta1, beta2 = betas
     slept = slept.double()
