@@ -75,15 +75,19 @@ def keep_best(best, codes):
 def add_product(total, left, right):
     """total + left . transposed right, for float32 `left` and bfloat16 `right`: exact products, summed in float32.
 
-    What is infinite has no rest: its first piece alone decides, as it does in float32."""
+    What is infinite has no rest: its first piece alone decides, as it does in float32.
+
+    `total` is not what the last product adds to: around a loop, Triton 3.6 and 3.7 would leave that product under way
+    while the next turn overwrites its factors in their registers (triton-lang/triton, issue 9433)."""
     right = tl.trans(right).to(FACTOR)
     first = left.to(tl.bfloat16)
     rest = left - first.to(tl.float32)
     second = rest.to(tl.bfloat16)
     third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    total = tl.dot(first.to(FACTOR), right, total)
     small = tl.dot(second.to(FACTOR), right, tl.dot(third.to(FACTOR), right))
-    total += tl.where(small == small, small, 0.0)
-    return tl.dot(first.to(FACTOR), right, total)
+    # Pieces rounded to nearest differ in sign: times infinity, NaN and infinities of the wrong sign.
+    return total + tl.where(tl.abs(small) < float("inf"), small, 0.0)
 
 
 @triton.jit
