@@ -287,7 +287,11 @@ class TestOperators:
             "row_gradients": (weights.detach(), tokens.detach(), ids, order, 9, torch.float32, False),
             "write_experts_gradients": (tokens.detach(), weights.detach(), ids, order, table.detach(), False),
         }.items():
-            args = [arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+            # Leaves, on a GPU too: the checks pass over the gradients of others.
+            args = [
+                arg.detach().to(device).requires_grad_(arg.requires_grad) if isinstance(arg, torch.Tensor) else arg
+                for arg in args
+            ]
             torch.library.opcheck(getattr(torch.ops.modeling_peer, name).default, (*args, implementation))
 
     def test_compile_to_one_graph_forward_and_backward(self, mixture, retrieve, device):
