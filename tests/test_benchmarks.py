@@ -210,6 +210,44 @@ def test_cases_whose_process_dies_take_no_others_with_them(test_file, monkeypatc
     assert "status -9" in capsys.readouterr().err
 
 
+def test_what_was_measured_is_written_before_something_fails(test_file, tmp_path, monkeypatch):
+    def in_new_process(function, arguments, cases, *others):
+        if cases[0]["num_sub_keys"] == 4:
+            raise RuntimeError("failed in its process")
+        return layer.measure_cases(arguments, cases, *others)
+
+    monkeypatch.setattr(layer, "in_new_process", in_new_process)
+    output = tmp_path / "layer.json"
+    settings = tiny_layer(contestants=["eager"], cases=["decode num_sub_keys=2,4"], output_file=str(output))
+    with pytest.raises(RuntimeError, match="failed in its process"):
+        bench_layer(settings, [test_file("def test_it():\n    pass\n")])
+    (case,) = json.loads(output.read_text())["cases"]
+    assert (case["num_sub_keys"], list(case["contestants"])) == (2, ["eager"])
+
+
+def test_calls_that_run_out_of_memory_leave_no_gradient_to_others_and_are_tried_beside_all_that_is_held():
+    shared = torch.nn.Linear(2, 2)
+    held = []
+
+    def first(tokens):  # fits until the other one's optimizer holds its state
+        if held:
+            raise torch.OutOfMemoryError
+
+    def second(tokens):
+        held.append(1)
+
+    def third(tokens):
+        shared(tokens).sum().backward()
+        raise torch.OutOfMemoryError
+
+    calls = {"first": first, "second": second, "third": third}
+    sharing = {name: contestants.Contestant(name, shared) for name in calls}
+    reasons = layer._drop_out_of_memory(calls, sharing, torch.ones(1, 2))
+    assert reasons == dict.fromkeys(["third", "first"], "ran out of GPU memory")
+    assert list(calls) == ["second"]
+    assert shared.weight.grad is None
+
+
 def test_growth_is_cost_per_token_at_the_largest_size_over_the_smallest():
     def case(task, num_tokens, num_experts, milliseconds):
         sizes = {"task": task, "num_tokens": num_tokens, "num_experts": num_experts, "hidden_size": 8}

@@ -22,7 +22,7 @@ from modeling_peer.benchmarks.contestants import (
 )
 from modeling_peer.benchmarks.memory import available_bytes, call_bytes, fit, in_new_process, peak_bytes, weight_bytes
 from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
-from modeling_peer.benchmarks.report import publish, scaling_of
+from modeling_peer.benchmarks.report import publish, save, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
 from modeling_peer.benchmarks.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads
 from modeling_peer.benchmarks.traffic import count_rows, measure_traffic
@@ -47,18 +47,20 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
     announce(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s, read and written")
 
     cases = parse_cases(settings.cases, settings.hidden_size)
-    results = []
-    for _, group in groupby(cases, key=lambda case: (case.num_sub_keys, case.hidden_size)):
-        results += _in_new_process(list(group), names, settings, bandwidth)
     result = {
         "benchmark": "layer",
         **describe_run(settings),
         "kernel_tests": tests,
         "missing": missing,
         "copy_gb_per_s": round(bandwidth / 1e9, 3),
-        "cases": results,
-        "memory": _memory_in_new_processes(names, settings) if settings.device == "cpu" else [],
+        "cases": [],
+        "memory": [],
     }
+    for _, group in groupby(cases, key=lambda case: (case.num_sub_keys, case.hidden_size)):
+        result["cases"] += _in_new_process(list(group), names, settings, bandwidth)
+        save(result, settings.output_file)  # an hour's figures outlive what ends the rest
+    if settings.device == "cpu":
+        result["memory"] = _memory_in_new_processes(names, settings)
     result["scaling"] = scaling_of(result["cases"])
     publish(result, settings.output_file)
     if settings.plot_file:
@@ -114,7 +116,7 @@ def _measure_case(
         return make_tokens(case, settings, number)
 
     if device.type == "cuda":
-        skipped |= _drop_out_of_memory(calls, new_input(0))
+        skipped |= _drop_out_of_memory(calls, contestants, new_input(0))
 
     for name, why in skipped.items():
         announce(f"{case}: without {name}, which {why}")
@@ -134,15 +136,24 @@ def _measure_case(
     return _describe(case, contestants=measured, skipped=skipped)
 
 
-def _drop_out_of_memory(calls: dict[str, Callable], tokens: torch.Tensor) -> dict[str, str]:
-    """Take out the calls that the estimate let in and the GPU does not; the reasons."""
+def _drop_out_of_memory(
+    calls: dict[str, Callable], contestants: dict[str, Contestant], tokens: torch.Tensor
+) -> dict[str, str]:
+    """Take out the calls that the estimate let in and the GPU does not; the reasons.
+
+    Twice, since the optimizer's state that the last call makes is there when the first runs again."""
     reasons = {}
-    for name in list(calls):
+    for name in 2 * list(calls):
+        if name in reasons:
+            continue
         try:
             calls[name](tokens)
         except torch.OutOfMemoryError:
             del calls[name]
             reasons[name] = "ran out of GPU memory"
+            for parameter in contestants[name].module.parameters():  # others may share them
+                parameter.grad = None
+            torch.cuda.empty_cache()
     return reasons
 
 

@@ -16,6 +16,11 @@ from modeling_peer.training.presets import as_markdown
 def publish(result: dict[str, Any], output_file: str | None) -> None:
     """Print the tables, and write the result as JSON if asked to."""
     print(as_tables(result), flush=True)
+    save(result, output_file)
+
+
+def save(result: dict[str, Any], output_file: str | None) -> None:
+    """Write a result, whole or as far as it goes, as JSON if asked to."""
     if output_file:
         Path(output_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
