@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from safetensors import SafetensorError
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from .parallel_peer import gather_on_first_rank, rows_of_rank
@@ -101,6 +102,9 @@ class PeerCheckpoints:
         earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         with staged_save(save_directory, kwargs.get("variant")) as staging:
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+            if not (staging / "modeling_peer.py").exists():  # a subclass elsewhere: its own file went, or none
+                own = (base for base in type(self).__mro__ if base.__module__.endswith(".modeling_peer"))
+                custom_object_save(next(own), staging)
         if push_to_hub:  # what Transformers would do after its own save
             repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             card = create_and_tag_model_card(repo_id, self.model_tags, token=token)

@@ -65,8 +65,7 @@ class PeerConfig(PreTrainedConfig):
         expert_dropout (`float`, *optional*, defaults to 0.0):
             Probability of dropping a retrieved expert of a token in training.
         expert_init_gain (`float`, *optional*, defaults to 4.0):
-            Standard deviation of the pre-activations at initialisation; the paper states no initialisation. 4 learned
-            slightly better than 1 in a short run (README, "Train your own").
+            Standard deviation of the pre-activations at initialisation; the paper states no initialisation.
         row_sparse_gradients (`bool`, *optional*, defaults to `False`):
             Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved, so that its
             memory and time depend on those and not on the size of the pool. The optimizer must take them:
@@ -306,7 +305,7 @@ class PeerConfig(PreTrainedConfig):
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
             )
-        for name in ("gated_experts", "expert_dropout"):
+        for name in ("gated_experts", "expert_dropout", "row_sparse_gradients"):
             if getattr(self, name) and self.sparse_mlp not in PRODUCT_KEY_MLPS:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for what product keys retrieve, and "

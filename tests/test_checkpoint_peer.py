@@ -387,6 +387,19 @@ def test_remote_code_loads_where_the_package_cannot_be_imported(tiny_config, tmp
     assert process.returncode == 0, process.stderr
 
 
+def test_a_subclass_of_somebody_else_loads_as_the_model_it_is(tiny_config, tmp_path):
+    Mine = type("Mine", (PeerForCausalLM,), {"__module__": "__main__"})  # as in a notebook, whose code cannot travel
+    model = Mine(tiny_config(mlp_layer_types=["sparse"] * 3)).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} >= TRAVELLING_FILES
+    (tmp_path / "cache").mkdir()
+    results = tmp_path / "results.pt"
+    process = run_remote(REMOTE_LOAD, tmp_path / "model", results, tmp_path / "copy", cache=tmp_path / "cache")
+    assert process.returncode == 0, process.stderr
+    tokens = torch.arange(1, 13).view(2, 6)
+    torch.testing.assert_close(torch.load(results)["AutoModelForCausalLM"], model(tokens).logits)
+
+
 def test_every_travelling_file_imports_only_what_a_checkpoint_can_rely_on():
     from transformers.dynamic_module_utils import check_imports, get_imports, get_relative_imports
 

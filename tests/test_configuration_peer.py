@@ -63,6 +63,7 @@ def test_default_config_warns_of_nothing(caplog):
         ({"router_aux_loss_coef": -1}, r"router_aux_loss_coef must be at least 0, got -1"),
         ({"gated_experts": True, "sparse_mlp": "top_k_moe"}, r"gated_experts=True is for what product keys retrieve"),
         ({"expert_dropout": 0.1, "sparse_mlp": "expert_choice_moe"}, r"expert_dropout=0.1 is for.*Leave it unset"),
+        ({"row_sparse_gradients": True, "sparse_mlp": "top_k_moe"}, r"row_sparse_gradients=True is for.*Leave it"),
         ({"share_expert_tables": True, "sparse_mlp": "multilinear_moe"}, r"multilinear_moe has none apart"),
         ({"num_attention_heads": 0}, r"num_attention_heads must be at least 1, got 0"),
         ({"hidden_act": "swosh"}, r"hidden_act='swosh' is unknown. Did you mean 'swish'"),

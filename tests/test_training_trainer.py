@@ -113,6 +113,19 @@ def test_tables_and_other_weights_are_clipped_and_logged_apart(tmp_path, model):
     assert min(logged(trainer, "grad_norm") + logged(trainer, "table_grad_norm")) > 0.01  # before clipping
 
 
+def test_gradients_are_averaged_by_one_hook_however_often_a_model_is_trained(tmp_path, model, monkeypatch):
+    averaged = []
+    monkeypatch.setattr(PeerTrainer, "_prepare_row_sparse", lambda self: averaged.append(self.model))
+    trainer = trained(model, tmp_path, row_sparse_gradients=True)
+    trainer.train()
+    assert averaged == [trainer.model]
+    other = copy.deepcopy(model)
+    trainer.model = trainer.model_wrapped = other  # as for each trial of a search
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert averaged[1:] == [other]
+
+
 @pytest.mark.parametrize("state", ["float32", "bfloat16", "factored"])
 def test_a_resumed_run_continues_the_same_losses(tmp_path, model, state):
     settings = {"row_sparse_gradients": True, "table_optimizer_state": state, "max_steps": 6}

@@ -42,6 +42,7 @@ class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
     """
 
     _table_grad_norm = _table_learning_rate = None
+    _row_sparse_model = None
 
     @property
     def _table_settings(self) -> PeerTrainingArguments | type[PeerTrainingArguments]:
@@ -55,8 +56,9 @@ class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
     def create_optimizer(self, model=None):
         """The optimizer that the arguments name, with `parameter_groups`."""
         given = self.optimizer_cls_and_kwargs
-        if self._row_sparse:
+        if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() comes here again
             self._prepare_row_sparse()
+            self._row_sparse_model = self.model
         if self.optimizer is None:
             settings, network = self._table_settings, self.model if model is None else model
             optimizer_class, options = given or self._optimizer_class_and_options(network)
