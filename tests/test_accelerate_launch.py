@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from training_helpers import (
     REPOSITORY,
     TINY_PEER,
@@ -110,6 +112,7 @@ def test_sizes_that_accelerate_does_not_combine_are_told_as_settings(monkeypatch
         launched_sharding()
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
 def test_the_plain_loop_says_that_it_shards_nothing(tmp_path, monkeypatch):
     as_launched(monkeypatch, dp_shard_size=2)
     done = run_script("train_lm_accelerate.py", *write_inputs(tmp_path), f"--output_dir={tmp_path / 'run'}")
