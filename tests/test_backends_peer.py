@@ -70,3 +70,16 @@ def test_asked_for_and_not_installed_is_an_error_with_the_way_out(without):
     without("numba")
     with pytest.raises(ValueError, match=r"needs numba.*pip install modeling_peer\[cpu\]"):
         chosen("cpu")
+
+
+def test_a_gpu_that_is_too_old_for_the_kernels_is_told(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels, "_is_installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, expected in [
+        ((7, 5), "needs a GPU of compute capability 8.0 or newer; got 7.5"),
+        ((8, 0), None),
+        ((10, 0), None),
+    ]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert kernels.obstacle("triton", "cuda", torch.float32) == expected

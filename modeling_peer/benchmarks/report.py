@@ -14,9 +14,9 @@ from modeling_peer.training.presets import as_markdown
 
 
 def publish(result: dict[str, Any], output_file: str | None) -> None:
-    """Print the tables, and write the result as JSON if asked to."""
-    print(as_tables(result), flush=True)
+    """Write the result as JSON if asked to, and print the tables."""
     save(result, output_file)
+    print(as_tables(result), flush=True)
 
 
 def save(result: dict[str, Any], output_file: str | None) -> None:

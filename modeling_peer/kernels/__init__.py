@@ -21,6 +21,7 @@ _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
+OLDEST_CAPABILITY = (8, 0)  # products of bfloat16, and of float32 in tf32, on tensor cores
 _COMPILERS = {"cpu": "numba", "triton": "triton"}
 
 
@@ -35,10 +36,23 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
     interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if IMPLEMENTATION_OF_DEVICE.get(device_type) != implementation and not interpreted:
         return f"needs {'CPU' if implementation == 'cpu' else 'CUDA'} tensors; got {device_type}"
+    if implementation == "triton" and not interpreted and (capability := _capability()) < OLDEST_CAPABILITY:
+        return f"needs a GPU of compute capability {_dotted(OLDEST_CAPABILITY)} or newer; got {_dotted(capability)}"
     if dtype not in _DTYPES[implementation]:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[implementation])
         return f"needs tables of {names}; got {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def _capability() -> tuple[int, int]:
+    """Of the current GPU; where nobody can tell, as where models are only traced, the oldest that will do."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return OLDEST_CAPABILITY
+    return torch.cuda.get_device_capability()
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 @cache

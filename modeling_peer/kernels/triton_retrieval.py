@@ -90,7 +90,7 @@ def add_product(total, left, right):
     return total + tl.where(tl.abs(small) < float("inf"), small, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for many lengths
 def sub_key_top_k_kernel(
     query_ptr,
     sub_keys_ptr,
@@ -140,7 +140,7 @@ def sub_key_top_k_kernel(
     tl.store(codes_ptr + lists[:, None] * K + k[None, :], best, mask=(r < num_rows)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one compilation for many lengths
 def product_key_top_k_kernel(
     codes_ptr,
     scores_ptr,
