@@ -1,8 +1,9 @@
-"""README.md and docs/: their Python runs as printed, the tree and commands they name exist.
+"""README.md and docs/: their Python runs as printed, what they name exists, and figures are those that were measured.
 
 The programs of docs/finetuning.md want data of their own: tests/test_finetuning.py runs them.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -83,3 +84,68 @@ def test_the_figures_of_a_study_are_those_in_its_folder(table):
     assert len(rows) > 3
     assert not [row for row in rows if row not in RESULTS]
     assert f"benchmarks/compare/{table.parent.name}/" in RESULTS
+
+
+def rows_of_table(heading: str) -> list[list[str]]:
+    """Cells of each row of the README's table that begins with `heading`."""
+    lines = README[README.index(f"\n{heading}") :].strip().split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def results_of(name: str) -> dict:
+    return json.loads((REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8"))
+
+
+def assert_is_rounded(cell: str, value: float | None):
+    """`cell` is `value` to three digits, or a dash where nothing was measured."""
+    if value is None:
+        assert cell == "-"
+    else:
+        assert float(cell.replace(",", "").rstrip("x")) == pytest.approx(
+            value, rel=5e-3, abs=0.05 * cell.endswith("x")
+        )
+
+
+def case_of(cases: list[dict], label: str, num_experts: str) -> dict:
+    """The case that a row of a table is about; a label without a number of tokens is of one."""
+    tokens = re.search(r"([\d,]+) tokens", label)
+    task = {"one-token decode": "decode", "forward + backward": "forward_backward", "training step": "step"}
+    wanted = {
+        "task": task.get(label.split(",")[0], "forward"),
+        "num_tokens": int(tokens.group(1).replace(",", "")) if tokens else 1,
+        "num_experts": int(num_experts.replace(",", "")),
+    }
+    (case,) = [case for case in cases if wanted.items() <= case.items()]
+    return case
+
+
+def test_times_of_a_layer_are_those_that_were_measured():
+    result = results_of("layer_cpu.json")
+    assert result["versions"]["modeling_peer"][:7] in README
+    rows = rows_of_table("| milliseconds |")
+    assert len(rows) == 7
+    for label, num_experts, *cells, ratio, dense in rows:
+        contestants = case_of(result["cases"], label, num_experts)["contestants"]
+        names = ("PEER-pytorch", "eager", "cpu", "cpu, row-sparse", "dense 4·d")
+        for name, cell in zip(names, (*cells, dense), strict=True):
+            assert_is_rounded(cell, contestants.get(name, {}).get("median_ms"))
+        assert_is_rounded(ratio, contestants.get("cpu, row-sparse", contestants["cpu"])["vs_peer_pytorch"])
+
+
+def test_memory_of_a_layer_is_what_was_measured():
+    cases = [case for case in results_of("layer_cpu.json")["memory"] if case["task"] == "forward_backward"]
+    rows = rows_of_table("| extra peak memory")
+    assert len(rows) == 2
+    for label, num_experts, *cells in rows:
+        peaks = case_of(cases, f"forward + backward, {label}", num_experts)["peak_bytes"]
+        for name, cell in zip(("PEER-pytorch", "eager", "cpu", "cpu, row-sparse"), cells, strict=True):
+            assert int(cell.replace(",", "")) == round(peaks[name] / 2**20)
+
+
+def test_speeds_of_whole_models_are_those_that_were_measured():
+    tasks = {task["task"]: task["contestants"] for task in results_of("model_cpu.json")["tasks"]}
+    rows = rows_of_table("| | training")
+    assert len(rows) == 4
+    for name, *cells in rows:
+        for task, cell in zip(("training", "prefill", "decode"), cells, strict=True):
+            assert_is_rounded(cell, tasks[task].get(name, {}).get("tokens_per_second"))
