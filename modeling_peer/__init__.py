@@ -41,6 +41,8 @@ def _register():
 
 _register()
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PeerConfig",
     "PeerForCausalLM",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import modeling_peer
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
@@ -84,6 +86,12 @@ def test_the_figures_of_a_study_are_those_in_its_folder(table):
     assert len(rows) > 3
     assert not [row for row in rows if row not in RESULTS]
     assert f"benchmarks/compare/{table.parent.name}/" in RESULTS
+
+
+def test_the_version_is_the_same_wherever_it_is_told():
+    assert f"\nversion: {modeling_peer.__version__}\n" in (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changes, flags=re.MULTILINE).group(1) == modeling_peer.__version__
 
 
 def rows_of_table(heading: str) -> list[list[str]]:
