@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # The oldest supported Transformers is stated in setup.cfg, and only there.
 OLDEST = $(shell sed -n 's/^ *transformers>=\([0-9.]*\),.*/\1/p' setup.cfg)
 
-.PHONY: help quickstart test lint upstream test-oldest clean
+.PHONY: help quickstart test lint upstream test-oldest test-releases clean
 
 help:
 	@echo "make quickstart   train, evaluate, save, reload and sample a tiny PEER model (minutes on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint         ruff: errors and formatting"
 	@echo "make upstream     Transformers' own common model tests, PEER beside Llama"
 	@echo "make test-oldest  the suite on the oldest supported Transformers ($(OLDEST))"
+	@echo "make test-releases  a smoke test on every minor release of Transformers from $(OLDEST) on"
 	@echo "make clean        remove virtual environments and what the targets built"
 
 quickstart: $(VENV)/installed
@@ -33,6 +34,9 @@ upstream: $(VENV)/installed
 test-oldest: constraints-oldest.txt
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+test-releases: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/releases/run.py
+
 constraints-oldest.txt: constraints.txt setup.cfg
 	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' constraints.txt > $@
 	echo "transformers==$(OLDEST).*" >> $@
@@ -47,4 +51,4 @@ $(VENV)/installed: setup.cfg $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build runs/quickstart constraints-oldest.txt *.egg-info
+	rm -rf .venv .venv-oldest .venv-releases build runs/quickstart constraints-oldest.txt *.egg-info

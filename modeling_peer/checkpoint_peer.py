@@ -18,24 +18,12 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
+from .auto_classes_peer import AUTO_MAP
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 
 # Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
 STAGING_PREFIX = ".saving-"
 CONFIG_NAME = "config.json"
-
-
-# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
-# then no other head, nor vLLM, could load the folder.
-AUTO_MAP = {
-    "AutoConfig": "configuration_peer.PeerConfig",
-    "AutoModel": "modeling_peer.PeerModel",
-    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
-    "AutoModelForMaskedLM": "modeling_peer.PeerForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
-}
 
 
 class PeerCheckpoints:

@@ -2,13 +2,18 @@
 """PeerConfig: every size and option of a PEER model, and the checks that refuse impossible ones."""
 
 import difflib
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import interval
+
+if TYPE_CHECKING:
+    # Never imported: Transformers copies what a file's text names, so a configuration that is saved by itself brings
+    # the code that its `auto_map` promises.
+    from .modeling_peer import PeerForCausalLM  # noqa: F401
 
 # What may stand in a layer whose `mlp_layer_types` entry is "sparse".
 SPARSE_MLPS = (
@@ -122,7 +127,7 @@ class PeerConfig(PreTrainedConfig):
     ```"""
 
     model_type = "peer"
-    keys_to_ignore_at_inference = ["past_key_values", "expert_ids", "expert_gates", "aux_loss"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "expert_ids", "expert_gates", "aux_loss"]
     # Expert tables are sharded by rows (parallel_peer.py), retrieval is replicated.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -10,6 +10,7 @@ from functools import wraps
 from itertools import chain
 
 import torch
+import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -27,6 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .auto_classes_peer import register_names
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import PeerCheckpoints
@@ -43,6 +45,10 @@ from .outputs_peer import (
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
 from .retrieval_peer import Float32Module, PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
+from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
+
+# What a forward may be asked to return beside the usual; the first is what Transformers' mixtures of experts have.
+RECORDABLE = ("output_router_logits", "output_expert_ids", "output_expert_gates")
 
 
 class PeerDecoderLayer(GradientCheckpointingLayer):
@@ -62,18 +68,17 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
         token_mask: torch.Tensor | None = None,
         with_aux_losses: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Returns the hidden states; and, `with_aux_losses` and where there are any, their sum."""
+        """Returns the hidden states; and, `with_aux_losses` and where there are any, their sum. The other keywords,
+        the cache among them, are attention's."""
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
-            past_key_values=past_key_values,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -98,7 +103,7 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["PeerDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -145,6 +150,31 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
             weighted = self.config.router_aux_loss_coef * share * aux_losses.total
             outputs["loss"] = outputs.loss + weighted.to(outputs.loss.device)
         return outputs
+
+    def _check_recorded(self, options: dict, head: str | None = None):
+        """Raise ValueError where `output_...` options of a forward, or of the configuration, ask for what is not
+        recorded here; Transformers would give an empty tuple, or nothing.
+
+        Args:
+            head: name of a head that does not pass on what the decoder recorded.
+        """
+        wanted = {name for name in RECORDABLE if options.get(name, getattr(self.config, name, False))}
+        if "output_router_logits" in wanted:
+            raise ValueError(
+                "output_router_logits=True: no PEER model keeps router logits, which would score every expert for "
+                "every token. Leave it unset; output_expert_ids=True and output_expert_gates=True give the retrieved "
+                "experts and their gates."
+            )
+        if wanted and self.config.sparse_mlp not in PRODUCT_KEY_MLPS:
+            raise ValueError(
+                f"{min(wanted)}=True records what product keys retrieve, and sparse_mlp={self.config.sparse_mlp!r} "
+                f"has none ({', '.join(PRODUCT_KEY_MLPS)} do). Leave it unset."
+            )
+        if wanted and head is not None:
+            raise ValueError(
+                f"{min(wanted)}=True: {head} returns no retrieved experts. Call its decoder, model.model(...), or "
+                "PeerForCausalLM."
+            )
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
@@ -210,10 +240,11 @@ class PeerModel(PeerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         aux_losses: AuxiliaryLosses | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerModelOutputWithPast:
         """
@@ -222,11 +253,16 @@ class PeerModel(PeerPreTrainedModel):
                 `(batch_size, sequence_length, hidden_size)`.
             attention_mask: `(batch_size, past + sequence_length)`, 0 for padding, or any mask Transformers takes.
             position_ids: `(batch_size, sequence_length)`.
+            cache: keys and values of the tokens before these. Transformers before 5.24 says `past_key_values`, and
+                either name is taken.
             aux_losses: collects the sparse layers' auxiliary losses; `None`: they are not computed.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or no token at all.
+            RuntimeError: attention did not extend the cache.
         """
+        cache = one_cache(cache, past_key_values, kwargs)
+        self._check_recorded(kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -235,18 +271,19 @@ class PeerModel(PeerPreTrainedModel):
             batch_size, sequence_length = inputs_embeds.shape[:2]
             raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
         # A model that is not causal has nothing to keep: each new token changes what all earlier ones are.
-        if use_cache and self.config.is_causal and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and self.config.is_causal and cache is None:
+            cache = DynamicCache(config=self.config)
+        num_cached = _num_cached(cache)
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
 
         hidden_states = inputs_embeds
@@ -258,16 +295,23 @@ class PeerModel(PeerPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 token_mask=token_mask,
                 with_aux_losses=aux_losses is not None,
+                **cache_argument(cache),
                 **kwargs,
             )
             if isinstance(hidden_states, tuple):
                 hidden_states, aux_loss = hidden_states
                 aux_losses.add(aux_loss)
-        return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        if num_cached is not None and _num_cached(cache) != num_cached + inputs_embeds.shape[1]:
+            raise RuntimeError(
+                f"Attention left the cache at {_num_cached(cache)} tokens, where {num_cached} and "
+                f"{inputs_embeds.shape[1]} new ones were expected: what follows would forget them. In training with "
+                "gradient checkpointing Transformers takes the cache away: pass use_cache=False and no cache. "
+                f"Otherwise this code does not fit transformers {transformers.__version__}: update modeling_peer."
+            )
+        return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _token_mask(self, attention_mask, inputs_embeds) -> torch.Tensor | None:
         """Which of the current tokens are real, `(batch_size, sequence_length)`. Masks of other ranks say who sees
@@ -275,6 +319,17 @@ class PeerModel(PeerPreTrainedModel):
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
             return None
         return attention_mask[:, -inputs_embeds.shape[1] :].bool()
+
+
+def _num_cached(cache: Cache | None) -> int | None:
+    """Tokens that a cache holds; None where there is none, or nobody may ask: a compiled graph would depend on it, and
+    a static cache on an accelerator would be waited for."""
+    if not isinstance(cache, Cache) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    length = cache.get_seq_length()
+    if not isinstance(length, torch.Tensor):
+        return length
+    return int(length) if length.device.type == "cpu" else None
 
 
 class PeerLanguageModel(PeerPreTrainedModel):
@@ -310,11 +365,14 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
+        output_expert_ids: bool | None = None,
+        output_expert_gates: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerCausalLMOutputWithPast:
         """
@@ -322,6 +380,7 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
             labels: `(batch_size, sequence_length)`; -100 where no loss is wanted. Shifted inside.
             logits_to_keep: compute logits of the last so many positions only (0: of all), or of these positions:
                 `(num_positions,)`, `(batch_size, num_positions)`, or a boolean `(batch_size, sequence_length)`.
+            output_expert_ids, output_expert_gates: see [`PeerModelOutputWithPast`].
 
         The other arguments are those of [`PeerModel`].
         """
@@ -330,10 +389,12 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             aux_losses=aux_losses,
+            past_key_values=past_key_values,
+            **_asked_for(output_expert_ids=output_expert_ids, output_expert_gates=output_expert_gates),
             **kwargs,
         )
         logits = self.lm_head(_positions_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -343,7 +404,7 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
         results = PeerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: getattr(outputs, CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             expert_ids=outputs.expert_ids,
@@ -405,6 +466,11 @@ class PeerForMaskedLM(PeerLanguageModel):
         return self._add_aux_losses(results, aux_losses, share)
 
 
+def _asked_for(**options: bool | None) -> dict[str, bool]:
+    """The options that were given: of one that was not, the configuration decides."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
     # Transformers has this function too, but not yet in the oldest release we support.
     if isinstance(positions, int):
@@ -423,6 +489,7 @@ def _with_aux_losses(forward: Callable, output_class: type) -> Callable:
     @can_return_tuple
     def forward_with_aux_losses(self, *args, **kwargs):
         kwargs |= dict(zip(names, args, strict=False))
+        self._check_recorded(kwargs, head=type(self).__name__)
         has_labels = any(kwargs.get(name) is not None for name in ("labels", "start_positions"))
         aux_losses = self._collect_aux_losses(has_labels)
         outputs = output_class(**forward(self, **kwargs, aux_losses=aux_losses, return_dict=True))
@@ -475,6 +542,8 @@ class PeerForQuestionAnswering(GenericForQuestionAnswering, PeerPreTrainedModel)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+
+register_names(PeerConfig.model_type)
 
 __all__ = [
     "PeerForCausalLM",

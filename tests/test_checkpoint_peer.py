@@ -24,6 +24,8 @@ from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassifica
 from modeling_peer.checkpoint_peer import STAGING_PREFIX
 
 TRAVELLING_FILES = {
+    "auto_classes_peer.py",
+    "transformers_names_peer.py",
     "configuration_peer.py",
     "backends_peer.py",
     "auxiliary_losses_peer.py",

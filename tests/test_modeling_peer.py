@@ -194,7 +194,7 @@ class TestGeneration:
         out = model(tokens[:, :5], use_cache=True)
         steps = [out.logits]
         for i in range(5, tokens.shape[1]):
-            out = model(tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(tokens[:, i : i + 1], use_cache=True, **{name: out[CACHE]})
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
 
@@ -289,6 +289,32 @@ def test_router_outputs_are_the_experts_that_were_used(tiny_config, tokens):
         assert torch.equal(recorded_gates.view(36, 8), gates)
         torch.testing.assert_close(recorded_gates.sum(-1), torch.ones(3, 12, 2))
     assert model(tokens).expert_ids is None
+
+
+def test_generation_takes_the_options_that_a_forward_takes(model, tokens):
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    plain = model.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, output_expert_ids=True, output_expert_gates=True, **options), plain)
+
+
+@pytest.mark.parametrize(
+    ("head", "sizes", "option", "way_out"),
+    [
+        (PeerForCausalLM, {}, "output_router_logits", "output_expert_ids"),
+        (PeerForCausalLM, {"sparse_mlp": "top_k_moe"}, "output_router_logits", "Leave it unset"),
+        (PeerForCausalLM, {"sparse_mlp": "top_k_moe"}, "output_expert_ids", "product_key_memory"),
+        (PeerModel, {"sparse_mlp": "multilinear_moe"}, "output_expert_gates", "product_key_memory"),
+        (PeerForSequenceClassification, {}, "output_expert_ids", "model.model"),
+    ],
+)
+def test_outputs_that_are_not_recorded_are_refused(tiny_config, tokens, head, sizes, option, way_out):
+    model = head(tiny_config(**sizes)).eval()
+    model(tokens, **{option: False})
+    with pytest.raises(ValueError, match=f"{option}=True.*{way_out}"):
+        model(tokens, **{option: True})
+    setattr(model.config, option, True)  # as a keyword of from_pretrained
+    with pytest.raises(ValueError, match=option):
+        model(tokens)
 
 
 @pytest.mark.parametrize("head", HEADS)

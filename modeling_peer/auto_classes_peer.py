@@ -1,0 +1,40 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Which PEER class each Auto class gives, and where Transformers looks for these names."""
+
+from transformers.models.auto import modeling_auto
+
+# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
+# then no other head, nor vLLM, could load the folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_peer.PeerConfig",
+    "AutoModel": "modeling_peer.PeerModel",
+    "AutoModelForCausalLM": "modeling_peer.PeerForCausalLM",
+    "AutoModelForMaskedLM": "modeling_peer.PeerForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_peer.PeerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_peer.PeerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
+}
+
+# Trainer (label smoothing shifts the labels of classes named here), model cards and pipelines look classes up by name.
+_NAME_TABLES = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+
+def class_name(auto_class: str) -> str:
+    """Name of the class that `auto_class` gives for a PEER configuration."""
+    return AUTO_MAP[auto_class].rpartition(".")[2]
+
+
+def register_names(model_type: str) -> None:
+    """Put the classes' names into Transformers' tables, the package's and a checkpoint's own code alike."""
+    for auto_class, names in _NAME_TABLES.items():
+        names[model_type] = class_name(auto_class)
+
+
+__all__ = ["AUTO_MAP", "class_name", "register_names"]
