@@ -20,6 +20,7 @@ from modeling_peer import (
     PeerForTokenClassification,
     PeerModel,
 )
+from modeling_peer.transformers_names_peer import CACHE
 
 SPARSE_MLPS = ("peer", "soft_moe")
 HEADS = {
@@ -146,8 +147,8 @@ def test_gradient_checkpointing_changes_nothing(build, tokens):
 def test_no_cache_is_made_and_none_is_asked_for(build, tokens):
     model = build(PeerForSequenceClassification)
     assert model.config.use_cache  # the default is for causal models
-    assert model(tokens).past_key_values is None
-    assert model(tokens, use_cache=True).past_key_values is None
+    assert model(tokens).get(CACHE) is None
+    assert model(tokens, use_cache=True).get(CACHE) is None
 
 
 def test_a_cache_that_is_given_is_a_prefix_that_all_tokens_see(build, tokens):
@@ -161,7 +162,7 @@ def test_a_cache_that_is_given_is_a_prefix_that_all_tokens_see(build, tokens):
         for layer in layers:
             keys, values = (scale * torch.randn(3, 2, 5, 8, generator=generator) for _ in range(2))
             cache.update(keys, values, layer)
-        return model(tokens, attention_mask=torch.ones(3, 17), past_key_values=cache).last_hidden_state
+        return model(tokens, attention_mask=torch.ones(3, 17), **{CACHE: cache}).last_hidden_state
 
     assert ((with_prefix(1.0) - with_prefix(2.0)).abs().amax(-1) > 1e-4).all()
 

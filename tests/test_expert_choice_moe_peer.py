@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.expert_choice_moe_peer import PeerExpertChoiceMoe
+from modeling_peer.transformers_names_peer import CACHE
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ class TestCausality:
         out = model(tokens[:, :5], use_cache=True)
         steps = [out.logits]
         for i in range(5, 12):
-            out = model(tokens[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(tokens[:, i : i + 1], use_cache=True, **{CACHE: out[CACHE]})
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
         options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}

@@ -19,6 +19,7 @@ from modeling_peer import (
 )
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS
 from modeling_peer.experts_peer import PeerExperts, expert_mixture
+from modeling_peer.transformers_names_peer import CACHE
 
 HEADS = [
     PeerModel,
@@ -194,7 +195,7 @@ class TestGeneration:
         out = model(tokens[:, :5], use_cache=True)
         steps = [out.logits]
         for i in range(5, tokens.shape[1]):
-            out = model(tokens[:, i : i + 1], use_cache=True, **{name: out[CACHE]})
+            out = model(tokens[:, i : i + 1], use_cache=True, **{CACHE: out[CACHE]})
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
 

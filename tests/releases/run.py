@@ -31,8 +31,8 @@ TOLERANCE = 1e-5
 
 PAGE = """# Releases of Transformers
 
-What `make test-releases` printed on {date}, Python {python}, torch {torch}: each minor release in an environment of its
-own. A cell counts checks for PEER, its rivals and, where it applies, Llama. "Same results" compares logits, greedy
+What `make test-releases` printed on {date}, Python {python}, torch {torch}: each minor release in an environment of
+its own. A cell counts checks for PEER, its rivals and, where it applies, Llama. "Same results" compares logits, greedy
 tokens and beams with those of {newest}.
 
 {table}
