@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .transformers_names_peer import require_methods
+
 EXPERT_ROWS = "expert_rows"
 
 if torch.distributed.is_available():
@@ -24,6 +26,11 @@ if torch.distributed.is_available():
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    require_methods(
+        TensorParallelLayer,
+        *("shard_param", "transform_inputs_pre_forward", "context_around_forward", "transform_output_post_forward"),
+    )
 
     class ExpertRowsParallel(TensorParallelLayer):
         """Style of an experts module and of its tables. Its ranks have the same tokens."""
