@@ -3,16 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
+from modeling_peer.training.resumed_settings import SETTINGS_FILE
 
 RESULTS_FILE = "train_lm_results.json"
-SETTINGS_FILE = "run_settings.json"
 # of a run that is overwritten: its weights must never stand beside the next run's tokenizer
 CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 CLEARED += (RESULTS_FILE, SETTINGS_FILE, "trainer_state.json")
@@ -96,14 +95,3 @@ def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_r
         raise SettingsError(
             f"{checkpoint} is of another model: {'; '.join(changes)}. Resume with the settings it began with."
         )
-
-
-def announce_changes(checkpoint: str, settings: dict[str, Any], announce) -> None:
-    """Say which of `settings` differ from those that the resumed run stored; they are allowed to."""
-    path = Path(checkpoint).parent / SETTINGS_FILE
-    if not path.is_file():
-        return
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    for name in settings:
-        if name in stored and stored[name] != settings[name]:
-            announce(f"other than in the resumed run: {name} was {stored[name]!r}, is {settings[name]!r}")

@@ -12,7 +12,9 @@ from transformers import Trainer, TrainerCallback
 from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
+from modeling_peer.training.private_settings import PrivateArguments
 from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError
+from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.training.row_sparse_gradients import (
     average_over_processes,
@@ -25,14 +27,16 @@ from modeling_peer.training.sharded_checkpoints import ShardedCheckpoints
 LOSSES = ("loss", "eval_loss", "train_loss")
 
 
-class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
+class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, ShardedCheckpoints, Trainer):
     """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
 
     Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
     `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
     `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
     optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`. Checkpoints exist whole or
-    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`).
+    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`). A
+    resumed run does the steps that are left, with the settings it is given (`ResumesAsAsked`), and no file holds a
+    token (`PrivateArguments`).
 
     `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
     same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
