@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 
+from modeling_peer.training.private_settings import without_secrets
 from modeling_peer.training.python_sources import PYTHON_STDLIB, find_python_sources
 from modeling_peer.training.recipes import DataArguments, SettingsError, nearest
 from modeling_peer.training.text_files import find_text_files, read_pieces, require_text
@@ -122,7 +123,7 @@ def _from_dataset(arguments: DataArguments) -> Corpus:
     return Corpus(
         train,
         validation,
-        description=f"data set {name}{f' ({arguments.dataset_config})' if arguments.dataset_config else ''}",
+        description=f"data set {without_secrets(name)}{f' ({arguments.dataset_config})' if arguments.dataset_config else ''}",
         text_column=arguments.text_column,
         rows_are_lines=arguments.rows_are_lines,
         dataset_id=None if Path(name).exists() else name,

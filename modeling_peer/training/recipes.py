@@ -12,6 +12,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_peer.training.parameter_groups import TABLE_SCHEDULES
+from modeling_peer.training.private_settings import is_secret, without_secrets
 from modeling_peer.training.row_sparse_adamw import ROW_STATES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -262,7 +263,8 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     namespace, unknown = parser.parse_known_args(as_command_line(recipe) + arguments)
     _refuse_unknown(unknown, known)
     values = vars(namespace)
-    settings = {n: v for n, v in sorted(values.items()) if v != defaults[n] and n != "hub_token"}
+    changed = {n: v for n, v in sorted(values.items()) if v != defaults[n] and not is_secret(n)}
+    settings = without_secrets(changed)
     try:
         model, data, run = (
             group(**{n: values[n] for n in group.__dataclass_fields__ if group.__dataclass_fields__[n].init})
@@ -342,8 +344,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown(words: list[str], known: set[str]) -> None:
     for word in words:
-        name = word.lstrip("-").split("=")[0].replace("-", "_")
-        raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
+        name, equals, _ = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        shown = without_secrets(word)
+        if equals and any(is_secret(other) for other in difflib.get_close_matches(name, known)):  # a mistyped token's
+            shown = f"{word.partition('=')[0]}=..."
+        raise SettingsError(f"unknown argument {shown!r}.{nearest(name, known) if word.startswith('-') else ''}")
 
 
 def named_fields(arguments: Sequence[str]) -> set[str]:
