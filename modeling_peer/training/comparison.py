@@ -10,6 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from modeling_peer.training.masking import NEXT_TOKEN
+from modeling_peer.training.names import no_such_folder
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.run_folder import RESULTS_FILE
@@ -69,7 +70,7 @@ def _read_group(word: str) -> tuple[str, list[Run]]:
         raise SettingsError(f"--runs takes name=folder; got {word!r}.")
     folders = sorted(glob.glob(pattern))
     if not folders:
-        raise SettingsError(f"--runs {word}: nothing matches {pattern}.")
+        raise SettingsError(f"--runs {word}: nothing matches {pattern}: {no_such_folder(pattern)}")
     return name, [read_run(Path(folder)) for folder in folders]
 
 

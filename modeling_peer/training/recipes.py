@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -321,12 +322,13 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
     """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
     candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # False, not an error, for a name that no file can have
             return path
     known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
     if not known:
         raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
-    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.")
+    hint = nearest(Path(name).name.removesuffix(suffix), known)
+    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -24,17 +24,10 @@ HARMLESS = "harmless"  # changes no weight: not stored, not compared
 # A field that is in no row, such as one of a later Transformers, is announced.
 TREATMENTS = {
     TAKEN: (
-        *(
-            "learning_rate",
-            "lr_scheduler_type",
-            "lr_scheduler_kwargs",
-            "warmup_steps",
-            "max_steps",
-            "num_train_epochs",
-        ),
-        *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
+        *("num_train_epochs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
         *("table_learning_rate_multiple", "table_learning_rate_schedule", "table_weight_decay"),
-        *("retrieval_learning_rate_multiple", "neftune_noise_alpha"),
+        *("retrieval_learning_rate_multiple", "neftune_noise_alpha", "label_smoothing_factor"),
         *("dtype", "bf16", "fp16", "tf32", "experts_implementation"),
     ),
     REFUSED: ("optim", "optim_args", "optim_target_modules", "row_sparse_gradients", "table_optimizer_state"),
@@ -81,7 +74,7 @@ TREATMENTS = {
 }
 TREATMENT_OF = {name: treatment for treatment, names in TREATMENTS.items() for name in names}
 WORDS = {
-    TAKEN: "from here on other than in the resumed run",
+    TAKEN: "from here on",
     KEPT: "kept as in the resumed run, whatever is asked for",
     ANNOUNCED: "other than in the resumed run",
 }
@@ -95,7 +88,7 @@ NOT_OF_A_KIND |= {"differentiable", "decoupled_weight_decay"}
 
 
 def stored_arguments(*groups: Any) -> dict[str, Any]:
-    """The fields of these dataclasses that a later session is compared with, as JSON can hold them, without secrets."""
+    """The fields of these dataclasses that a later session is compared with, as JSON holds them, without secrets."""
     arguments = {}
     for group in groups:
         for field in dataclasses.fields(group):
@@ -231,9 +224,9 @@ def take_hyperparameters(
         kinds = [set(each) - NOT_OF_A_KIND for each in (group, wanted)]
         if kinds[0] != kinds[1] or group.get("row_state") != wanted.get("row_state"):
             raise SettingsError(
-                f"the optimizer of {checkpoint} is of another kind: it has {_kind(group)}, this run's {_kind(wanted)}. "
-                "Resume with the --optim, row_sparse_gradients and table_optimizer_state it began with, or begin a "
-                "new run with its weights (--model)."
+                f"the optimizer of {checkpoint} is of another kind: it has {_kind(group)}, "
+                f"this run's {_kind(wanted)}. Resume with the --optim, row_sparse_gradients and "
+                "table_optimizer_state it began with, or begin a new run with its weights (--model)."
             )
         before, after = float(group.get("initial_lr", group["lr"])), float(wanted.get("initial_lr", wanted["lr"]))
         rate = group["lr"] if before == after or not before else group["lr"] * (after / before)

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
+from modeling_peer.training.names import exists, no_such_folder
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
 from modeling_peer.training.resumed_settings import SETTINGS_FILE
 
@@ -73,6 +74,8 @@ def find_checkpoint(run: RunArguments) -> str | None:
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     if wanted.lower() not in ("true", "yes", "1", "last"):
+        if not exists(wanted):
+            raise SettingsError(f"--resume_from_checkpoint {wanted}: {no_such_folder(wanted)}")
         require_complete(wanted)
         return wanted
     checkpoint, passed_over = newest_checkpoint(Path(run.output_dir))
