@@ -84,6 +84,16 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no finished run ({Path(error.filename).name} is missing): let it end, resuming with "
             "--resume_from_checkpoint last."
         ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"the results in {folder} are damaged: {RESULTS_FILE} or trainer_state.json ({type(error).__name__}: "
+            f"{error}). Resume the run with --resume_from_checkpoint last, which writes them anew."
+        ) from error
+    if not isinstance(summary, dict) or not isinstance(history, list):
+        raise SettingsError(
+            f"the results in {folder} are damaged: {RESULTS_FILE} or trainer_state.json holds another type. Resume "
+            "the run with --resume_from_checkpoint last, which writes them anew."
+        )
     summary.setdefault("objective", NEXT_TOKEN)  # of runs from when there was no other
     logged = [entry for entry in history if "loss" in entry]
     return Run(folder, summary, [entry["step"] for entry in logged], [entry["loss"] for entry in logged])

@@ -62,7 +62,7 @@ def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
     path = find_file(model, PRESETS_FOLDER, ".json")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise SettingsError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")

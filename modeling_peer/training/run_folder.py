@@ -8,6 +8,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
+from modeling_peer.training.models import CONFIG_ERRORS
 from modeling_peer.training.names import exists, no_such_folder
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
 from modeling_peer.training.resumed_settings import SETTINGS_FILE
@@ -86,7 +87,10 @@ def find_checkpoint(run: RunArguments) -> str | None:
 
 def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
     """Raise SettingsError when the run that is resumed had another network than the one now asked for."""
-    saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
+    try:
+        saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
+    except CONFIG_ERRORS as error:
+        raise SettingsError(f"the configuration in {checkpoint} cannot be read: {error}") from error
     wanted = json.loads(json.dumps(config.to_dict(), default=str))
     saved = json.loads(json.dumps(saved, default=str))
     changes = [

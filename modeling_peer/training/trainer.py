@@ -77,6 +77,12 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
             self.optimizer_cls_and_kwargs = (optimizer_class, {"params": groups, **options})
         try:
             return super().create_optimizer(model)
+        except (ValueError, TypeError, KeyError, ImportError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            raise SettingsError(
+                f"--optim {self.args.optim} with --optim_args {self.args.optim_args}: {error}"
+            ) from error
         finally:
             self.optimizer_cls_and_kwargs = given  # Trainer takes "params" out of it
 
@@ -109,13 +115,20 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         """The scheduler that the arguments name, with the tables' own schedule."""
         if self.lr_scheduler is None:
             settings = self._table_settings
-            scheduler = super().create_scheduler(num_training_steps, optimizer)
-            self.lr_scheduler = schedule_tables(
-                scheduler,
-                settings.table_learning_rate_schedule,
-                settings.table_learning_rate_multiple,
-                num_training_steps,
-            )
+            try:
+                scheduler = super().create_scheduler(num_training_steps, optimizer)
+                self.lr_scheduler = schedule_tables(
+                    scheduler,
+                    settings.table_learning_rate_schedule,
+                    settings.table_learning_rate_multiple,
+                    num_training_steps,
+                )
+            except (ValueError, TypeError, KeyError) as error:
+                name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+                options = self.args.lr_scheduler_kwargs or {}
+                raise SettingsError(
+                    f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {options}: {error}"
+                ) from error
         return self.lr_scheduler
 
     def training_step(self, *args, **kwargs):
