@@ -169,7 +169,10 @@ def test_offline_a_repository_that_is_not_in_the_cache_is_one_sentence():
         ({"tokenizer": "byte"}, r"cannot load a tokenizer from 'byte': no such folder.*Did you mean 'bytes'\?"),
         ({"tokenizer": "./tok"}, r"cannot load a tokenizer from './tok': no such folder"),
         ({"train_file": "txt.txt"}, r"no such file or folder: txt.txt .* Did you mean 'text.txt'\?"),
-        ({"resume_from_checkpoint": "out/checkpoint-1"}, r"--resume_from_checkpoint out/checkpoint-1: no such folder"),
+        (
+            {"resume_from_checkpoint": "out/checkpoint-1"},
+            r"out/checkpoint-1 is no training checkpoint .*: no such folder",
+        ),
     ],
     ids=str,
 )

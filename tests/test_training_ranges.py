@@ -62,24 +62,26 @@ def test_a_number_that_cannot_work_is_refused_by_its_name(tmp_path, group, name)
     others = {"output_dir": str(tmp_path), "use_cpu": True} if group is RunArguments else {}
     for value in UNUSUAL:
         finite = isinstance(value, int) or math.isfinite(value)
-        refused = not finite or abs(value) > 2**53 or (value in (-1, 0) and (name, value) not in NOT_WRONG)
-        try:
-            group(**others, **{name: value})
-        except SettingsError as error:
-            assert f"--{name} ({value}) must be " in str(error)
-        except ValueError as error:  # Transformers' own, which says it as well
-            assert name in str(error)
-        else:
-            assert not refused, f"{name}={value} is accepted"
+        must_be = not finite or abs(value) > 2**53 or (value in (-1, 0) and (name, value) not in NOT_WRONG)
+        said = refusal(lambda value=value: group(**others, **{name: value}))
+        assert said or not must_be, f"{name}={value} is accepted"
+        assert said is None or name in said
+
+
+def refusal(call):
+    """What is said against it; None where it works. Transformers says a few things itself."""
+    try:
+        call()
+    except ValueError as error:  # a SettingsError is one
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("name", number_fields(RunArguments) + number_fields(DataArguments))
 def test_no_number_on_the_command_line_ends_in_a_traceback(name):
     for word in ("nan", "inf", "-1", "0", "1e30", "x", "", "true", "[1]", "1" + "0" * 400):
-        try:
-            parse_recipe(["--use_cpu", "true", f"--{name}={word}"])
-        except SettingsError as error:
-            assert name in str(error)
+        said = refusal(lambda word=word: parse_recipe(["--use_cpu", "true", f"--{name}={word}"]))
+        assert said is None or name in said
 
 
 WRONG_SETTINGS = [
@@ -107,24 +109,20 @@ WRONG_SETTINGS = [
 @pytest.mark.parametrize(("words", "message"), WRONG_SETTINGS, ids=lambda value: str(value)[:60])
 def test_settings_that_cannot_work_together_are_refused(tmp_path, words, message):
     words = [*write_inputs(tmp_path), *words]
+    steps = [] if "max_steps" in str(words) else ["--max_steps=2"]
     with pytest.raises(SettingsError, match=message):
-        train_language_model(
-            parse_recipe(
-                [*words, *([] if "max_steps" in str(words) else ["--max_steps=2"])]
-                + [f"--output_dir={tmp_path / 'out'}"]
-            )
-        )
+        train_language_model(parse_recipe([*words, *steps, f"--output_dir={tmp_path / 'out'}"]))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("learning_rate: [1, 2]", "learning_rate must be one value; got a list of 2"),
-        ("learning_rate: {a: 1}", "--learning_rate: invalid float value"),
-        ("learning_rate: yes", "--learning_rate: invalid float value: 'true'"),
+        ("learning_rate: {a: 1}", "argument --learning_rate.*: invalid float value"),
+        ("learning_rate: yes", "argument --learning_rate.*: invalid float value: 'true'"),
         ("learning_rate: .nan", r"--learning_rate \(nan\) must be at least 0"),
         ("learning_rate: .inf", r"--learning_rate \(inf\) must be finite"),
-        ("max_steps: 1.5", "--max_steps: invalid int value: '1.5'"),
+        ("max_steps: 1.5", "argument --max_steps.*: invalid int value: '1.5'"),
         ("max_steps: [", "is not valid YAML"),
         ("max_steps: 2020-01-01", "max_steps must be text, a number, true or false: .* date"),
         ("run_name: 2020-13-45", "is not valid YAML"),
@@ -141,7 +139,7 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path, words, message
         ("3", "it holds a int"),
         ("", "it holds a NoneType"),
         ("seed: !!python/object:os.system x", "is not valid YAML"),
-        ("model_overrides: 3", "model_overrides takes key=value pairs or a JSON object; got '3'"),
+        ("model: peer_tiny\nmodel_overrides: 3", "model_overrides takes key=value pairs or a JSON object; got '3'"),
     ],
 )
 def test_a_recipe_with_values_of_other_types_is_refused(tmp_path, text, message):
@@ -169,10 +167,8 @@ NUMBERS_OF_A_MODEL = [name for name, value in TINY_PEER.items() if isinstance(va
 @pytest.mark.parametrize("value", ["x", None, [1], {}, 1.5], ids=str)
 def test_a_field_of_another_type_is_refused_or_works(tmp_path, name, value):
     (tmp_path / "model.json").write_text(json.dumps(TINY_PEER | {name: value}))
-    try:
-        load_preset(str(tmp_path / "model.json"))
-    except SettingsError as error:
-        assert "model.json" in str(error)
+    said = refusal(lambda: load_preset(str(tmp_path / "model.json")))
+    assert said is None or "model.json" in said
 
 
 JSON_FILES = ("trainer_state.json", "config.json", LIST_OF_FILES, "tokenizer.json", "unlogged_loss_0.json")
@@ -193,12 +189,12 @@ def test_a_checkpoint_whose_json_is_of_another_type_is_passed_over(tmp_path, fin
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     (out / "checkpoint-4" / file).write_text(text)
-    try:
-        train(finished[1], output_dir=out, max_steps=5, resume_from_checkpoint="last", save_strategy="no")
-    except SettingsError as error:
-        assert file in str(error) or "tokenizer" in str(error) or "checkpoint-4" in str(error)
-        assert text == "{}", "the older checkpoint is whole"
+    settings = {"output_dir": out, "max_steps": 5, "save_strategy": "no", "resume_from_checkpoint": "last"}
+    said = refusal(lambda: train(finished[1], **settings))
+    if text == "{}" and said:  # an object, but not one that the file can be
+        assert file in said or "tokenizer" in said or "checkpoint-4" in said
         return
+    assert said is None
     if text != "{}":
         assert "not resumed, being incomplete: checkpoint-4 (" in capsys.readouterr().out
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 5
@@ -208,22 +204,24 @@ def test_a_checkpoint_whose_json_is_of_another_type_is_passed_over(tmp_path, fin
 def test_stored_settings_of_another_type_do_not_stop_a_run_that_is_resumed(tmp_path, finished, text):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
-    for path in out.rglob("run_settings.json"):
-        path.write_text(text)
-    (out / "checkpoint-4" / LIST_OF_FILES).unlink()
+    (out / "run_settings.json").write_text(text)
+    for name in ("run_settings.json", LIST_OF_FILES):  # as of an older version
+        (out / "checkpoint-4" / name).unlink()
     train(finished[1], output_dir=out, max_steps=5, resume_from_checkpoint="last", save_strategy="no")
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "{", "3", '{"log_history": 3}', "{}"])
-@pytest.mark.parametrize("file", ["train_lm_results.json", "trainer_state.json"])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *(("train_lm_results.json", text) for text in ("null", "[]", "{", "3")),
+        *(("trainer_state.json", text) for text in ("null", "[]", "{", "3", "{}", '{"log_history": 3}')),
+    ],
+)
 def test_damaged_results_are_not_compared(tmp_path, finished, file, text):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     (out / file).write_text(text)
-    if file == "train_lm_results.json" and text.startswith('{"') or (file, text) == ("train_lm_results.json", "{}"):
-        text = "null"
-        (out / file).write_text(text)
-    with pytest.raises(SettingsError, match="the results in .* are damaged"):
+    with pytest.raises(SettingsError, match=r"the results in .* are damaged"):
         read_run(out)
 
 

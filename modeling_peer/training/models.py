@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -39,8 +40,10 @@ from modeling_peer.training.tokenizers import (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError, AttributeError)
+TOO_LARGE = re.compile(r"allocate memory|out of memory|[Oo]verflow|Storage size|MemoryError|too large")
 # fields of another type, or such that no number of them can be had
-CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError)
+CONFIG_ERRORS += (StrictDataclassError,)
 
 
 def language_model_class(config: PreTrainedConfig) -> type:
@@ -175,7 +178,12 @@ def build_model(
             trust_remote_code=arguments.trust_remote_code,
             **options,
         )
-    except LOADING_ERRORS as error:
+    except (*LOADING_ERRORS, MemoryError, OverflowError) as error:
+        if new and TOO_LARGE.search(f"{type(error).__name__}: {error}"):
+            raise SettingsError(
+                f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: there is no memory for "
+                f"weights of this size ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            ) from error
         if new and isinstance(error, RuntimeError | TypeError | KeyError | AttributeError):
             raise  # nothing was loaded: not the user's doing
         raise SettingsError(

@@ -197,6 +197,10 @@ class PeerTrainingArguments(TrainingArguments):
         state = self.table_optimizer_state
         require(state in ROW_STATES, "table_optimizer_state", state, f"one of {states}")
         super().__post_init__()
+        # Trainer reads what begins with a brace, and would leave out anything else without a word
+        for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name, None)
+            require(value is None or isinstance(value, dict), name, value, "a JSON object")
 
 
 @dataclass

@@ -76,7 +76,7 @@ def find_checkpoint(run: RunArguments) -> str | None:
         return None
     if wanted.lower() not in ("true", "yes", "1", "last"):
         if not exists(wanted):
-            raise SettingsError(f"--resume_from_checkpoint {wanted}: {no_such_folder(wanted)}")
+            raise SettingsError(f"{wanted} is no training checkpoint that can be resumed: {no_such_folder(wanted)}")
         require_complete(wanted)
         return wanted
     checkpoint, passed_over = newest_checkpoint(Path(run.output_dir))

@@ -63,28 +63,32 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() comes here again
             self._prepare_row_sparse()
             self._row_sparse_model = self.model
-        if self.optimizer is None:
-            settings, network = self._table_settings, self.model if model is None else model
-            optimizer_class, options = given or self._optimizer_class_and_options(network)
-            groups = parameter_groups(
-                network,
-                options.get("lr", self.args.learning_rate),
-                self.args.weight_decay,
-                settings.table_learning_rate_multiple,
-                settings.table_weight_decay,
-                settings.retrieval_learning_rate_multiple,
-            )
-            self.optimizer_cls_and_kwargs = (optimizer_class, {"params": groups, **options})
         try:
+            if self.optimizer is None:
+                self.optimizer_cls_and_kwargs = self._optimizer_class_and_groups(model)
             return super().create_optimizer(model)
+        except SettingsError:
+            raise
         except (ValueError, TypeError, KeyError, ImportError) as error:
-            if isinstance(error, SettingsError):
+            if given:  # a program's own
                 raise
-            raise SettingsError(
-                f"--optim {self.args.optim} with --optim_args {self.args.optim_args}: {error}"
-            ) from error
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise SettingsError(f"--optim {name} with --optim_args {self.args.optim_args}: {error}") from error
         finally:
             self.optimizer_cls_and_kwargs = given  # Trainer takes "params" out of it
+
+    def _optimizer_class_and_groups(self, model):
+        settings, network = self._table_settings, self.model if model is None else model
+        optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
+        groups = parameter_groups(
+            network,
+            options.get("lr", self.args.learning_rate),
+            self.args.weight_decay,
+            settings.table_learning_rate_multiple,
+            settings.table_weight_decay,
+            settings.retrieval_learning_rate_multiple,
+        )
+        return optimizer_class, {"params": groups, **options}
 
     def _optimizer_class_and_options(self, model):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
