@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
+from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.private_settings import without_secrets
 from modeling_peer.training.recipes import SettingsError
 
@@ -173,7 +174,7 @@ class ResumesAsAsked:
         if self.args.should_save:
             path = Path(self.args.output_dir if output_dir is None else output_dir, SETTINGS_FILE)
             settings = self.run_settings or {"arguments": stored_arguments(self.args)}
-            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            write_json(path, settings)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
