@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from safetensors import SafetensorError
 from transformers import get_scheduler
 
 from modeling_peer.training import (
@@ -26,7 +27,7 @@ from modeling_peer.training import (
     row_sparse_gradients,
     schedule_tables,
 )
-from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint
+from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint, write_json
 from modeling_peer.training.console import run_script
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
@@ -34,20 +35,27 @@ from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.parallelism import launched_sharding
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError, parse_recipe
+from modeling_peer.training.resumed_settings import (
+    SETTINGS_FILE,
+    announce_changes,
+    refuse_changes,
+    stored_arguments,
+    take_hyperparameters,
+)
 
 
 class Progress:
-    """Steps done: saved and restored with the rest."""
+    """Steps done and the last logged loss: saved and restored with the rest."""
 
-    step = 0
+    step, train_loss = 0, None
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"step": self.step}
+        return {"step": self.step, "train_loss": self.train_loss}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.step = state["step"]
+        self.step, self.train_loss = state["step"], state.get("train_loss")
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -64,6 +72,10 @@ def train(recipe: Recipe) -> dict[str, Any]:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=run.seed),
     )
     checkpoint = find_checkpoint(run)
+    settings = {"arguments": stored_arguments(recipe.model, recipe.data, run)}
+    if checkpoint:
+        refuse_changes(checkpoint, settings)
+        announce_changes(checkpoint, settings, accelerator.print)
     with accelerator.main_process_first():
         config = load_config(recipe.model)
         if predicts_masked_tokens(config):
@@ -111,10 +123,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     progress = Progress()
     accelerator.register_for_checkpointing(scheduler, progress)
     if checkpoint:
-        accelerator.load_state(checkpoint)
-        accelerator.print(f"resuming from {checkpoint}")
+        asked = [dict(group) for group in optimizer.param_groups]
+        try:
+            accelerator.load_state(checkpoint)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise SettingsError(f"cannot resume from {checkpoint}: {type(error).__name__}: {error}") from error
+        take_hyperparameters(optimizer.param_groups, asked, scheduler, checkpoint)
+        accelerator.print(f"resuming from {checkpoint}, after step {progress.step}")
 
-    losses, train_loss = [], None
+    losses = []
     for batch in endless(loader, accelerator, progress.step * run.gradient_accumulation_steps):
         if progress.step >= num_steps:
             break
@@ -131,14 +148,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
             continue
         progress.step += 1
         if progress.step % run.logging_steps == 0 or progress.step == num_steps:
-            train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            loss = progress.train_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
             losses.clear()
-            if not math.isfinite(train_loss):
-                raise SettingsError(
-                    f"training diverged: loss is {train_loss} at step {progress.step}. Lower the rate."
-                )
+            if not math.isfinite(loss):
+                raise SettingsError(f"training diverged: loss is {loss} at step {progress.step}. Lower the rate.")
             accelerator.print(
-                f"step {progress.step} of {num_steps}: loss {train_loss:.4f}, norm of gradients {norms.others:.3g}, "
+                f"step {progress.step} of {num_steps}: loss {loss:.4f}, norm of gradients {norms.others:.3g}, "
                 f"of tables {norms.tables:.3g}, learning rate {scheduler.get_last_lr()[0]:.3g}",
                 flush=True,
             )
@@ -147,6 +162,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
             target = Path(run.output_dir, f"checkpoint-{progress.step}")
             with staged_checkpoint(target, accelerator.is_main_process, accelerator.wait_for_everyone) as staged:
                 accelerator.save_state(str(staged))
+                if accelerator.is_main_process:
+                    write_json(staged / SETTINGS_FILE, settings)
 
     accelerator.wait_for_everyone()
     network.save_pretrained(run.output_dir, is_main_process=accelerator.is_main_process)
@@ -157,7 +174,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         "path": run.output_dir,
         "steps": progress.step,
         "tokens": progress.step * tokens,
-        "train_loss": train_loss,
+        "train_loss": progress.train_loss,
         "processes": accelerator.num_processes,
     }
 
@@ -173,8 +190,13 @@ def endless(loader, accelerator: Accelerator, num_done: int) -> Iterator[dict[st
 
 def find_checkpoint(run: RunArguments) -> str | None:
     """The folder that --resume_from_checkpoint means: a path, or with "last" the newest of output_dir."""
-    if run.resume_from_checkpoint != "last":
-        return run.resume_from_checkpoint
+    wanted = run.resume_from_checkpoint
+    if not wanted or wanted.lower() in ("false", "no", "0"):
+        return None
+    if wanted.lower() not in ("true", "yes", "1", "last"):
+        if not Path(wanted).is_dir():
+            raise SettingsError(f"--resume_from_checkpoint {wanted}: no such folder. See --save_steps.")
+        return wanted
     found = list_checkpoints(Path(run.output_dir))
     if not found:
         raise SettingsError(f"nothing to resume: no checkpoint-* in {run.output_dir}. See --save_steps.")

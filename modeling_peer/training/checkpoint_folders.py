@@ -174,12 +174,19 @@ def write_json(path: Path, content: dict) -> None:
     unfinished.replace(path)
 
 
+def _has_steps(path: Path, content: dict) -> bool:
+    """Whether a trainer_state.json, if it is one, says how far the run was."""
+    kinds = {"global_step": int, "log_history": list}
+    return path.name != TRAINER_STATE_NAME or all(isinstance(content.get(n), kind) for n, kind in kinds.items())
+
+
 def _is_whole(path: Path) -> bool:
     if path.suffix in (".pt", ".pth", ".bin"):
         return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(content, dict) and _has_steps(path, content)
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares the header with the length
                 pass

@@ -10,6 +10,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from modeling_peer.training.masking import NEXT_TOKEN
+from modeling_peer.training.names import no_such_folder
 from modeling_peer.training.presets import as_markdown
 from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.run_folder import RESULTS_FILE
@@ -69,7 +70,7 @@ def _read_group(word: str) -> tuple[str, list[Run]]:
         raise SettingsError(f"--runs takes name=folder; got {word!r}.")
     folders = sorted(glob.glob(pattern))
     if not folders:
-        raise SettingsError(f"--runs {word}: nothing matches {pattern}.")
+        raise SettingsError(f"--runs {word}: nothing matches {pattern}: {no_such_folder(pattern)}")
     return name, [read_run(Path(folder)) for folder in folders]
 
 
@@ -83,6 +84,16 @@ def read_run(folder: Path) -> Run:
             f"{folder} holds no finished run ({Path(error.filename).name} is missing): let it end, resuming with "
             "--resume_from_checkpoint last."
         ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"the results in {folder} are damaged: {RESULTS_FILE} or trainer_state.json ({type(error).__name__}: "
+            f"{error}). Resume the run with --resume_from_checkpoint last, which writes them anew."
+        ) from error
+    if not isinstance(summary, dict) or not isinstance(history, list):
+        raise SettingsError(
+            f"the results in {folder} are damaged: {RESULTS_FILE} or trainer_state.json holds another type. Resume "
+            "the run with --resume_from_checkpoint last, which writes them anew."
+        )
     summary.setdefault("objective", NEXT_TOKEN)  # of runs from when there was no other
     logged = [entry for entry in history if "loss" in entry]
     return Run(folder, summary, [entry["step"] for entry in logged], [entry["loss"] for entry in logged])

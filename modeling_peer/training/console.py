@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from modeling_peer.training.private_settings import without_secrets
 from modeling_peer.training.recipes import SettingsError
 
 
@@ -25,5 +26,5 @@ def run_script(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _fail(error: SettingsError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {without_secrets(str(error))}", file=sys.stderr)
     return 2

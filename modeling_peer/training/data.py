@@ -6,6 +6,8 @@ from pathlib import Path
 
 import datasets
 
+from modeling_peer.training.names import locate_data_set
+from modeling_peer.training.private_settings import without_secrets
 from modeling_peer.training.python_sources import PYTHON_STDLIB, find_python_sources
 from modeling_peer.training.recipes import DataArguments, SettingsError, nearest
 from modeling_peer.training.text_files import find_text_files, read_pieces, require_text
@@ -100,9 +102,11 @@ def _generate_rows(stamps: list[tuple[str, int, int]], text_column: str) -> Iter
 def _from_dataset(arguments: DataArguments) -> Corpus:
     name = arguments.dataset_name
     try:
-        splits = datasets.load_dataset(name, arguments.dataset_config, streaming=arguments.streaming)
+        source = locate_data_set(name, (PYTHON_STDLIB,))
+        splits = datasets.load_dataset(source, arguments.dataset_config, streaming=arguments.streaming)
     except Exception as error:  # the library raises a dozen kinds; each names the cause
-        raise SettingsError(f"cannot open data set {name!r}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, SettingsError) else f"{type(error).__name__}: "
+        raise SettingsError(f"cannot open data set {name!r}: {kind}{error}") from error
     if arguments.train_split not in splits:
         raise SettingsError(
             f"data set {name!r} has no split {arguments.train_split!r}; it has: {', '.join(splits)}. "
@@ -119,10 +123,11 @@ def _from_dataset(arguments: DataArguments) -> Corpus:
     for split, rows in ((arguments.train_split, train), (arguments.validation_split, validation)):
         if rows is not None:
             _require_text(rows, arguments.text_column, f"split {split!r} of data set {name!r}")
+    config = f" ({arguments.dataset_config})" if arguments.dataset_config else ""
     return Corpus(
         train,
         validation,
-        description=f"data set {name}{f' ({arguments.dataset_config})' if arguments.dataset_config else ''}",
+        description=f"data set {without_secrets(name)}{config}",
         text_column=arguments.text_column,
         rows_are_lines=arguments.rows_are_lines,
         dataset_id=None if Path(name).exists() else name,

@@ -10,7 +10,7 @@ from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.models import load_checkpoint
 from modeling_peer.training.python_sources import PYTHON_STDLIB
-from modeling_peer.training.recipes import DataArguments, SettingsError, require_at_least_one
+from modeling_peer.training.recipes import DataArguments, SettingsError, require_numbers
 
 
 @dataclass
@@ -55,7 +55,7 @@ class EvaluationArguments:
     output_file: str | None = field(default=None, metadata={"help": "Write the results here too, as JSON."})
 
     def __post_init__(self):
-        require_at_least_one(self, "max_bytes", "context_length", "stride", "batch_size")
+        require_numbers(self)
 
 
 def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:

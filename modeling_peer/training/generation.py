@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.models import load_checkpoint
-from modeling_peer.training.recipes import SettingsError, require, require_at_least_one
+from modeling_peer.training.recipes import SettingsError, require_numbers
 
 
 @dataclass
@@ -37,10 +37,7 @@ class GenerationArguments:
     )
 
     def __post_init__(self):
-        require_at_least_one(self, "max_new_tokens")
-        require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
-        require(self.top_k >= 0, "top_k", self.top_k, "at least 0; 0 draws from all tokens")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
+        require_numbers(self)
 
 
 def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:

@@ -25,10 +25,14 @@ from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.packing import PackedBlocks, pack, tokenize
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
-from modeling_peer.training.run_folder import (
-    RESULTS_FILE,
+from modeling_peer.training.resumed_settings import (
     SETTINGS_FILE,
     announce_changes,
+    refuse_changes,
+    stored_arguments,
+)
+from modeling_peer.training.run_folder import (
+    RESULTS_FILE,
     clear_output_dir,
     prepare_output_dir,
     require_same_architecture,
@@ -66,6 +70,9 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         raise SettingsError("--streaming has no known length: set --max_steps.")
     require_template()
     checkpoint = prepare_output_dir(recipe)
+    arguments = stored_arguments(model_arguments, data_arguments, run)
+    if checkpoint:
+        refuse_changes(checkpoint, {"arguments": arguments})
     require_loggers(run)
     config = load_config(model_arguments)
     masked = predicts_masked_tokens(config)
@@ -86,7 +93,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
 
-    settings = resumable_settings(recipe, corpus, block_size, train_blocks, model)
+    settings = resumable_settings(recipe, corpus, block_size, train_blocks, model) | {"arguments": arguments}
     if checkpoint:
         announce_changes(checkpoint, settings, announce)
 
@@ -108,6 +115,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.run_settings = settings
     if trainer.is_world_process_zero():
         if run.overwrite_output_dir:
             clear_output_dir(Path(run.output_dir))
@@ -145,7 +153,6 @@ def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_bl
         "examples": len(train_blocks) if isinstance(train_blocks, PackedBlocks) else None,
         "block_size": block_size,
         "examples_per_step": examples_per_step(run, model),
-        "seed": run.seed,
         "objective": objective(model.config, recipe.data.masking_probability),
     }
 

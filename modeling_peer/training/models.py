@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from transformers.configuration_utils import PreTrainedConfig
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.data import Corpus
 from modeling_peer.training.masking import predicts_masked_tokens
+from modeling_peer.training.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
 from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
 from modeling_peer.training.recipes import (
-    REPOSITORY,
     ModelArguments,
     SettingsError,
     find_file,
@@ -36,10 +37,13 @@ from modeling_peer.training.tokenizers import (
     train_byte_level_bpe,
 )
 
-PRESETS_FOLDER = "configuration/models"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError, AttributeError)
+TOO_LARGE = re.compile(r"allocate memory|out of memory|[Oo]verflow|Storage size|MemoryError|too large")
+# fields of another type, or such that no number of them can be had
+CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError)
+CONFIG_ERRORS += (StrictDataclassError,)
 
 
 def language_model_class(config: PreTrainedConfig) -> type:
@@ -49,9 +53,7 @@ def language_model_class(config: PreTrainedConfig) -> type:
 
 def is_new_model(model: str | None) -> bool:
     """Whether `model` names a configuration rather than a checkpoint: a preset's name, or a .json file."""
-    return model is not None and (
-        model.endswith(".json") or Path(REPOSITORY, PRESETS_FOLDER, f"{model}.json").is_file()
-    )
+    return model is not None and (model in preset_files() or (model.endswith(".json") and not Path(model).is_dir()))
 
 
 def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
@@ -63,7 +65,7 @@ def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
     path = find_file(model, PRESETS_FOLDER, ".json")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise SettingsError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")
@@ -75,7 +77,7 @@ def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **fields)
     except SettingsError:
         raise
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except CONFIG_ERRORS as error:
         raise SettingsError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
 
 
@@ -89,13 +91,12 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     if is_new_model(arguments.model):
         return load_preset(arguments.model, overrides)
     try:
-        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+        source = locate_model(arguments.model, trained=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
         _require_known_fields(overrides, config)
-        return AutoConfig.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code, **overrides)
-    except SettingsError:
-        raise
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise SettingsError(f"cannot open {arguments.model!r}: {_cause(arguments.model, error)}") from error
+        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **overrides)
+    except CONFIG_ERRORS as error:
+        raise SettingsError(f"cannot open {arguments.model!r}: {error}") from error
 
 
 def load_tokenizer(
@@ -172,33 +173,38 @@ def build_model(
         if sharding:
             options["distributed_config"] = sharding
         return language_model_class(config).from_pretrained(
-            arguments.model, config=config, trust_remote_code=arguments.trust_remote_code, **options
+            locate_model(arguments.model, trained=True),
+            config=config,
+            trust_remote_code=arguments.trust_remote_code,
+            **options,
         )
-    except LOADING_ERRORS as error:
-        if new and isinstance(error, RuntimeError):
+    except (*LOADING_ERRORS, MemoryError, OverflowError) as error:
+        if new and TOO_LARGE.search(f"{type(error).__name__}: {error}"):
+            raise SettingsError(
+                f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: there is no memory for "
+                f"weights of this size ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            ) from error
+        if new and isinstance(error, RuntimeError | TypeError | KeyError | AttributeError):
             raise  # nothing was loaded: not the user's doing
         raise SettingsError(
-            f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: "
-            f"{_cause(arguments.model, error)}"
+            f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: {_cause(error)}"
         ) from error
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"cannot load a tokenizer from {source!r}: {_cause(source, error)}") from error
+        return AutoTokenizer.from_pretrained(locate_tokenizer(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
 
 
-def _cause(source: str, error: Exception) -> str:
+def _cause(error: Exception) -> str:
     if "ignore_mismatched_sizes" in str(error):  # advice for a program, not for a command line
         return (
             "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
             "cannot change the size of a weight."
         )
-    # of a path that is not there, the libraries say that it is no valid Hub id
-    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1
-    return "no such folder." if is_path and not Path(source).exists() else str(error)
+    return str(error)
 
 
 def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
@@ -227,11 +233,12 @@ def load_checkpoint(
     if experts_implementation:
         options["experts_implementation"] = experts_implementation
     try:
-        network = AutoModelForCausalLM.from_pretrained(model, **options)
+        source = locate_model(model, trained=True)
+        network = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
-        raise SettingsError(f"cannot load {model!r}: {_cause(model, error)}") from error
+        raise SettingsError(f"cannot load {model!r}: {_cause(error)}") from error
     words = _load_tokenizer(tokenizer or model, trust_remote_code)
     if tokenizer:
-        require_own_vocabulary(words, tokenizer, model, trust_remote_code)
+        require_own_vocabulary(words, tokenizer, source, trust_remote_code)
     require_embeddings(words, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), words

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_peer.training.parameter_groups import TABLE_SCHEDULES
+from modeling_peer.training.private_settings import is_secret, without_secrets
+from modeling_peer.training.ranges import find_out_of_range
 from modeling_peer.training.row_sparse_adamw import ROW_STATES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -24,6 +27,13 @@ class SettingsError(ValueError):
 def require(holds: bool, name: str, value: Any, words: str) -> None:
     """Raise SettingsError unless `holds`: the field, its value, and in words what it must be."""
     if not holds:
+        raise SettingsError(f"--{name} ({value}) must be {words}.")
+
+
+def require_numbers(arguments: Any) -> None:
+    """Raise SettingsError when a field is not finite, or outside of its range (`RANGES`)."""
+    if problem := find_out_of_range(arguments):
+        name, value, words = problem
         raise SettingsError(f"--{name} ({value}) must be {words}.")
 
 
@@ -75,6 +85,9 @@ class ModelArguments:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
     )
+
+    def __post_init__(self):
+        require_numbers(self)
 
 
 @dataclass
@@ -138,11 +151,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        require_at_least_one(self, "max_evaluation_bytes", "max_evaluation_examples", "preprocessing_workers")
-        percent = self.validation_percent
-        require(0 <= percent <= 100, "validation_percent", percent, "from 0 to 100")
-        share = self.masking_probability
-        require(0 < share < 1, "masking_probability", share, "above 0 and below 1")
+        require_numbers(self)
 
 
 @dataclass
@@ -181,14 +190,17 @@ class PeerTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        require_numbers(self)
         schedule = self.table_learning_rate_schedule
-        for name in ("retrieval_learning_rate_multiple", "table_learning_rate_multiple"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
         schedules, states = ", ".join(TABLE_SCHEDULES), ", ".join(ROW_STATES)
         require(schedule in TABLE_SCHEDULES, "table_learning_rate_schedule", schedule, f"one of {schedules}")
         state = self.table_optimizer_state
         require(state in ROW_STATES, "table_optimizer_state", state, f"one of {states}")
         super().__post_init__()
+        # Trainer reads what begins with a brace, and would leave out anything else without a word
+        for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name, None)
+            require(value is None or isinstance(value, dict), name, value, "a JSON object")
 
 
 @dataclass
@@ -219,12 +231,6 @@ class RunArguments(PeerTrainingArguments):
         metadata={"help": "Start anew in an output_dir that holds a run; its model and checkpoints are deleted."},
     )
 
-    def __post_init__(self):
-        require_at_least_one(self, "per_device_train_batch_size", "per_device_eval_batch_size")
-        minutes = self.max_train_minutes
-        require(minutes is None or minutes > 0, "max_train_minutes", minutes, "more than 0")
-        super().__post_init__()
-
 
 @dataclass
 class Recipe:
@@ -250,11 +256,12 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     recipe = read_yaml(recipe_path) if recipe_path else {}
 
     groups = (ModelArguments, DataArguments, RunArguments)
-    parser = HfArgumentParser(groups, allow_abbrev=False, usage="%(prog)s [recipe.yaml] [--field value ...]")
-    known = {action.dest for action in parser._actions}
-    for name in recipe:
+    parser = _parser(groups, usage="%(prog)s [recipe.yaml] [--field value ...]")
+    known = {action.dest: action for action in parser._actions}
+    for name, value in recipe.items():
         if name not in known:
-            raise SettingsError(f"{recipe_path}: unknown field {name!r}.{nearest(name, known)}")
+            raise SettingsError(f"{recipe_path}: unknown field {name!r}.{nearest(str(name), known)}")
+        _require_plain(value, known[name].nargs in ("+", "*"), f"{recipe_path}: {name}")
     defaults = vars(parser.parse_args([]))
 
     drop_other_source(recipe, arguments)
@@ -262,13 +269,17 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     namespace, unknown = parser.parse_known_args(as_command_line(recipe) + arguments)
     _refuse_unknown(unknown, known)
     values = vars(namespace)
-    settings = {n: v for n, v in sorted(values.items()) if v != defaults[n] and n != "hub_token"}
+    changed = {n: v for n, v in sorted(values.items()) if v != defaults[n] and not is_secret(n)}
+    settings = without_secrets(changed)
     try:
         model, data, run = (
             group(**{n: values[n] for n in group.__dataclass_fields__ if group.__dataclass_fields__[n].init})
             for group in groups
         )
-    except (ValueError, ImportError) as error:  # of Trainer: settings that exclude each other, or this machine
+    except SettingsError:
+        raise
+    # of Trainer: settings that exclude each other, or this machine; files named by a setting
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, RuntimeError) as error:
         raise SettingsError(str(error)) from error
     return Recipe(model, data, run, settings)
 
@@ -279,14 +290,34 @@ def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_
     Args:
         return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
     """
-    parser = HfArgumentParser(group, allow_abbrev=False)
+    parser = _parser(group)
     parsed, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
+    require_numbers(parsed)
     if return_others:
         return parsed, unknown
     _refuse_unknown(unknown, {action.dest for action in parser._actions})
     return parsed
+
+
+def _parser(groups, **options) -> HfArgumentParser:
+    def refuse(message: str):  # argparse would print its usage, of some hundred fields
+        raise SettingsError(f"{message}.")
+
+    parser = HfArgumentParser(groups, allow_abbrev=False, **options)
+    parser.error = refuse
+    return parser
+
+
+def _require_plain(value: Any, several: bool, place: str) -> None:
+    """Raise SettingsError unless a field of a recipe can be this: a value, of some fields a list or mapping."""
+    if isinstance(value, list) and not several:
+        raise SettingsError(f"{place} must be one value; got a list of {len(value)}.")
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes; a list within itself
+        raise SettingsError(f"{place} must be text, a number, true or false: {error}.") from error
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -319,12 +350,13 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
     """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
     candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
     for path in candidates:
-        if path.is_file():
+        if os.path.isfile(path):  # False, not an error, for a name that no file can have
             return path
     known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
     if not known:
         raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
-    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.")
+    hint = nearest(Path(name).name.removesuffix(suffix), known)
+    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -335,6 +367,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets without end
+        raise SettingsError(f"{path} is not valid YAML: {error}.") from error
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
     if not isinstance(recipe, dict):
         raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
     return recipe
@@ -342,8 +378,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown(words: list[str], known: set[str]) -> None:
     for word in words:
-        name = word.lstrip("-").split("=")[0].replace("-", "_")
-        raise SettingsError(f"unknown argument {word!r}.{nearest(name, known) if word.startswith('-') else ''}")
+        name, equals, _ = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        shown = without_secrets(word)
+        if equals and any(is_secret(other) for other in difflib.get_close_matches(name, known)):  # a mistyped token's
+            shown = f"{word.partition('=')[0]}=..."
+        raise SettingsError(f"unknown argument {shown!r}.{nearest(name, known) if word.startswith('-') else ''}")
 
 
 def named_fields(arguments: Sequence[str]) -> set[str]:

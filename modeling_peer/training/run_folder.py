@@ -3,16 +3,17 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
+from modeling_peer.training.models import CONFIG_ERRORS
+from modeling_peer.training.names import exists, no_such_folder
 from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
+from modeling_peer.training.resumed_settings import SETTINGS_FILE
 
 RESULTS_FILE = "train_lm_results.json"
-SETTINGS_FILE = "run_settings.json"
 # of a run that is overwritten: its weights must never stand beside the next run's tokenizer
 CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 CLEARED += (RESULTS_FILE, SETTINGS_FILE, "trainer_state.json")
@@ -74,6 +75,8 @@ def find_checkpoint(run: RunArguments) -> str | None:
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     if wanted.lower() not in ("true", "yes", "1", "last"):
+        if not exists(wanted):
+            raise SettingsError(f"{wanted} is no training checkpoint that can be resumed: {no_such_folder(wanted)}")
         require_complete(wanted)
         return wanted
     checkpoint, passed_over = newest_checkpoint(Path(run.output_dir))
@@ -84,7 +87,10 @@ def find_checkpoint(run: RunArguments) -> str | None:
 
 def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
     """Raise SettingsError when the run that is resumed had another network than the one now asked for."""
-    saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
+    try:
+        saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
+    except CONFIG_ERRORS as error:
+        raise SettingsError(f"the configuration in {checkpoint} cannot be read: {error}") from error
     wanted = json.loads(json.dumps(config.to_dict(), default=str))
     saved = json.loads(json.dumps(saved, default=str))
     changes = [
@@ -96,14 +102,3 @@ def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_r
         raise SettingsError(
             f"{checkpoint} is of another model: {'; '.join(changes)}. Resume with the settings it began with."
         )
-
-
-def announce_changes(checkpoint: str, settings: dict[str, Any], announce) -> None:
-    """Say which of `settings` differ from those that the resumed run stored; they are allowed to."""
-    path = Path(checkpoint).parent / SETTINGS_FILE
-    if not path.is_file():
-        return
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    for name in settings:
-        if name in stored and stored[name] != settings[name]:
-            announce(f"other than in the resumed run: {name} was {stored[name]!r}, is {settings[name]!r}")

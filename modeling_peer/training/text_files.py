@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.recipes import SettingsError, nearest
 
 # looked for in a folder; a file named by itself may have any name
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
@@ -42,8 +42,13 @@ def find_text_files(path: str | Path) -> list[Path]:
                 f"it holds: {', '.join(found[:10]) or 'no files'}."
             )
     else:
-        raise SettingsError(f"no such file or folder: {path} (looked from {Path.cwd()}).")
+        near = nearest(path.name, _names_in(path.parent))
+        raise SettingsError(f"no such file or folder: {path} (looked from {Path.cwd()}).{near}")
     return files
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def require_text(files: Iterable[Path], text_column: str) -> None:

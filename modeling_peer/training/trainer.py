@@ -12,7 +12,9 @@ from transformers import Trainer, TrainerCallback
 from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
+from modeling_peer.training.private_settings import PrivateArguments
 from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError
+from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.training.row_sparse_gradients import (
     average_over_processes,
@@ -25,14 +27,16 @@ from modeling_peer.training.sharded_checkpoints import ShardedCheckpoints
 LOSSES = ("loss", "eval_loss", "train_loss")
 
 
-class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
+class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, ShardedCheckpoints, Trainer):
     """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
 
     Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
     `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
     `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
     optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`. Checkpoints exist whole or
-    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`).
+    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`). A
+    resumed run does the steps that are left, with the settings it is given (`ResumesAsAsked`), and no file holds a
+    token (`PrivateArguments`).
 
     `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
     same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
@@ -59,22 +63,32 @@ class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
         if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() comes here again
             self._prepare_row_sparse()
             self._row_sparse_model = self.model
-        if self.optimizer is None:
-            settings, network = self._table_settings, self.model if model is None else model
-            optimizer_class, options = given or self._optimizer_class_and_options(network)
-            groups = parameter_groups(
-                network,
-                options.get("lr", self.args.learning_rate),
-                self.args.weight_decay,
-                settings.table_learning_rate_multiple,
-                settings.table_weight_decay,
-                settings.retrieval_learning_rate_multiple,
-            )
-            self.optimizer_cls_and_kwargs = (optimizer_class, {"params": groups, **options})
         try:
+            if self.optimizer is None:
+                self.optimizer_cls_and_kwargs = self._optimizer_class_and_groups(model)
             return super().create_optimizer(model)
+        except SettingsError:
+            raise
+        except (ValueError, TypeError, KeyError, ImportError) as error:
+            if given:  # a program's own
+                raise
+            name = getattr(self.args.optim, "value", self.args.optim)
+            raise SettingsError(f"--optim {name} with --optim_args {self.args.optim_args}: {error}") from error
         finally:
             self.optimizer_cls_and_kwargs = given  # Trainer takes "params" out of it
+
+    def _optimizer_class_and_groups(self, model):
+        settings, network = self._table_settings, self.model if model is None else model
+        optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
+        groups = parameter_groups(
+            network,
+            options.get("lr", self.args.learning_rate),
+            self.args.weight_decay,
+            settings.table_learning_rate_multiple,
+            settings.table_weight_decay,
+            settings.retrieval_learning_rate_multiple,
+        )
+        return optimizer_class, {"params": groups, **options}
 
     def _optimizer_class_and_options(self, model):
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -105,13 +119,20 @@ class PeerTrainer(CompleteCheckpoints, ShardedCheckpoints, Trainer):
         """The scheduler that the arguments name, with the tables' own schedule."""
         if self.lr_scheduler is None:
             settings = self._table_settings
-            scheduler = super().create_scheduler(num_training_steps, optimizer)
-            self.lr_scheduler = schedule_tables(
-                scheduler,
-                settings.table_learning_rate_schedule,
-                settings.table_learning_rate_multiple,
-                num_training_steps,
-            )
+            try:
+                scheduler = super().create_scheduler(num_training_steps, optimizer)
+                self.lr_scheduler = schedule_tables(
+                    scheduler,
+                    settings.table_learning_rate_schedule,
+                    settings.table_learning_rate_multiple,
+                    num_training_steps,
+                )
+            except (ValueError, TypeError, KeyError) as error:
+                name = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+                options = self.args.lr_scheduler_kwargs or {}
+                raise SettingsError(
+                    f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {options}: {error}"
+                ) from error
         return self.lr_scheduler
 
     def training_step(self, *args, **kwargs):

@@ -1,0 +1,227 @@
+"""What a name of a model, tokenizer or data set means: a folder here, or a repository of the Hub that answers.
+
+The libraries take whatever is not here for a repository of the Hub, and ask for it again and again for a minute. Here
+a name that is nobody's `owner/name` is refused at once, and the Hub is asked once.
+"""
+
+import difflib
+import functools
+import json
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from modeling_peer.training.checkpoint_folders import list_checkpoints
+from modeling_peer.training.recipes import REPOSITORY, SettingsError
+from modeling_peer.training.resumed_settings import SETTINGS_FILE
+
+PRESETS_FOLDER = "configuration/models"
+# folders of ours: no owner on the Hub is meant
+LOCAL_ROOTS = ("runs", "configuration")
+HUB_TIMEOUT = 10  # seconds
+# a file of each kind of repository that has been used before is in the cache
+CACHED_FILES = {
+    "model": ("config.json", "adapter_config.json"),
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+}
+JSON_OBJECTS = ("config.json", "generation_config.json", "adapter_config.json", "model.safetensors.index.json")
+JSON_OBJECTS += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+SIGNS_OF_A_RUN = (SETTINGS_FILE, "training_args.bin", "trainer_state.json", "_unfinished")
+
+
+def preset_files() -> dict[str, Path]:
+    """The configurations of the repository, by name."""
+    return {path.stem: path for path in sorted((REPOSITORY / PRESETS_FOLDER).glob("*.json"))}
+
+
+def exists(path: str | Path) -> bool:
+    """Whether it is there; not so a name that no file can have."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
+def locate_model(name: str, trained: bool) -> str:
+    """The folder or the Hub id to load a checkpoint from.
+
+    Args:
+        trained: whether a configuration, which has no weights, would not do.
+
+    Raises:
+        SettingsError: nothing there, or no model in it; with the cause and the nearest name that is there.
+    """
+    path = Path(name).expanduser()
+    if exists(path):
+        _require_model(path)
+        return str(path)
+    presets = preset_files()
+    if trained and (preset := name.removesuffix(".json")) in presets:
+        raise SettingsError(
+            f"{name!r} is a configuration, without weights. Train it first: scripts/train_lm.py --model {preset} "
+            f"--output_dir runs/{preset}. Then name that folder.{_hint(name, {})}"
+        )
+    return _locate(name, "model", {} if trained else {preset: preset for preset in presets})
+
+
+def locate_tokenizer(name: str) -> str:
+    """The folder or the Hub id to load a tokenizer from; raises SettingsError as `locate_model` does."""
+    path = Path(name).expanduser()
+    if exists(path):
+        _require_json_objects(path)
+        return str(path)
+    return _locate(name, "tokenizer", {"bytes": "bytes", "train": "train"})
+
+
+def locate_data_set(name: str, others: tuple[str, ...] = ()) -> str:
+    """The folder or the Hub id to load a data set from; raises SettingsError as `locate_model` does.
+
+    Args:
+        others: names that stand for something else, of which one may be meant.
+    """
+    path = Path(name).expanduser()
+    if exists(path):
+        return str(path)
+    if exists(Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))):
+        return name  # used before
+    return _locate(name, "dataset", {other: other for other in others})
+
+
+def no_such_folder(name: str) -> str:
+    """In words that there is none, and the nearest one that there is."""
+    return f"no such folder.{_hint(name, {})}"
+
+
+def _locate(name: str, kind: str, meanings: dict[str, str]) -> str:
+    hint = _hint(name, meanings)
+    if _is_local(name) or (hint and "/" in name and exists(Path(name).parent)):
+        raise SettingsError(f"no such folder.{hint or _way_out(name, kind)}")
+    if "/" not in name:
+        if kind in CACHED_FILES and _cached_folder(name, kind):
+            return name  # of the Hub's first years; used before
+        raise SettingsError(f"no such folder{_or_else(kind)}.{hint or _way_out(name, kind)}")
+    return _ask_hub(name, kind)
+
+
+def _is_local(name: str) -> bool:
+    return (
+        not name.strip()
+        or name.startswith(("/", ".", "~"))
+        or "\\" in name
+        or name.count("/") > 1
+        or name.endswith((".json", "/"))
+        or ("/" in name and name.partition("/")[0] in LOCAL_ROOTS)
+    )
+
+
+def _or_else(kind: str) -> str:
+    return {"model": " and no such configuration"}.get(kind, "")
+
+
+def _way_out(name: str, kind: str) -> str:
+    if "/" in name:
+        return f" Looked from {Path.cwd()}."
+    if kind == "dataset":
+        return " Data sets of the Hub are owner/name, such as Salesforce/wikitext; text files go to --train_file."
+    configurations = f" Configurations: {', '.join(preset_files())}." if kind == "model" else ""
+    return f"{configurations} What is on the Hub is named owner/name, such as openai-community/gpt2."
+
+
+def _hint(name: str, meanings: dict[str, str]) -> str:
+    """A sentence with the nearest of `meanings` and of the folders here, or nothing when none is near."""
+    known = dict(meanings)
+    path = Path(name).expanduser()
+    for parent, keys in ((path.parent, (str, None)), (Path("runs"), (str, lambda found: found.name))):
+        try:
+            folders = sorted(found for found in parent.iterdir() if found.is_dir() and found.name[0] not in "._")
+        except (OSError, ValueError):
+            continue
+        for found in folders:
+            for key in keys:
+                if key is not None:
+                    known.setdefault(key(found), str(found))
+    close = difflib.get_close_matches(str(path), sorted(known), n=1, cutoff=0.75)
+    return f" Did you mean {known[close[0]]!r}?" if close else ""
+
+
+def _require_model(path: Path) -> None:
+    if not path.is_dir():
+        raise SettingsError("it is a file. Name the folder of a checkpoint, or a configuration (.json).")
+    if not any((path / name).is_file() for name in CACHED_FILES["model"]):
+        if checkpoints := list_checkpoints(path):
+            raise SettingsError(
+                f"it holds a run that has not ended. Name its newest checkpoint, {checkpoints[-1]}, or let it end: "
+                "scripts/train_lm.py with the settings it had and --resume_from_checkpoint last."
+            )
+        if any((path / name).exists() for name in SIGNS_OF_A_RUN):
+            raise SettingsError(
+                f"{path} holds a run that has saved no model yet: it stopped before its first save. Begin it anew "
+                "with --overwrite_output_dir; --save_steps says how often to save."
+            )
+        found = sorted(entry.name for entry in path.iterdir())
+        raise SettingsError(
+            f"no model in it (no config.json); it holds: {', '.join(found[:10]) or 'nothing'}.{_below(path)}"
+        )
+    _require_json_objects(path)
+
+
+def _below(path: Path) -> str:
+    models = sorted(found.parent for found in path.glob("*/config.json"))
+    return f" Did you mean {str(models[-1])!r}?" if models else ""
+
+
+def _require_json_objects(folder: Path) -> None:
+    for name in JSON_OBJECTS:
+        path = folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise SettingsError(f"{path} is damaged or cut short: {error}.") from error
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
+        if not isinstance(content, dict):
+            raise SettingsError(f"{path} must hold a JSON object; it holds {json.dumps(content)[:40]}.")
+
+
+def _cached_folder(name: str, kind: str) -> str | None:
+    for file in CACHED_FILES.get(kind, ()):
+        try:
+            found = huggingface_hub.try_to_load_from_cache(name, file)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    return None
+
+
+@functools.cache
+def _ask_hub(name: str, kind: str) -> str:
+    """`name` if the Hub has it, or the folder in the cache where the Hub can't be reached."""
+    what = "data set" if kind == "dataset" else "model"
+    cached = _cached_folder(name, kind)
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if cached or kind == "dataset":  # of these the library knows what is cached
+            return name
+        raise SettingsError("no such folder here, nor in the Hub's cache, and HF_HUB_OFFLINE forbids to ask the Hub.")
+    try:
+        repo_type = "dataset" if kind == "dataset" else "model"
+        huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_TIMEOUT)
+        return name
+    except HFValidationError as error:
+        raise SettingsError(f"no such folder, and no name that the Hub could have: {error}") from error
+    except GatedRepoError:
+        return name  # the library says whom to ask
+    except RepositoryNotFoundError as error:
+        raise SettingsError(
+            f"no such folder, and the Hub has no such {what}, or shows it to its owner only (set HF_TOKEN)."
+        ) from error
+    except Exception as error:  # of the transport, which is another package from one release to the next
+        if cached:
+            return cached
+        cause = str(error).strip().splitlines()[:1] or [""]
+        raise SettingsError(
+            f"no such folder here, and the Hub cannot be reached ({type(error).__name__}: {cause[0]}). Name a local "
+            "folder, or try again with a network."
+        ) from error

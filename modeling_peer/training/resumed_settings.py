@@ -1,0 +1,269 @@
+"""What becomes of a setting that is not what it was when the resumed run began: taken, refused, kept or announced."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainingArguments
+
+from modeling_peer.training.checkpoint_folders import write_json
+from modeling_peer.training.private_settings import without_secrets
+from modeling_peer.training.recipes import SettingsError
+
+SETTINGS_FILE = "run_settings.json"
+
+TAKEN = "taken"  # used from the next step on, and announced
+REFUSED = "refused"  # what the checkpoint holds would not fit
+KEPT = "kept"  # the checkpoint's is used; announced
+ANNOUNCED = "announced"  # used, but the run is no longer the one that nobody interrupted
+HARMLESS = "harmless"  # changes no weight: not stored, not compared
+
+# A field that is in no row, such as one of a later Transformers, is announced.
+TREATMENTS = {
+    TAKEN: (
+        *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
+        *("num_train_epochs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+        *("table_learning_rate_multiple", "table_learning_rate_schedule", "table_weight_decay"),
+        *("retrieval_learning_rate_multiple", "neftune_noise_alpha", "label_smoothing_factor"),
+        *("dtype", "bf16", "fp16", "tf32", "experts_implementation"),
+    ),
+    REFUSED: ("optim", "optim_args", "optim_target_modules", "row_sparse_gradients", "table_optimizer_state"),
+    KEPT: ("tokenizer", "tokenizer_vocab_size"),
+    ANNOUNCED: (
+        # which examples a step sees
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "seed", "data_seed"),
+        *("dataset_config", "train_split", "validation_percent", "text_column", "rows_are_lines", "streaming"),
+        *("shuffle_buffer", "ignore_data_skip", "dataloader_drop_last", "dataloader_in_order", "label_names"),
+        *("train_sampling_strategy", "length_column_name", "remove_unused_columns", "accelerator_config"),
+        # how their loss is averaged, and who computes it
+        *("average_tokens_across_devices", "full_determinism", "use_cpu", "parallelism_config", "fsdp", "fsdp_config"),
+        *("deepspeed", "ddp_broadcast_buffers", "use_liger_kernel", "liger_kernel_config", "torch_compile"),
+        *("torch_compile_backend", "torch_compile_mode", "use_cache"),
+    ),
+    HARMLESS: (
+        # compared in another form: the description of the data, the configuration of the network, the length of blocks
+        *("model", "model_overrides", "dataset_name", "train_file", "block_size", "masking_probability"),
+        # where things are, and whether to begin anew
+        *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "trust_remote_code"),
+        *("restore_callback_states_from_checkpoint", "run_name", "project"),
+        *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        # logging
+        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
+        *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to"),
+        *("log_expert_usage", "skip_memory_metrics", "debug"),
+        # evaluating
+        *("eval_strategy", "eval_steps", "eval_delay", "per_device_eval_batch_size", "prediction_loss_only"),
+        *("eval_on_start", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval", "max_evaluation_bytes"),
+        *("max_evaluation_examples", "validation_file", "validation_split", "metric_for_best_model"),
+        *("greater_is_better", "load_best_model_at_end", "do_train", "do_eval", "do_predict"),
+        # saving and publishing
+        *("save_only_model", "save_strategy", "save_steps", "save_on_each_node", "save_total_limit"),
+        *("enable_jit_checkpoint", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"),
+        *("hub_always_push", "hub_revision"),
+        # time and memory
+        *("max_train_minutes", "preprocessing_workers", "dataloader_num_workers", "dataloader_pin_memory"),
+        *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+        *("gradient_checkpointing_kwargs", "torch_empty_cache_steps", "ddp_find_unused_parameters"),
+        *("ddp_bucket_cap_mb", "ddp_static_graph", "ddp_backend", "ddp_timeout", "local_rank"),
+    ),
+}
+TREATMENT_OF = {name: treatment for treatment, names in TREATMENTS.items() for name in names}
+WORDS = {
+    TAKEN: "from here on",
+    KEPT: "kept as in the resumed run, whatever is asked for",
+    ANNOUNCED: "other than in the resumed run",
+}
+# of one kind to a checkpoint: fused is how AdamW is computed, not what it keeps
+SAME_OPTIMIZER = {"adamw_torch_fused": "adamw_torch"}
+# Their state is more than the number of the step, and cannot be had from a schedule of another type.
+STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# of a parameter group: how a step is computed, where that changes neither its result nor what the optimizer keeps
+NOT_OF_A_KIND = {"params", "name", "param_names", "initial_lr", "foreach", "fused", "capturable", "maximize"}
+NOT_OF_A_KIND |= {"differentiable", "decoupled_weight_decay"}
+
+
+def stored_arguments(*groups: Any) -> dict[str, Any]:
+    """The fields of these dataclasses that a later session is compared with, as JSON holds them, without secrets."""
+    arguments = {}
+    for group in groups:
+        for field in dataclasses.fields(group):
+            if field.init and TREATMENT_OF.get(field.name) != HARMLESS:
+                arguments[field.name] = _as_json(getattr(group, field.name))
+    if isinstance(name := arguments.get("tokenizer"), str) and Path(name).exists():
+        arguments["tokenizer"] = Path(name).name  # a published file names no folder of this machine
+    return without_secrets(arguments)
+
+
+def read_settings(checkpoint: str | Path) -> dict[str, Any]:
+    """What the run stored in the checkpoint, or as older ones did beside it; empty where that can't be read."""
+    for path in (Path(checkpoint) / SETTINGS_FILE, Path(checkpoint).parent / SETTINGS_FILE):
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(stored, dict):
+            return stored if isinstance(stored.get("arguments", {}), dict) else {**stored, "arguments": {}}
+    return {}
+
+
+def find_changes(checkpoint: str | Path, settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Yield the treatment, and in words the change, of each setting that is not what the resumed run stored.
+
+    Args:
+        settings: `stored_arguments` under "arguments", and whatever else is to be announced.
+    """
+    stored = read_settings(checkpoint)
+    before, now = stored.get("arguments", {}), settings.get("arguments", {})
+    for name in settings.keys() & stored.keys() - {"arguments"}:
+        if stored[name] != settings[name]:
+            yield ANNOUNCED, f"{name} was {stored[name]!r}, is {settings[name]!r}"
+    for name in (name for name in now if name in before):
+        if _comparable(before[name]) != _comparable(now[name]):
+            treatment = TREATMENT_OF.get(name, ANNOUNCED)
+            schedules = (before.get("lr_scheduler_type"), now.get("lr_scheduler_type"))
+            if name.startswith("lr_scheduler") and any(kind in STATEFUL_SCHEDULES for kind in schedules):
+                treatment = REFUSED
+            yield treatment, f"{name} was {before[name]!r}, is {now[name]!r}"
+
+
+def refuse_changes(checkpoint: str | Path, settings: dict[str, Any]) -> None:
+    """Raise SettingsError when the checkpoint cannot go on with one of these settings."""
+    refused = [words for treatment, words in find_changes(checkpoint, settings) if treatment == REFUSED]
+    if refused:
+        raise SettingsError(
+            f"{checkpoint} cannot go on so: {'; '.join(refused)}. Resume with the settings it began with, or begin a "
+            "new run with its weights (--model)."
+        )
+
+
+def announce_changes(checkpoint: str | Path, settings: dict[str, Any], announce: Callable[[str], Any]) -> None:
+    """Say what was stored and what is asked for, of each setting that is taken, kept or merely other."""
+    for treatment, words in find_changes(checkpoint, settings):
+        announce(f"{WORDS[treatment]}: {words}")
+
+
+class ResumesAsAsked:
+    """Mixin for Trainer: a resumed run does the steps that are left, with the settings that it is now given.
+
+    Trainer (Transformers 5.24) does one step too many when none is left, and takes learning rate, weight decay, betas
+    and the steps of logging and saving from the checkpoint, whatever is asked for. Every checkpoint has its settings
+    in `run_settings.json`; what becomes of a changed one, `TREATMENTS` says.
+    """
+
+    run_settings: dict[str, Any] | None = None  # of a program that compares and announces by itself
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # Trainer looks only after a step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, *args, **kwargs):
+        result = super()._init_training_state(*args, **kwargs)
+        self.state.compute_steps(self.args, self.state.max_steps)
+        return result
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            path = Path(self.args.output_dir if output_dir is None else output_dir, SETTINGS_FILE)
+            settings = self.run_settings or {"arguments": stored_arguments(self.args)}
+            write_json(path, settings)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.run_settings is None:
+            settings = {"arguments": stored_arguments(self.args)}
+            refuse_changes(checkpoint, settings)
+            announce_changes(checkpoint, settings, self._announce)
+        if self.is_deepspeed_enabled:  # its engine has loaded them already
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        asked = [_hyperparameters(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except SettingsError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SettingsError(
+                f"the optimizer and schedule of {checkpoint} do not fit this run ({type(error).__name__}: {error}). "
+                "Resume with the settings it began with, or begin a new run with its weights (--model)."
+            ) from error
+        take_hyperparameters(self.optimizer.param_groups, asked, self.lr_scheduler, checkpoint)
+
+    def _announce(self, words: str) -> None:
+        if self.is_world_process_zero():
+            print(words)
+
+
+def take_hyperparameters(
+    groups: list[dict[str, Any]], asked: list[dict[str, Any]], scheduler: LRScheduler, checkpoint: str | Path
+) -> None:
+    """Give parameter groups that were loaded from a checkpoint the settings that were asked for.
+
+    Learning rates become what the schedule gives at the step of the checkpoint: of a run whose settings did not
+    change the very numbers that were loaded. A schedule that has no formula (reduce_lr_on_plateau) goes on from where
+    it was, by the ratio of the new `learning_rate` to the old.
+
+    Args:
+        groups: `optimizer.param_groups`, as loaded.
+        asked: the same groups before loading, without "params".
+        scheduler: as loaded.
+
+    Raises:
+        SettingsError: the groups are of another kind of optimizer.
+    """
+    for group, wanted in zip(groups, asked, strict=True):
+        kinds = [set(each) - NOT_OF_A_KIND for each in (group, wanted)]
+        if kinds[0] != kinds[1] or group.get("row_state") != wanted.get("row_state"):
+            raise SettingsError(
+                f"the optimizer of {checkpoint} is of another kind: it has {_kind(group)}, "
+                f"this run's {_kind(wanted)}. Resume with the --optim, row_sparse_gradients and "
+                "table_optimizer_state it began with, or begin a new run with its weights (--model)."
+            )
+        before, after = float(group.get("initial_lr", group["lr"])), float(wanted.get("initial_lr", wanted["lr"]))
+        rate = group["lr"] if before == after or not before else group["lr"] * (after / before)
+        group.update({name: value for name, value in wanted.items() if name != "lr"})
+        _set_rate(group, rate)
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            _set_rate(group, base * factor(scheduler.last_epoch))
+        scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if hasattr(group["lr"], "fill_"):  # a tensor, which a compiled step holds on to
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
+
+
+def _kind(group: dict[str, Any]) -> str:
+    names = sorted(set(group) - NOT_OF_A_KIND - {"row_state"})
+    return ", ".join(names) + (f", row_state {group['row_state']}" if "row_state" in group else "")
+
+
+def _comparable(value: Any) -> Any:
+    return SAME_OPTIMIZER.get(value, value) if isinstance(value, str) else value
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, TrainingArguments):
+        value = dataclasses.asdict(value)
+    # an object's own text may hold its address, which is never the same
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", type(other).__qualname__)))
