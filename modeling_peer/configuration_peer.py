@@ -220,6 +220,22 @@ class PeerConfig(PreTrainedConfig):
             self.moe_intermediate_size = self.intermediate_size
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As `PreTrainedConfig.get_config_dict`, to which no file means the defaults: 2.3 billion parameters.
+
+        Raises:
+            OSError: there is no config.json, or nothing in it.
+        """
+        fields, others = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not fields:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json, or an empty one, so the sizes of the model are "
+                "unknown. If a save there was cut off, save again. Otherwise pass config=PeerConfig(...) with the "
+                "sizes of the weights."
+            )
+        return fields, others
+
     @property
     def has_aux_losses(self) -> bool:
         """Whether the sparse layers have auxiliary losses: balance losses, or those of a router."""

@@ -2,8 +2,12 @@
 """The PEER decoder and its heads: Llama's blocks, with a PEER layer, or a rival of it, where `mlp_layer_types` says
 "sparse"."""
 
+import importlib.machinery
 import inspect
+import os
 import re
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -28,10 +32,18 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+# A checkpoint has a copy of this file. Where its folder is first on sys.path, as a working directory is, `import
+# modeling_peer` finds that copy and not the package. The files beside it then become a package of another name.
+if __name__ == "modeling_peer":
+    __package__ = "modeling_peer_of_checkpoint"
+    __spec__ = importlib.machinery.ModuleSpec(f"{__package__}.modeling_peer", None)
+    sys.modules[__package__] = types.ModuleType(__package__)
+    sys.modules[__package__].__path__ = [os.path.dirname(os.path.abspath(__file__))]
+
 from .auto_classes_peer import register_names
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
-from .checkpoint_peer import PeerCheckpoints
+from .checkpoint_peer import PeerCheckpoints, import_package
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
 from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
@@ -554,3 +566,7 @@ __all__ = [
     "PeerModel",
     "PeerPreTrainedModel",
 ]
+
+
+if __name__ == "modeling_peer":
+    import_package(__name__, os.path.dirname(os.path.abspath(__file__)))

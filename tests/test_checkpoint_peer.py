@@ -168,11 +168,11 @@ def save_two_models_in_turn(folder, ready):
     for model in models:
         for parameter in model.parameters():
             torch.nn.init.constant_(parameter, model.config.num_hidden_layers)
-    ready.set()
     while True:
         for model in models:
             for size in ("50GB", "20KB"):
                 model.save_pretrained(folder, max_shard_size=size)
+        ready.set()  # from now on, every save replaces another
 
 
 def test_a_killed_save_never_leaves_a_mixture_of_two_models(tmp_path):
@@ -185,7 +185,7 @@ def test_a_killed_save_never_leaves_a_mixture_of_two_models(tmp_path):
         process = context.Process(target=save_two_models_in_turn, args=(folder, ready))
         process.start()
         assert ready.wait(120)
-        time.sleep(random.Random(attempt).uniform(0.02, 0.4))
+        time.sleep(random.Random(attempt).uniform(0, 0.8))
         process.kill()
         process.join()
         try:

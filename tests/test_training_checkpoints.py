@@ -186,3 +186,25 @@ def test_a_checkpoint_of_transformers_own_trainer_is_resumed_unless_a_part_is_mi
     new_trainer(max_steps=2, save_only_model=True).train()
     with pytest.raises(SettingsError, match=r"no complete one: checkpoint-2 \(it has no optimizer.pt\)"):
         new_trainer().train(resume_from_checkpoint=True)
+
+
+def test_a_final_save_that_fails_leaves_model_tokenizer_and_state_as_they_were(new_trainer, out, monkeypatch):
+    trainer = new_trainer(max_steps=2, save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert {"model.safetensors", "training_args.bin", "trainer_state.json"} <= before.keys()
+    with torch.no_grad():
+        trainer.model.line.weight += 1
+    trainer.state.global_step = 9
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(SettingsError, match="No space left on device"):
+        trainer.save_model()
+    with pytest.raises(OSError, match="No space left on device"):
+        trainer.save_state()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

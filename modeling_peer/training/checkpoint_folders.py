@@ -1,6 +1,5 @@
 """The checkpoints of a run as folders: made whole or not at all, found, checked, and deleted when newer ones stand."""
 
-import errno
 import json
 import os
 import re
@@ -10,19 +9,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from modeling_peer.checkpoint_peer import (
+    checksum,
+    find_safetensors_damage,
+    flush,
+    flush_all,
+    give_default_permissions,
+    write_text,
+)
 from modeling_peer.training.recipes import SettingsError
 
 logger = logging.get_logger(__name__)
 
 # Trainer uploads nothing of output_dir that begins with an underscore, and takes nothing in it for a checkpoint.
 UNFINISHED = "_unfinished"
-# names and sizes, written last: a copy that lost a file is told from a whole one, however the model is sharded
+# Names, sizes and checksums, written last: a copy that lost a file or a bit is told from a whole one, however the
+# model is sharded. Older releases wrote sizes alone.
 LIST_OF_FILES = "checkpoint_files.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+ZIP_FILES = (".pt", ".pth", ".bin")
 # What Trainer needs to continue as if nothing had happened; FSDP and DeepSpeed have names of their own.
 PARTS = {
     TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
@@ -64,28 +72,25 @@ def staged_checkpoint(target: Path, writes: bool, wait_for_everyone: Callable[[]
 
 
 def _publish(staged: Path, target: Path):
+    give_default_permissions(staged)
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    sizes = {path.relative_to(staged).as_posix(): path.stat().st_size for path in files}
-    (staged / LIST_OF_FILES).write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
-    for path in (*staged.rglob("*"), staged):  # a new name may get to the disk before what it names
-        _flush(path)
+    flush_all(files)  # before the checksums, so that they are read back from memory while the disk is done
+    content = {
+        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)} for path in files
+    }
+    write_text(staged / LIST_OF_FILES, json.dumps(content, indent=2) + "\n")
+    # a new name may get to the disk before what it names
+    flush_all([*(path for path in staged.rglob("*") if path.is_dir()), staged])
+    replaced = staged.with_name(f"replaced-{target.name}")
     if target.exists():
-        target.rename(staged.with_name(f"replaced-{target.name}"))
-    staged.rename(target)
-    _flush(target.parent)
-
-
-def _flush(path: Path):
-    if os.name == "nt":  # there, only what is open for writing can be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+        target.rename(replaced)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
+        staged.rename(target)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(target)
+        raise
+    flush(target.parent)
 
 
 def _remove_unfinished(unfinished: Path):
@@ -109,8 +114,8 @@ def delete_oldest(run_dir: Path, limit: int, kept: set[str]):
     others = [path for path in list_checkpoints(run_dir) if path.name not in kept and not path.is_symlink()]
     surplus = max(0, len(others) + len(kept) - limit)
     unfinished = run_dir / UNFINISHED
-    # a stable sort: whole ones stay in order
-    for path in sorted(others, key=lambda path: find_damage(path) is None)[:surplus]:
+    # A stable sort: whole ones stay in order. Their contents are read before one is resumed, not at every save.
+    for path in sorted(others, key=lambda path: find_damage(path, contents=False) is None)[:surplus]:
         # renamed first, so that no half of it stands under its name
         unfinished.mkdir(exist_ok=True)
         path.rename(unfinished / path.name)
@@ -139,26 +144,62 @@ def require_complete(checkpoint: str | os.PathLike):
         raise SettingsError(f"{checkpoint} is no training checkpoint that can be resumed: {damage}.")
 
 
-def find_damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path, contents: bool = True) -> str | None:
     """What a checkpoint of Trainer lacks or has only in part, in words; None when it can be resumed.
 
-    Sizes are compared with the list that `staged_checkpoint` leaves, if it is there, and every file with what its own
-    header says.
+    Sizes and checksums are compared with the list that `staged_checkpoint` leaves, if it is there, and every file with
+    what it says of itself: safetensors files of PEER models and those of `torch.save` have checksums of their own.
+
+    Args:
+        contents: whether to compare checksums, one second per GiB. Without, only names and sizes are looked at.
     """
     for name, patterns in PARTS.items():
         if not any(True for pattern in patterns for _ in checkpoint.glob(pattern)):
             return f"it has no {name}"
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and not _is_whole(path):
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for path in files:
+        if not _is_whole(path):
             return f"{path.name} is damaged or cut short"
-    sizes = read_json(checkpoint / LIST_OF_FILES)
-    index = read_json(checkpoint / "model.safetensors.index.json")
-    for name in (*sizes, *index.get("weight_map", {}).values()):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-    for name, size in sizes.items():
+    try:
+        listed = {name: _size_and_checksum(entry) for name, entry in read_json(checkpoint / LIST_OF_FILES).items()}
+        parts = set(read_json(checkpoint / "model.safetensors.index.json").get("weight_map", {}).values())
+        missing = [name for name in (*listed, *sorted(parts)) if not (checkpoint / name).is_file()]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{LIST_OF_FILES} or model.safetensors.index.json is damaged"
+    if missing:
+        return f"it has no {missing[0]}"
+    for name, (size, _) in listed.items():
         if (length := (checkpoint / name).stat().st_size) != size:
             return f"{name} is {length} bytes long instead of {size}"
+    for path in files if contents else ():
+        _, expected = listed.get(path.relative_to(checkpoint).as_posix(), (None, None))
+        if damage := _content_damage(path, expected):
+            return damage
+    return None
+
+
+def _size_and_checksum(entry: int | dict) -> tuple[int, str | None]:
+    return (entry, None) if isinstance(entry, int) else (entry["bytes"], entry["crc32"])
+
+
+def _content_damage(path: Path, expected: str | None) -> str | None:
+    """What a file has in place of what was saved.
+
+    Args:
+        expected: its checksum; without one, the file's own is asked.
+    """
+    changed = f"the content of {path.name} changed after it was saved"
+    try:
+        if expected is not None:
+            return None if (found := checksum(path)) == expected else f"{changed}: crc32 {found} instead of {expected}"
+        if path.suffix == ".safetensors":
+            return find_safetensors_damage(path)
+        if path.suffix in ZIP_FILES:
+            with zipfile.ZipFile(path) as archive:
+                record = archive.testzip()
+            return record and f"{changed}: its record {record} has another crc32 than it was written with"
+    except Exception as error:  # zipfile raises many: NotImplementedError where the flipped bit is of the compression
+        return f"{path.name} cannot be read ({type(error).__name__}: {error})"
     return None
 
 
@@ -168,10 +209,8 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a file that is whole or not there."""
-    unfinished = path.with_name(f"_{path.name}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    """Write a file that is whole, and on the disk, or as it was."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _has_steps(path: Path, content: dict) -> bool:
@@ -181,15 +220,14 @@ def _has_steps(path: Path, content: dict) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
     try:
+        if path.suffix in ZIP_FILES:
+            return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(content, dict) and _has_steps(path, content)
         elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):  # compares the header with the length
-                pass
-    except (ValueError, SafetensorError, OSError):
+            return find_safetensors_damage(path, verify=False) is None  # compares the header with the length
+    except (ValueError, OSError, RecursionError):
         return False
     return True

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from modeling_peer.checkpoint_peer import staged_save
 from modeling_peer.training.checkpoint_folders import (
     delete_oldest,
     newest_checkpoint,
@@ -60,6 +61,20 @@ class CompleteCheckpoints:
         in_checkpoint = self._staging is not None  # its failure is told of the whole
         with nullcontext() if in_checkpoint else explained_failure(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
+
+    def save_state(self):
+        """As of Trainer; the file is whole, or as it was."""
+        if self.is_world_process_zero():
+            with staged_save(self.args.output_dir) as staging:
+                self.state.save_to_json(staging / TRAINER_STATE_NAME)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # In a checkpoint, all of it is staged. Elsewhere, the tokenizer takes its place together with the model.
+        if self._staging is not None or not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with staged_save(output_dir or self.args.output_dir) as staging:
+            super()._save(str(staging), state_dict)
 
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
+from modeling_peer.checkpoint_peer import write_text
 from modeling_peer.training.masking import NEXT_TOKEN
 from modeling_peer.training.names import no_such_folder
 from modeling_peer.training.presets import as_markdown
@@ -56,7 +57,7 @@ def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
     facts = {name: first[0].summary[name] for name in (*COMPARED, "versions")}
     result = {**facts, "groups": rows}
     if arguments.output_file:
-        Path(arguments.output_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(arguments.output_file, json.dumps(result, indent=1) + "\n")
     if arguments.plot_file:
         from modeling_peer.training.loss_curves import plot_losses  # matplotlib is optional
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.analysis.perplexity import CausalPerplexity
+from modeling_peer.checkpoint_peer import write_text
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.models import load_checkpoint
 from modeling_peer.training.python_sources import PYTHON_STDLIB
@@ -89,7 +90,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
         raise SettingsError(str(error)) from error
     result = {"model": arguments.model, "data": description, **measured}
     if arguments.output_file:
-        Path(arguments.output_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.output_file, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -16,6 +16,7 @@ from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.analysis.masked_perplexity import masked_perplexity
 from modeling_peer.analysis.perplexity import CausalPerplexity
+from modeling_peer.checkpoint_peer import staged_save
 from modeling_peer.training.checkpoint_folders import write_json
 from modeling_peer.training.data import Corpus, load_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
@@ -119,7 +120,8 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
     if trainer.is_world_process_zero():
         if run.overwrite_output_dir:
             clear_output_dir(Path(run.output_dir))
-        tokenizer.save_pretrained(run.output_dir)  # before training: a resumed run must find the same tokens
+        with staged_save(run.output_dir) as staging:  # before training: a resumed run must find the same tokens
+            tokenizer.save_pretrained(staging)
         write_json(Path(run.output_dir, SETTINGS_FILE), settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)

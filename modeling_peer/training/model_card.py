@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_peer.checkpoint_peer import write_text
 from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.models import is_new_model
 from modeling_peer.training.recipes import REPOSITORY, SettingsError
@@ -83,7 +84,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         limits=LIMITS,
     )
     path = Path(folder, "README.md")
-    path.write_text(card.content.rstrip() + "\n", encoding="utf-8")
+    write_text(path, card.content.rstrip() + "\n")
     return path
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from modeling_peer.checkpoint_peer import write_text
 from modeling_peer.training.checkpoint_folders import read_json, write_json
 from modeling_peer.training.comparison import mean_and_deviation, with_deviation
 from modeling_peer.training.presets import as_markdown
@@ -87,7 +88,7 @@ def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> 
     write_json(folder / STUDY_FILE, study)
     rows = make_rows(study)
     table = as_tables(study, rows)
-    (folder / TABLE_FILE).write_text(table + "\n", encoding="utf-8")
+    write_text(folder / TABLE_FILE, table + "\n")
     if announce:
         print(table, flush=True)
     if study["runs"]:
