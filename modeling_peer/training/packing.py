@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_peer.training.data import ENDS_DOCUMENT
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.tokenizers import encode_texts
 
 
 class PackedBlocks(torch.utils.data.Dataset):
@@ -97,10 +98,11 @@ def pack(
 
 
 def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, text_column: str, rows_are_lines: bool) -> dict:
-    """Token ids of each row; the tokenizer's end-of-text token, where it has one, closes each document."""
+    """Token ids of each row; the tokenizer's end-of-text token, where it has one, closes each document, and is nowhere
+    else: a document that mentions it goes on."""
     texts = [text or "" for text in batch[text_column]]
     ends = batch.get(ENDS_DOCUMENT) or [not rows_are_lines] * len(texts)
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = encode_texts(tokenizer, texts)
     if tokenizer.eos_token_id is not None:
         ids = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(ids, ends, strict=True)]
     return {"input_ids": ids}
