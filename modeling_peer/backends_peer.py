@@ -10,11 +10,12 @@ from transformers.utils import logging
 
 # Kernels stay home when these files travel with a checkpoint: there, eager is all there is.
 try:
-    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, few_tokens, obstacle, operators
+    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, few_tokens, gradient_takers, obstacle, operators
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
     IMPLEMENTATION_OF_DEVICE, few_tokens, obstacle, operators = {}, None, None, None
+    gradient_takers = None
 
 logger = logging.get_logger(__name__)
 

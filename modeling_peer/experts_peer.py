@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose
+from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 
@@ -263,4 +263,6 @@ class PeerExperts(nn.Module):
 # The compiler knows no sparse gradients: around this call it breaks the graph, or says that it can't (fullgraph=True).
 @torch.compiler.disable
 def _with_row_sparse_gradients(mixture: Callable, *inputs) -> torch.Tensor:
+    if gradient_takers is not None:
+        gradient_takers.expect_row_sparse_gradients(*inputs[3:6])  # the tables
     return mixture(*inputs, row_sparse_gradients=True)

@@ -90,14 +90,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     model = build_model(recipe.model, config, tokenizer, Path(run.output_dir)).to(accelerator.device)
 
     loader = torch.utils.data.DataLoader(blocks, run.per_device_train_batch_size, shuffle=True, drop_last=True)
-    groups = parameter_groups(
-        model,
-        run.learning_rate,
-        run.weight_decay,
-        run.table_learning_rate_multiple,
-        run.table_weight_decay,
-        run.retrieval_learning_rate_multiple,
-    )
+    with row_sparse_gradients(model, run.row_sparse_gradients):  # groups say so
+        groups = parameter_groups(
+            model,
+            run.learning_rate,
+            run.weight_decay,
+            run.table_learning_rate_multiple,
+            run.table_weight_decay,
+            run.retrieval_learning_rate_multiple,
+        )
     adam = {"betas": (run.adam_beta1, run.adam_beta2), "eps": run.adam_epsilon}
     if run.row_sparse_gradients:
         optimizer = RowSparseAdamW(groups, **adam, row_state=run.table_optimizer_state)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from training_helpers import private_cache, some_text  # noqa: F401  a fixture
 
+from modeling_peer.training import packing
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.packing import PackedBlocks, pack
 from modeling_peer.training.recipes import DataArguments, SettingsError
@@ -66,6 +67,17 @@ def test_a_stream_gives_the_same_blocks_as_the_stored_text(tmp_path):
     stored = pack(documents_corpus(tmp_path, texts).train, tokenizer, 32)
     stream = pack(documents_corpus(tmp_path, texts, streaming=True).train, tokenizer, 32)
     assert [list(b["input_ids"]) for b in stream] == [b["input_ids"].tolist() for b in stored]
+
+
+def test_tokens_that_an_older_release_kept_on_disk_are_not_taken_for_todays(tmp_path, monkeypatch):
+    datasets.Dataset.from_dict({"text": ["abcd"] * 3}).save_to_disk(tmp_path / "rows")
+    today = byte_tokenizer()
+    with monkeypatch.context() as older:
+        older.setattr(packing, "TOKENIZATION", packing.TOKENIZATION - 1)
+        older.setattr(packing, "encode_texts", lambda tokenizer, texts: [[7, 7] for _ in texts])
+        assert pack(datasets.load_from_disk(tmp_path / "rows"), today, 3)[0]["input_ids"].tolist()[:2] == [7, 7]
+    blocks = pack(datasets.load_from_disk(tmp_path / "rows"), today, 4)
+    assert today.decode(blocks[0]["input_ids"]) == "abcd"
 
 
 def test_text_shorter_than_a_block_is_refused_with_both_numbers(tmp_path):

@@ -11,6 +11,7 @@ Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere: im
 """
 
 import math
+import re
 from collections.abc import Iterator
 
 import datasets
@@ -127,12 +128,40 @@ class CausalPerplexity(evaluate.Measurement):
 
 def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
     """Token ids whose first is context only, and the bytes of text that the others stand for."""
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = _text_tokens(text, tokenizer)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is not None:
         return [start, *tokens], len(text.encode("utf-8"))
-    unscored = len(tokenizer.decode(tokens[:1]).encode("utf-8"))
-    return tokens, len(text.encode("utf-8")) - unscored
+    return tokens, len(text.encode("utf-8")) - (_num_bytes(tokens[0], tokenizer) if tokens else 0)
+
+
+def _text_tokens(text: str, tokenizer) -> list[int]:
+    """Its tokens, where a special token that the text mentions is text; as `training.tokenizers.encode_texts`."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a text holds half a character, {error.object[error.start]!a}: no UTF-8 is that.") from error
+    options = {"add_special_tokens": False, "verbose": False}
+    try:
+        tokens = tokenizer(text, split_special_tokens=True, **options)["input_ids"]
+    except (TypeError, ValueError):  # Mistral's own, which reads text as text anyway, has no such option
+        tokens = tokenizer(text, **options)["input_ids"]
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    if found := sorted(special[i] for i in special.keys() & set(tokens) if special[i] in text):
+        raise ValueError(
+            f"{type(tokenizer).__name__} reads {', '.join(map(repr, found))} in a text as special tokens, and they "
+            "would not be scored as bytes. Use its fast form (tokenizers), or take them out of the text."
+        )
+    return tokens
+
+
+def _num_bytes(token: int, tokenizer) -> int:
+    """UTF-8 bytes of a token of text, also of one that is part of a character."""
+    piece, name = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    if "\ufffd" not in piece or "\ufffd" in name:
+        return len(piece.encode("utf-8"))
+    # a part of a character: "<0xF0>" where such bytes are tokens of their own, else a letter for each byte
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name)
 
 
 def _windows(sequences: list[list[int]], context_length: int, stride: int) -> Iterator[tuple[list, list, int]]:

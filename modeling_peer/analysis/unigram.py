@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from modeling_peer.training.tokenizers import encode_texts
+
 
 def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tokenizer) -> float:
     """Bits per UTF-8 byte of `texts` under token frequencies counted on the training text, add-one smoothed.
@@ -18,7 +20,7 @@ def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tok
     bits = -np.log2(probabilities)
     total_bits, num_bytes = 0.0, 0
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        (ids,) = encode_texts(tokenizer, [text])
         total_bits += math.fsum(bits[ids])
         num_bytes += len(text.encode("utf-8"))
     return total_bits / num_bytes

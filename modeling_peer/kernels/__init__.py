@@ -4,6 +4,8 @@
 operators.py                        the operators of PyTorch, their backward, and the public functions
 observers.py                        whether operators, hooks or gradients have to be seen
 lazy_gradients.py                   row-sparse gradients of tables, multiplied out row by row in an optimizer's step
+gradient_takers.py                  which optimizers and Trainers are refused row-sparse gradients
+optimizer_arguments.py              what an update of some rows may be given
 cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
 few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, a layer in one call: when, and how
 triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"

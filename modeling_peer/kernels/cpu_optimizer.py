@@ -11,6 +11,7 @@ from .cpu_experts import sum_products
 from .cpu_memory import array, move_to_huge_pages
 from .cpu_simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
 from .lazy_gradients import OuterProducts
+from .optimizer_arguments import check_adamw_rows
 
 PREFETCHED_ROWS = 2
 MIN_ROWS_PER_THREAD = 256
@@ -29,22 +30,52 @@ def adamw_rows_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect."""
+    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect.
+
+    Raises:
+        ValueError: shapes, rows or dtypes that the compiled loop can't take.
+    """
+    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
+    one_square = exp_avg_sq.shape[1] < table.shape[1]  # for the whole row
+    _check_dtypes(table, exp_avg, exp_avg_sq, gradients, one_square)
+    owners = (table, exp_avg, exp_avg_sq)
+    table, exp_avg, exp_avg_sq = (tensor.contiguous() for tensor in owners)
     beta1, beta2 = betas
     factors = np.array(
         [1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps], np.float32
     )
     for memory in (table, exp_avg, exp_avg_sq):
         move_to_huge_pages(memory)
-    one_square = exp_avg_sq.shape[1] < table.shape[1]  # for the whole row
     kernel = _adamw_rows_of_one_square if one_square else _adamw_rows
     if isinstance(gradients, OuterProducts):
-        values, products = None, tuple(map(array, gradients[1:]))
+        values, products = None, tuple(array(tensor.contiguous()) for tensor in gradients[1:])
     else:
         values, products = array(gradients.contiguous()), None
-    tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows)]
-    arguments = (*tensors, values, products, array(asleep), factors, step)
+    tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows.contiguous())]
+    arguments = (*tensors, values, products, array(asleep.float().contiguous()), factors, step)
     cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
+    for owner, tensor in zip(owners, (table, exp_avg, exp_avg_sq), strict=True):
+        if not owner.is_contiguous():
+            owner.copy_(tensor)
+
+
+def _check_dtypes(table, exp_avg, exp_avg_sq, gradients, one_square: bool) -> None:
+    floats = (torch.float32, torch.bfloat16)
+    taken = {
+        "table": (table, floats),
+        "exp_avg": (exp_avg, floats),
+        "exp_avg_sq": (exp_avg_sq, floats[:1] if one_square else floats),
+    }
+    if isinstance(gradients, OuterProducts):
+        dtypes = (torch.int64, torch.int64, torch.float32, torch.int64, torch.float32)
+        for name, tensor, dtype in zip(gradients._fields, gradients, dtypes, strict=True):
+            taken[name] = (tensor, (dtype,))
+    else:
+        taken["gradients"] = (gradients, floats)
+    for name, (tensor, dtypes) in taken.items():
+        if tensor.dtype not in dtypes or tensor.device.type != "cpu":
+            names = " or ".join(map(str, dtypes))
+            raise ValueError(f"{name} must be {names} on the CPU; got {tensor.dtype} on {tensor.device}.")
 
 
 @compiled

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.training.models import load_checkpoint
 from modeling_peer.training.recipes import SettingsError, require_numbers
+from modeling_peer.training.tokenizers import encode_prompt
 
 
 @dataclass
@@ -19,7 +20,10 @@ class GenerationArguments:
     model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     prompt: list[str] = field(
         default_factory=list,
-        metadata={"action": "extend", "help": "One or more texts to continue. None: the start of a document."},
+        metadata={
+            "action": "extend",
+            "help": "One or more texts to continue, special tokens in them as text. None: the start of a document.",
+        },
     )
     max_new_tokens: int = field(default=100, metadata={"help": "Tokens to add, unless the text ends before."})
     temperature: float = field(
@@ -97,7 +101,10 @@ def continue_texts(
 
 
 def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    ids = tokenizer(prompt)["input_ids"]
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except ValueError as error:
+        raise SettingsError(f"--prompt: {error}") from error
     if not ids:  # generation needs a first token; the end of one document is the start of the next
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:

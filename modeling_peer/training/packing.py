@@ -10,6 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_peer.training.data import ENDS_DOCUMENT
 from modeling_peer.training.recipes import SettingsError
+from modeling_peer.training.tokenizers import encode_texts
+
+# `datasets` keeps tokens by the arguments of `tokenize`, not by what it does: to be raised with every change of that
+TOKENIZATION = 2
 
 
 class PackedBlocks(torch.utils.data.Dataset):
@@ -80,6 +84,7 @@ def pack(
     A stream stays a stream; there an incomplete block is dropped every 1,000 rows instead of once.
     """
     settings = {"tokenizer": tokenizer, "text_column": text_column, "rows_are_lines": rows_are_lines}
+    settings["version"] = TOKENIZATION
     columns = rows.column_names or list(next(iter(rows)))
     if isinstance(rows, datasets.IterableDataset):
         rows = rows.map(tokenize, batched=True, remove_columns=columns, fn_kwargs=settings)
@@ -96,11 +101,18 @@ def pack(
     return PackedBlocks(rows, block_size, name)
 
 
-def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, text_column: str, rows_are_lines: bool) -> dict:
-    """Token ids of each row; the tokenizer's end-of-text token, where it has one, closes each document."""
+def tokenize(
+    batch: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    rows_are_lines: bool,
+    version: int = TOKENIZATION,
+) -> dict:
+    """Token ids of each row; the tokenizer's end-of-text token, where it has one, closes each document, and is nowhere
+    else: a document that mentions it goes on."""
     texts = [text or "" for text in batch[text_column]]
     ends = batch.get(ENDS_DOCUMENT) or [not rows_are_lines] * len(texts)
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = encode_texts(tokenizer, texts)
     if tokenizer.eos_token_id is not None:
         ids = [[*row, tokenizer.eos_token_id] if end else row for row, end in zip(ids, ends, strict=True)]
     return {"input_ids": ids}

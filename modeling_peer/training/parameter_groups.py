@@ -37,8 +37,9 @@ def parameter_groups(
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
       default, which would shrink the rows that no token retrieves at every step.
 
-    A group that would be empty is left out. Parameters on different device meshes, which no optimizer updates in one
-    call, do not share a group.
+    Of a model with row-sparse gradients, `"expert_tables"` has `row_sparse=True`: `RowSparseAdamW` then knows
+    before any step. A group that would be empty is left out. Parameters on different device meshes, which no optimizer
+    updates in one call, do not share a group.
 
     Args:
         learning_rate: per step, of dense weights and those without decay; the others' are multiples of it.
@@ -49,6 +50,8 @@ def parameter_groups(
         RETRIEVAL_GROUP: {"lr": learning_rate * retrieval_learning_rate_multiple, "weight_decay": 0.0},
         EXPERT_TABLES: {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay},
     }
+    if getattr(getattr(model, "config", None), "row_sparse_gradients", False):
+        settings[EXPERT_TABLES]["row_sparse"] = True
     members = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -7,14 +7,21 @@ import torch
 
 from modeling_peer.backends_peer import ADAMW_ROWS_FUNCTIONS, choose
 from modeling_peer.kernels.lazy_gradients import OuterProducts
-from modeling_peer.training.row_sparse_gradients import local_rows, sharded_as, touched_rows
+from modeling_peer.kernels.optimizer_arguments import check_adamw_rows
+from modeling_peer.training.row_sparse_gradients import local_rows, touched_rows
+from modeling_peer.training.row_sparse_state import (
+    LAST_STEP,
+    ROW_STATES,
+    asks_for_state,
+    check_groups,
+    check_state,
+    is_blank,
+    loaded_row_state,
+    new_row_state,
+)
 
-# dtypes of the first and of the second moment, and whether a row shares one second moment
-ROW_STATES = {
-    "float32": (torch.float32, torch.float32, False),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
-    "factored": (torch.bfloat16, torch.float32, True),
-}
+# of torch.optim.AdamW; a loaded group may have them, and rows would be updated as if it did not
+NOT_FOR_ROWS = ("amsgrad", "maximize", "differentiable")
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -37,21 +44,30 @@ class RowSparseAdamW(torch.optim.AdamW):
             the row (in float32). The first moment is bfloat16, rounded to the nearest: it forgets within ten steps,
             before errors add up, and a row can't share it, since it says where each weight goes.
 
-    State is made when a table is first touched, and keeps its dtype through `load_state_dict`.
+    State is made when a table is first touched, and keeps its dtype through `load_state_dict`, which checks names,
+    shapes and numbers first. `torch.distributed.checkpoint` wants a state before the first step: of a group with
+    `row_sparse=True` (`parameter_groups` of a model with row-sparse gradients) it is made for rows.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, row_state="float32"):
         if row_state not in ROW_STATES:
             raise ValueError(f"row_state={row_state!r} is none of {', '.join(ROW_STATES)}.")
+        self._row_state = row_state  # groups are added before torch has the defaults
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["row_state"] = row_state
-        for group in self.param_groups:
-            group.setdefault("row_state", row_state)
-            beta1, beta2 = group["betas"]
-            if beta1 >= math.sqrt(beta2):
-                raise ValueError(
-                    f"betas[0] ({beta1}) must be less than the root of betas[1] ({math.sqrt(beta2):.4g})."
-                )
+        del self._row_state
+
+    def add_param_group(self, param_group):
+        """As of any optimizer; a group may have a `row_state` of its own, and `row_sparse`.
+
+        Raises:
+            ValueError: settings of the group that rows can't be updated with.
+        """
+        if isinstance(param_group, dict):
+            row_state = self.defaults.get("row_state", getattr(self, "_row_state", "float32"))
+            param_group = {"row_state": row_state, **param_group}
+            _check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,6 +75,9 @@ class RowSparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if asks_for_state(self):
+            self._make_state()
+            return loss
         row_sparse = [
             (group, parameter, parameter.grad)
             for group in self.param_groups
@@ -67,11 +86,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         ]
         for _, parameter, _ in row_sparse:
             parameter.grad = None
-        # torch wraps the `step` of every class that has instances, to run hooks: ours run around this step already
-        dense_step = torch.optim.AdamW.step
-        dense_step = dense_step.__wrapped__ if getattr(dense_step, "hooked", False) else dense_step
         try:
-            dense_step(self)
+            self._step_dense()
         finally:
             for _, parameter, gradient in row_sparse:
                 parameter.grad = gradient
@@ -79,22 +95,44 @@ class RowSparseAdamW(torch.optim.AdamW):
             self._step_rows(group, parameter, *touched_rows(gradient))
         return loss
 
+    def _step_dense(self):
+        # torch wraps the `step` of every class that has instances, to run hooks: ours run around this step already
+        dense_step = torch.optim.AdamW.step
+        dense_step = dense_step.__wrapped__ if getattr(dense_step, "hooked", False) else dense_step
+        dense_step(self)
+
+    def _make_state(self):
+        """State of no step yet: for rows where the group says so, else as AdamW has it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if group.get("row_sparse") and parameter.requires_grad and parameter.dim() == 2:
+                    self.state[parameter] = new_row_state(parameter, group["row_state"])
+                    parameter.grad = None
+        self._step_dense()
+        for state in self.state.values():
+            state["step"].zero_()
+
     def _is_row_sparse(self, parameter):
-        state = self.state.get(parameter)
-        if state and parameter.grad.is_sparse != ("last_step" in state):
-            now, before = ("row-sparse", "dense") if parameter.grad.is_sparse else ("dense", "row-sparse")
+        state, is_sparse = self.state.get(parameter), parameter.grad.is_sparse
+        if state and is_sparse != (LAST_STEP in state):
+            if is_blank(state):
+                self.state[parameter] = {}
+                return is_sparse
+            now, before = ("row-sparse", "dense") if is_sparse else ("dense", "row-sparse")
             raise ValueError(
                 f"A parameter of shape {tuple(parameter.shape)} has a {now} gradient, and moments of {before} ones. "
-                f"Go on with {before} gradients (PeerConfig.row_sparse_gradients), or begin with a new optimizer."
+                f"Go on with {before} gradients (PeerConfig.row_sparse_gradients), or begin with a new optimizer. If "
+                "torch.distributed.checkpoint loaded the state before the first step, the group of tables must say "
+                "row_sparse=True, as parameter_groups of a model with row-sparse gradients does."
             )
-        return parameter.grad.is_sparse
+        return is_sparse
 
     def _step_rows(self, group, table, rows, gradients):
         state = self.state[table]
         if not state:
             if not len(rows) and local_rows(table) is table:  # else other ranks' rows may have been touched: count
                 return
-            state.update(_new_state(table, group["row_state"]))
+            state.update(new_row_state(table, group["row_state"]))
         state["step"] += 1
         step, lr = int(state["step"]), float(group["lr"])
         last_step = local_rows(state["last_step"])
@@ -115,29 +153,80 @@ class RowSparseAdamW(torch.optim.AdamW):
         )
 
     def load_state_dict(self, state_dict):
-        """As of any optimizer; torch gives all state the parameter's dtype, here moments of tables keep theirs."""
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            saved = state_dict["state"].get(saved_id, {})
-            if "last_step" in saved:
-                self.state[parameter] = {
-                    name: value if name == "step" else value.to(parameter.device) for name, value in saved.items()
-                }
+        """As of any optimizer; torch gives all state the parameter's dtype, here moments of tables keep theirs.
+
+        Raises:
+            ValueError: what was saved is not of these parameters; nothing has been changed then.
+        """
+        loaded = {}
+
+        def check(_, state_dict):  # after all hooks that change what is loaded
+            if not {"state", "param_groups"} <= state_dict.keys():
+                found = ", ".join(map(str, state_dict)) or "nothing"
+                raise ValueError(f"loaded state dict needs state and param_groups; got {found}.")
+            state_dict = {**state_dict, "state": _without_absent(state_dict["state"])}
+            state_dict["param_groups"] = self._checked_groups(state_dict["param_groups"])
+            saved_ids = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            for index, ((saved_id, group), parameter) in enumerate(zip(saved_ids, parameters, strict=True)):
+                if state := state_dict["state"].get(saved_id):
+                    check_state(index, parameter, state, group["row_state"])
+                    if LAST_STEP in state:  # torch would give it the parameter's dtype
+                        loaded[parameter] = (state_dict["state"].pop(saved_id), group["row_state"])
+            return state_dict
+
+        def restore(_):  # before all hooks that look at what was loaded
+            for parameter, (state, row_state) in loaded.items():
+                self.state[parameter] = loaded_row_state(parameter, state, row_state)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _checked_groups(self, saved: list[dict]) -> list[dict]:
+        """The groups that were saved, those of `torch.optim.AdamW` with our own settings beside."""
+        check_groups(self.param_groups, saved)
+        ours = ("row_state", "row_sparse")
+        groups = [
+            {**{name: group[name] for name in ours if name in group}, **of_saved}
+            for group, of_saved in zip(self.param_groups, saved, strict=True)
+        ]
+        for group in groups:
+            if missing := {"lr", "betas", "eps", "weight_decay"} - group.keys():
+                raise ValueError(f"loaded parameter group has no {', '.join(sorted(missing))}: it is not AdamW's.")
+            _check_settings(group)
+        return groups
 
 
-def _new_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
-    mean_dtype, square_dtype, factored = ROW_STATES[row_state]
-    if table.dtype == torch.float64 and row_state == "float32":
-        mean_dtype = square_dtype = torch.float64
-    rows = local_rows(table)
-    by_row = {
-        "last_step": rows.new_zeros(len(rows), dtype=torch.int32),
-        "exp_avg": torch.zeros_like(rows, dtype=mean_dtype),
-        "exp_avg_sq": rows.new_zeros(len(rows), 1 if factored else rows.shape[1], dtype=square_dtype),
+def _check_settings(group: dict) -> None:
+    row_state = group["row_state"]
+    if row_state not in ROW_STATES:
+        raise ValueError(f"row_state={row_state!r} is none of {', '.join(ROW_STATES)}.")
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    for position, beta in enumerate((beta1, beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas[{position}] ({beta}) must be at least 0 and less than 1.")
+    if beta1 >= math.sqrt(beta2):
+        raise ValueError(f"betas[0] ({beta1}) must be less than the root of betas[1] ({math.sqrt(beta2):.4g}).")
+    for name in NOT_FOR_ROWS:
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]} is nothing that RowSparseAdamW does: leave it out of the group.")
+
+
+def _without_absent(state: dict) -> dict:
+    """A flattened state of torch's distributed checkpoints has `{}` for what was not saved of a parameter."""
+    return {
+        i: {name: value for name, value in of_one.items() if not isinstance(value, dict) or value}
+        if isinstance(of_one, dict)
+        else of_one
+        for i, of_one in state.items()
     }
-    return {"step": torch.tensor(0.0), **{name: sharded_as(table, state) for name, state in by_row.items()}}
 
 
 def sleep_factors(
@@ -190,7 +279,11 @@ def adamw_rows_(
         gradients: `(num_touched, width)`, multiplied out or not yet.
         asleep: `(num_touched, 4)`, `sleep_factors`.
         step: number of this step, the first is 1.
+
+    Raises:
+        ValueError: shapes that do not fit together; on the CPU also rows outside of the table or given twice.
     """
+    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
     beta1, beta2 = betas
     dtype = torch.promote_types(table.dtype, torch.float32)
     if isinstance(gradients, OuterProducts):

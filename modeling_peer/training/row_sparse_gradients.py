@@ -93,7 +93,10 @@ def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _row_sparse(
     rows: torch.Tensor, values: torch.Tensor, shape: torch.Size, is_coalesced: bool = True
 ) -> torch.Tensor:
-    return torch.sparse_coo_tensor(rows, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+    # device: without it, the default one would take them there
+    return torch.sparse_coo_tensor(
+        rows, values, shape, device=values.device, is_coalesced=is_coalesced, check_invariants=False
+    )
 
 
 class GradientNorms(NamedTuple):
@@ -127,6 +130,8 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
                 # of a sharded table, the norm is that of all ranks' values
                 gradient = sharded_as(parameter, local_rows(parameter.grad)._values())
             groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
+    if not groups:
+        return torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.nn.utils.get_total_norm(norms)

@@ -1,6 +1,8 @@
-"""Tokenizers learned from the training text, byte-level BPE or one token a byte, and whether one fits a model."""
+"""Tokenizers learned from the training text, byte-level BPE or one token a byte, whether one fits a model, and text as
+its tokens."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -53,6 +55,69 @@ def byte_tokenizer(with_mask: bool = False) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([], trainer)
     return _wrap(tokenizer, with_mask)
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text and nothing else: text that mentions a special token, such as `<|endoftext|>`, is text.
+
+    Most tokenizers can be asked for that (`split_special_tokens`). For one that finds special tokens all the same, the
+    text is cut within them.
+
+    Raises:
+        ValueError: the tokenizer makes a special token of text in any case, or a text is not Unicode.
+    """
+    for text in texts:
+        require_whole_characters(text)
+    rows = _encode(tokenizer, list(texts)) if texts else []
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    for position, text in enumerate(texts):
+        if _special_tokens_found(rows[position], text, special, tokenizer):
+            parts = _cut_within(text, special.values())
+            rows[position] = [i for row in _encode(tokenizer, parts) for i in row]
+            if found := _special_tokens_found(rows[position], text, special, tokenizer):
+                raise ValueError(
+                    f"{type(tokenizer).__name__} reads {', '.join(map(repr, sorted(found)))} in a text as special "
+                    "tokens, and does not take split_special_tokens=True. Use its fast form (tokenizers), or take "
+                    "them out of the text."
+                )
+    return rows
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """`encode_texts` of one text, with the special tokens that the tokenizer puts around it."""
+    ids = encode_texts(tokenizer, [prompt])[0]
+    # one that had to be cut has no place for others' tokens
+    return _encode(tokenizer, [prompt], True)[0] if ids == _encode(tokenizer, [prompt])[0] else ids
+
+
+def require_whole_characters(text: str) -> None:
+    """Raise ValueError for a text with a surrogate, half of a character: UTF-8 has no bytes for it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a text holds half a character, {error.object[error.start]!a} at {error.start}: no UTF-8 is that. Decode "
+            'its file with errors="replace", or take it out.'
+        ) from error
+
+
+def _encode(tokenizer, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+    options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+    try:
+        return tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
+    except (TypeError, ValueError):  # Mistral's own, which reads text as text anyway, has no such option
+        return tokenizer(texts, **options)["input_ids"]
+
+
+def _special_tokens_found(row: list[int], text: str, special: dict[int, str], tokenizer) -> set[str]:
+    # an unknown character is one, if the text does not name it
+    return {special[i] for i in special.keys() & set(row) if i != tokenizer.unk_token_id or special[i] in text}
+
+
+def _cut_within(text: str, tokens: Iterable[str]) -> list[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    ends = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
+    return [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: str, trust_remote_code: bool) -> None:

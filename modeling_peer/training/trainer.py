@@ -80,14 +80,15 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     def _optimizer_class_and_groups(self, model):
         settings, network = self._table_settings, self.model if model is None else model
         optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
-        groups = parameter_groups(
-            network,
-            options.get("lr", self.args.learning_rate),
-            self.args.weight_decay,
-            settings.table_learning_rate_multiple,
-            settings.table_weight_decay,
-            settings.retrieval_learning_rate_multiple,
-        )
+        with row_sparse_gradients(self.model, self._row_sparse):  # groups say so
+            groups = parameter_groups(
+                network,
+                options.get("lr", self.args.learning_rate),
+                self.args.weight_decay,
+                settings.table_learning_rate_multiple,
+                settings.table_weight_decay,
+                settings.retrieval_learning_rate_multiple,
+            )
         return optimizer_class, {"params": groups, **options}
 
     def _optimizer_class_and_options(self, model):

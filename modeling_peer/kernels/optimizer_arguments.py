@@ -1,0 +1,75 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""What an update of some rows may be given: compiled loops check no bounds, and would write beyond the memory."""
+
+import torch
+
+from .lazy_gradients import OuterProducts
+
+
+def check_adamw_rows(
+    table: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    rows: torch.Tensor,
+    gradients: torch.Tensor | OuterProducts,
+    asleep: torch.Tensor,
+    step: int,
+) -> None:
+    """Check the arguments of `adamw_rows_`; values are read on CPU only, where nobody waits for a device.
+
+    Args:
+        table, exp_avg: `(num_rows, width)`.
+        exp_avg_sq: the same shape, or `(num_rows, 1)`.
+        rows: `(num_touched,)` int64, each at most once.
+        gradients: `(num_touched, width)`, multiplied out or not yet.
+        asleep: `(num_touched, 4)`.
+        step: at least 1.
+
+    Raises:
+        ValueError: shapes that do not fit together, rows outside of the table or given twice, a step below 1.
+    """
+    if table.dim() != 2:
+        raise ValueError(f"a table has rows and columns; got the shape {tuple(table.shape)}.")
+    num_rows, width = table.shape
+    _require_shape("exp_avg", exp_avg, (num_rows, width))
+    if tuple(exp_avg_sq.shape) != (num_rows, 1):
+        _require_shape("exp_avg_sq", exp_avg_sq, (num_rows, width))
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows must be one-dimensional and int64; got {tuple(rows.shape)}, {rows.dtype}.")
+    _require_shape("asleep", asleep, (len(rows), 4))
+    if step < 1:
+        raise ValueError(f"step ({step}) must be at least 1: the first step is number 1.")
+    if isinstance(gradients, OuterProducts):
+        _check_products(gradients, len(rows), width)
+    else:
+        _require_shape("gradients", gradients, (len(rows), width))
+    if rows.device.type == "cpu" and len(rows):
+        _require_range("rows", rows, num_rows)
+        # ascending, as a coalesced gradient has them: then none comes twice, and there is nothing to sort
+        if not (rows[1:] > rows[:-1]).all() and (repeated := len(rows) - len(rows.unique())):
+            raise ValueError(f"{repeated} of {len(rows)} rows are given more than once: coalesce() the gradient.")
+
+
+def _check_products(products: OuterProducts, num_touched: int, width: int) -> None:
+    num_products, num_tokens = len(products.weights), len(products.tokens)
+    _require_shape("starts", products.starts, (num_touched + 1,))
+    _require_shape("token_ids", products.token_ids, (num_products,))
+    _require_shape("tokens", products.tokens, (num_tokens, width))
+    starts = products.starts
+    if starts[0] != 0 or starts[-1] != num_products or (starts.diff() < 0).any():
+        raise ValueError(f"starts must rise from 0 to {num_products}, the number of products.")
+    if num_products:
+        _require_range("token_ids", products.token_ids, num_tokens)
+
+
+def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(tensor.shape)}, and {shape} fits the table and the rows it is for."
+        )
+
+
+def _require_range(name: str, ids: torch.Tensor, stop: int) -> None:
+    lowest, highest = (int(value) for value in ids.aminmax())
+    if lowest < 0 or highest >= stop:
+        raise ValueError(f"{name} reach from {lowest} to {highest}; there are 0 to {stop - 1}.")

@@ -1,0 +1,174 @@
+"""State of `RowSparseAdamW`: what a table has, what a saved one must be, and when torch wants it before a step."""
+
+import math
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from modeling_peer.training.row_sparse_gradients import local_rows, sharded_as
+
+# dtypes of the first and of the second moment, and whether a row shares one second moment
+ROW_STATES = {
+    "float32": (torch.float32, torch.float32, False),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
+    "factored": (torch.bfloat16, torch.float32, True),
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+LAST_STEP = "last_step"
+MAX_STEP = 2**31 - 1  # last_step is int32
+WAY_OUT = "Load the state that was saved with this model, or begin with a new optimizer."
+
+
+def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what a table of this shape has, sharded or not."""
+    mean_dtype, square_dtype, factored = ROW_STATES[row_state]
+    if table.dtype == torch.float64 and row_state == "float32":
+        mean_dtype = square_dtype = torch.float64
+    num_rows, width = table.shape
+    return {
+        LAST_STEP: ((num_rows,), torch.int32),
+        "exp_avg": ((num_rows, width), mean_dtype),
+        "exp_avg_sq": ((num_rows, 1 if factored else width), square_dtype),
+    }
+
+
+def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
+    """State of a table that no gradient has touched.
+
+    Returns:
+        step: int64 on the CPU, `()`: whatever the default dtype and device, it counts every step.
+        last_step: when a row was last touched, `(num_rows,)`.
+        exp_avg, exp_avg_sq: `(num_rows, width)`, or the latter `(num_rows, 1)`; all sharded as `table` is.
+    """
+    rows = local_rows(table)
+    state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
+    for name, (shape, dtype) in row_state_shapes(table, row_state).items():
+        state[name] = sharded_as(table, rows.new_zeros(len(rows), *shape[1:], dtype=dtype))
+    return state
+
+
+def loaded_row_state(table: torch.Tensor, saved: dict[str, Any], row_state: str) -> dict[str, torch.Tensor]:
+    """A checked state as `new_row_state` would have it: its dtypes, on the device of `table`."""
+    state = {"step": torch.tensor(int(saved["step"]), dtype=torch.int64, device="cpu")}
+    for name, (_, dtype) in row_state_shapes(table, row_state).items():
+        value = saved[name].to(device=table.device, dtype=dtype)
+        # compiled loops read rows one after the other
+        state[name] = value if isinstance(value, DTensor) else value.contiguous()
+    return state
+
+
+def is_blank(state: dict[str, Any]) -> bool:
+    """Whether a state is as it was made: no gradient has had a part in it."""
+    return int(state["step"]) == 0
+
+
+def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step is none, but the way in which torch's distributed checkpoints have a new optimizer make state.
+
+    `torch.distributed.checkpoint.state_dict` gives every parameter a dense gradient of zeros, sets all learning rates
+    to zero, and calls `step`. Counted, it would shift the bias corrections of all steps to come.
+    """
+    if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    if not all(p.grad is not None and p.grad.layout == torch.strided for p in parameters):
+        return False
+    return not any(local_rows(p.grad).any() for p in parameters)
+
+
+def check_groups(current: list[dict], saved: list[dict]) -> None:
+    """Raise ValueError unless as many groups were saved, each with as many parameters."""
+    sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (current, saved))
+    if sizes != saved_sizes:
+        raise ValueError(
+            f"loaded state dict has parameter groups of {saved_sizes} parameters, and this optimizer of {sizes}. "
+            f"{WAY_OUT}"
+        )
+
+
+def check_state(index: int, parameter: torch.Tensor, state: Any, row_state: str) -> None:
+    """Check the state that was saved for one parameter, before anything is changed.
+
+    Args:
+        index: of the parameter among all of the optimizer, for the message.
+        state: row-sparse if it has `last_step`, else that of `torch.optim.AdamW`.
+
+    Raises:
+        ValueError: other names, shapes, types, or numbers that no step leaves behind.
+    """
+    place = f"state of parameter {index}, of shape {tuple(parameter.shape)}:"
+    names = {"step", *MOMENTS}
+    if not isinstance(state, dict) or not names <= state.keys():
+        found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{place} needs {', '.join(sorted(names))}; got {found}. {WAY_OUT}")
+    step = _checked_step(place, state["step"])
+    if LAST_STEP in state:
+        _check_row_state(place, parameter, state, step, row_state)
+        return
+    for name in (*MOMENTS, "max_exp_avg_sq"):
+        if name in state:
+            _check_tensor(place, name, state[name], parameter, tuple(parameter.shape))
+
+
+def _check_row_state(place: str, table: torch.Tensor, state: dict, step: int, row_state: str) -> None:
+    if table.dim() != 2:
+        raise ValueError(f"{place} has last_step, which only a table of rows has. {WAY_OUT}")
+    if unknown := state.keys() - {"step", LAST_STEP, *MOMENTS}:
+        raise ValueError(f"{place} has {', '.join(map(str, sorted(unknown, key=str)))} beside last_step. {WAY_OUT}")
+    for name, (shape, _) in row_state_shapes(table, row_state).items():
+        why = f" with row_state={row_state!r}"
+        _check_tensor(place, name, state[name], table, shape, is_floating_point=name != LAST_STEP, why=why)
+    last_step, mean, square = (local_rows(state[name]) for name in (LAST_STEP, *MOMENTS))
+    if last_step.is_meta or not last_step.numel():
+        return
+    lowest, highest = (int(value) for value in last_step.aminmax())
+    if lowest < 0 or highest > step:
+        raise ValueError(f"{place} last_step reaches from {lowest} to {highest}, and step is {step}. {WAY_OUT}")
+    if mean.isnan().any() or not (square >= 0).all():
+        raise ValueError(f"{place} exp_avg has NaN, or exp_avg_sq NaN or negative numbers. {WAY_OUT}")
+
+
+def _checked_step(place: str, value: Any) -> int:
+    number = value
+    if isinstance(value, torch.Tensor):
+        number = value.item() if value.numel() == 1 and not value.is_meta else None
+    is_count = isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number)
+    if not is_count or number != int(number) or not 0 <= number <= MAX_STEP:
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) and number is None else repr(number)
+        raise ValueError(f"{place} step must be a whole number from 0 to {MAX_STEP}; got {shown}. {WAY_OUT}")
+    return int(number)
+
+
+def _check_tensor(
+    place: str,
+    name: str,
+    value: Any,
+    parameter: torch.Tensor,
+    shape: tuple[int, ...],
+    is_floating_point: bool | None = None,
+    why: str = "",
+) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(f"{place} {name} must be a tensor; got {type(value).__name__}. {WAY_OUT}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{place} {name} must have the shape {shape}{why}; got {tuple(value.shape)}. {WAY_OUT}")
+    if is_floating_point is None:
+        return  # of dense state: torch gives it the parameter's dtype
+    whole = not (value.is_complex() or value.is_floating_point() or value.dtype == torch.bool)
+    if value.layout != torch.strided or (value.is_meta and not parameter.is_meta):
+        raise ValueError(f"{place} {name} must be a tensor with values; got {value.layout}, {value.device}. {WAY_OUT}")
+    if is_floating_point != value.is_floating_point() or not (whole or is_floating_point):
+        kind = "floating-point" if is_floating_point else "whole"
+        raise ValueError(f"{place} {name} must have {kind} numbers; got {value.dtype}. {WAY_OUT}")
+    if isinstance(parameter, DTensor):
+        if not isinstance(value, DTensor) or len(local_rows(value)) != len(local_rows(parameter)):
+            raise ValueError(
+                f"{place} {name} must be sharded as the parameter is. Save and load it with "
+                "torch.distributed.checkpoint."
+            )
+    elif isinstance(value, DTensor):
+        raise ValueError(
+            f"{place} {name} is sharded over processes, and the parameter is not. Save it with full_state_dict=True, "
+            "or load it with torch.distributed.checkpoint."
+        )

@@ -1,0 +1,83 @@
+"""Who can't take row-sparse gradients is told so by name, with the setting and the way out."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from modeling_peer import PeerForCausalLM
+from modeling_peer.training import PeerTrainer, RowSparseAdamW
+
+TOKENS = torch.arange(40).view(2, 20)
+ROWS = [{"input_ids": row, "labels": row} for row in TOKENS]
+
+
+@pytest.fixture(params=["eager", None])
+def model(request, tiny_config):
+    return PeerForCausalLM(tiny_config(row_sparse_gradients=True, experts_implementation=request.param)).train()
+
+
+class OtherTrainer(Trainer):
+    """Of somebody who has not heard of sparse gradients."""
+
+
+def train(kind, model, folder, **settings):
+    defaults = {"max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    trainer = kind(model, TrainingArguments(str(folder), **(defaults | settings)), train_dataset=ROWS)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0}, {"optim": "sgd"}])
+@pytest.mark.parametrize("kind", [Trainer, OtherTrainer])
+def test_a_trainer_that_cannot_take_them_is_refused_before_its_first_backward(model, tmp_path, kind, settings):
+    message = rf"row_sparse_gradients=True, and {kind.__name__} measures.*PeerTrainer.*row_sparse_gradients=False"
+    with pytest.raises(ValueError, match=message):
+        train(kind, model, tmp_path, **settings)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_ways_out_that_the_message_names_train(model, tmp_path):
+    class Both(PeerTrainer, OtherTrainer):
+        pass
+
+    for kind in (PeerTrainer, Both):
+        assert isinstance(train(kind, copy.deepcopy(model), tmp_path).optimizer.optimizer, RowSparseAdamW)
+    model.config.row_sparse_gradients = False
+    train(Trainer, model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam])
+def test_an_optimizer_of_dense_gradients_says_what_made_them_sparse(model, kind):
+    optimizer = kind(model.parameters(), lr=1e-3)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    with pytest.raises(
+        ValueError, match=rf"table \(64, 32\) .*torch.optim.{kind.__name__} takes dense ones only. Train"
+    ):
+        optimizer.step()
+    RowSparseAdamW(model.parameters()).step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad])
+def test_optimizers_of_torch_that_take_them_go_on(model, kind):
+    optimizer = kind(model.parameters(), lr=0.1)
+    table = model.model.layers[1].mlp.experts.up_embed
+    before = table.detach().clone()
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    assert not torch.equal(table, before)
+
+
+def test_sparse_gradients_of_others_are_none_of_our_business(model):
+    model(TOKENS, labels=TOKENS).loss.backward()
+    embedding = nn.Embedding(4, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        torch.optim.Adam(embedding.parameters()).step()
+
+
+def test_evaluation_within_a_plain_trainer_is_no_training(model, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
+    assert Trainer(model, arguments, eval_dataset=ROWS).evaluate()["eval_loss"] > 0
