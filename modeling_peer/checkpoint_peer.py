@@ -19,6 +19,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from .parallel_peer import gather_on_first_rank, rows_of_rank
+from .retrieval_peer import freeze_running_statistics
 
 # Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
 STAGING_PREFIX = ".saving-"
@@ -45,12 +46,14 @@ class PeerCheckpoints:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
 
+        Running statistics that have learned come frozen ([`PeerPreTrainedModel.freeze_running_statistics`]).
+
         Raises:
             OSError: a weight file is damaged; it is named, with its size and the size its header announces.
             RuntimeError: tensors do not have the configuration's shapes.
         """
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise OSError(
                 f"Cannot read the weights of {pretrained_model_name_or_path} ({error}). "
@@ -65,6 +68,9 @@ class PeerCheckpoints:
                 "both shapes of each tensor. Load them with the configuration they were saved with, or pass "
                 "ignore_mismatched_sizes=True to initialise those tensors anew."
             ) from error
+        # New ones, of tensors that the checkpoint lacks or of a model that was saved untrained, have yet to learn.
+        freeze_running_statistics(loaded[0] if isinstance(loaded, tuple) else loaded, only_learned=True)
+        return loaded
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
         # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
