@@ -310,6 +310,8 @@ class PeerConfig(PreTrainedConfig):
         """Each number by itself."""
         for name, least in LEAST_SIZES.items():
             size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int):  # `@strict` passes over Transformers' own fields
+                raise ValueError(f"{name} must be an integer, got {size!r}.")
             most = LARGEST_NUM_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
             if name in ("query_dim", "head_dim") and size < least:
                 continue  # refused below, with the reason
