@@ -145,8 +145,8 @@ def test_dpo_starts_at_log_2_since_policy_and_reference_are_one_function(trained
 
 @pytest.mark.parametrize("source", ["loaded", "as it is"])
 def test_grpo_leaves_the_statistics_of_evaluation_alone(trained, source):
-    """Between its steps it generates in training mode. A model that still learns is taught by the steps alone, of
-    which there are none at a batch of no tokens: the policy's own forwards have gradients."""
+    """Between its steps it generates in training mode. A model that still learns is taught by the steps alone, and
+    there is none before the first generation."""
     model = PeerForCausalLM.from_pretrained("trained") if source == "loaded" else trained
     before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
     generated = []
