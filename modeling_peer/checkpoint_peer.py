@@ -26,6 +26,7 @@ from transformers.utils.hub import create_and_tag_model_card
 
 from .auto_classes_peer import AUTO_MAP
 from .parallel_peer import gather_on_first_rank, rows_of_rank
+from .retrieval_peer import freeze_running_statistics
 
 try:
     import fcntl
@@ -57,6 +58,8 @@ class PeerCheckpoints:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, verify_checksums=None, **kwargs):
         """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
+
+        Running statistics that have learned come frozen ([`PeerPreTrainedModel.freeze_running_statistics`]).
 
         Args:
             verify_checksums: read every weight file whole and compare it with its checksum. By default that is done
@@ -98,6 +101,8 @@ class PeerCheckpoints:
         if failure is not None or verify:
             _refuse_damage(pretrained_model_name_or_path, files, verify, failure)
         if failure is None:
+            # New ones, of tensors that the checkpoint lacks or of a model that was saved untrained, have yet to learn.
+            freeze_running_statistics(loaded[0] if isinstance(loaded, tuple) else loaded, only_learned=True)
             return loaded
         if isinstance(failure, RuntimeError) and "ignore_mismatched_sizes" in str(failure):
             raise RuntimeError(

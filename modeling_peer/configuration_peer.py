@@ -2,12 +2,14 @@
 """PeerConfig: every size and option of a PEER model, and the checks that refuse impossible ones."""
 
 import difflib
+import math
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2CLS
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 if TYPE_CHECKING:
@@ -26,6 +28,45 @@ SPARSE_MLPS = (
 )
 # Those of them that find what they use by product keys.
 PRODUCT_KEY_MLPS = ("peer", "product_key_memory")
+
+# Every field that is a number is in one of these two tables, but for token ids; a test holds it.
+# Integers: the least value. Kernels and file formats count in 32 bits along one axis.
+LARGEST_SIZE = 2**31 - 1
+LEAST_SIZES = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 2,
+    "max_position_embeddings": 1,
+    "num_sub_keys": 1,
+    "num_retrieval_heads": 1,
+    "num_experts_per_head": 1,
+    "query_dim": 2,
+    "num_moe_experts": 1,
+    "moe_intermediate_size": 1,
+    "num_moe_experts_per_token": 1,
+    "num_slots_per_expert": 1,
+    "chunk_size_feed_forward": 0,
+}
+LARGEST_NUM_LAYERS = 2**16
+# Real numbers: the interval, whether its lower end is outside, and what to try.
+INTERVALS = {
+    "initializer_range": (0, 1, False, "0.02"),
+    "rms_norm_eps": (0, math.inf, True, "1e-6"),
+    "attention_dropout": (0, 1, False, "0"),
+    "classifier_dropout": (0, 1, False, "0"),
+    "expert_dropout": (0, 1, False, "0"),
+    "expert_init_gain": (0, math.inf, True, "4, or 1"),
+    "router_aux_loss_coef": (0, math.inf, False, "0.01, or 0 to leave auxiliary losses out of the loss"),
+    "moe_capacity_factor": (0, math.inf, True, "1.25"),
+}
+# The least capacity factor of `expert_choice_moe`, which reads it as a fraction of thousandths.
+LEAST_CAPACITY_FACTOR = 1e-3
+
+logger = logging.get_logger(__name__)
 
 
 @strict
@@ -172,7 +213,7 @@ class PeerConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
-    attention_dropout: int | float | None = 0.0
+    attention_dropout: int | float = 0.0
     mlp_bias: bool = False
     classifier_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
 
@@ -212,8 +253,9 @@ class PeerConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mlp_layer_types is None:
-            middle = (self.num_hidden_layers - 1) // 2
-            self.mlp_layer_types = ["sparse" if i == middle else "dense" for i in range(self.num_hidden_layers)]
+            num_layers = min(self.num_hidden_layers, LARGEST_NUM_LAYERS)  # more: refused below
+            middle = (num_layers - 1) // 2
+            self.mlp_layer_types = ["sparse" if i == middle else "dense" for i in range(num_layers)]
         if self.share_sub_keys is None:
             self.share_sub_keys = self.sparse_mlp != "product_key_memory"
         if self.moe_intermediate_size is None:
@@ -262,9 +304,7 @@ class PeerConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Cross-field checks, run by `@strict` after construction and before saving."""
-        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self._validate_numbers()
         if self.hidden_size % self.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads "
@@ -275,9 +315,126 @@ class PeerConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads}): each key-value head serves a whole group of query heads."
             )
+        if self.head_dim < 2 or self.head_dim % 2 != 0:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be even and at least 2: rotary embeddings turn pairs of features. "
+                f"Try {max(2, self.head_dim + self.head_dim % 2)}; unset, it is hidden_size / num_attention_heads."
+            )
         self._validate_layer_names()
         self._validate_retrieval()
         self._validate_mixtures()
+        self._validate_total_sizes()
+        for message in self._what_cannot_learn():
+            logger.warning_once(message)
+
+    def _validate_numbers(self):
+        """Each number by itself."""
+        for name, least in LEAST_SIZES.items():
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int):  # `@strict` passes over Transformers' own fields
+                raise ValueError(f"{name} must be an integer, got {size!r}.")
+            most = LARGEST_NUM_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
+            if name in ("query_dim", "head_dim") and size < least:
+                continue  # refused below, with the reason
+            if not least <= size <= most:
+                bound = f"at least {least}" if size < least else f"at most {most}"
+                raise ValueError(f"{name} must be {bound}, got {size}.")
+        for name, (least, most, least_excluded, example) in INTERVALS.items():
+            value = getattr(self, name)
+            if value is None and name == "moe_capacity_factor":
+                continue
+            enough = value > least if least_excluded else value >= least
+            if not (enough and value <= most and math.isfinite(value)):
+                bound = f"{'above' if least_excluded else 'at least'} {least}"
+                bound += f" and at most {most}" if math.isfinite(most) else ""
+                finite = "" if math.isfinite(value) else " and finite"
+                raise ValueError(f"{name} must be {bound}{finite}, got {value}: try {example}.")
+        for name, value in (self.rope_parameters or {}).items():
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+                if is_number and not (math.isfinite(number) and number > 0):
+                    raise ValueError(f"rope_parameters[{name!r}] must be above 0 and finite, got {number}.")
+        self._validate_token_numbers()
+
+    def _validate_token_numbers(self):
+        # Of ids outside the vocabulary Transformers warns, since checkpoints have them (-1: none). Refused is what it
+        # cannot mean.
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token is not None and abs(token) > LARGEST_SIZE:
+                    raise ValueError(f"{name} is {token}: no vocabulary has such a token. Leave it unset for none.")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id ({self.pad_token_id}) must be below vocab_size ({self.vocab_size}): its embedding is "
+                "zero, so it must have one. Raise vocab_size, or set pad_token_id to None."
+            )
+
+    def _validate_total_sizes(self):
+        """Elements of the largest tensors, which torch counts in 64 bits."""
+        mixture = max(self.num_moe_experts, self.num_slots_per_expert) * self.moe_intermediate_size
+        for fields, rows in (
+            ("num_sub_keys**2", self.num_peer_experts),
+            ("num_moe_experts * moe_intermediate_size", mixture),
+        ):
+            if rows * self.hidden_size >= 2**63:
+                raise ValueError(
+                    f"{fields} ({rows}) times hidden_size ({self.hidden_size}) is {rows * self.hidden_size}: a tensor "
+                    "has at most 2**63 - 1 elements. Lower one."
+                )
+
+    def _what_cannot_learn(self) -> list[str]:
+        """A sentence or two on each choice that is possible, but leaves parameters without a gradient."""
+        found = [
+            f"{name}={getattr(self, name)} drops all of it in training, so nothing before it learns. Lower it."
+            for name in ("attention_dropout", "classifier_dropout")
+            if getattr(self, name) == 1
+        ]
+        if self.vocab_size == 1:
+            found.append("vocab_size=1: with a single token there is nothing to predict, and the loss is always 0.")
+        if "sparse" not in self.mlp_layer_types:
+            return found
+        if self.sparse_mlp in PRODUCT_KEY_MLPS:
+            return found + self._what_cannot_learn_of_retrieval()
+        return found + self._what_cannot_learn_of_mixtures()
+
+    def _what_cannot_learn_of_retrieval(self) -> list[str]:
+        found = []
+        weighs = self.balance_loss is not None and self.router_aux_loss_coef > 0
+        if self.num_experts_per_head == 1 and self.gate_activation == "softmax":
+            found.append(
+                "num_experts_per_head=1 with gate_activation='softmax': the gate of a single expert is always 1, so "
+                f"the query network and the sub-keys {'learn of balance_loss only' if weighs else 'do not learn'}. "
+                "Set gate_activation='sigmoid', or num_experts_per_head to 2 or more."
+            )
+        if self.balance_loss is not None and not weighs:
+            found.append(
+                f"balance_loss={self.balance_loss!r} with router_aux_loss_coef=0: the loss is computed and weighs "
+                "nothing. Raise router_aux_loss_coef, or leave balance_loss unset."
+            )
+        if self.query_norm == "layer_norm" and self.query_dim == 2:
+            found.append(
+                "query_norm='layer_norm' with query_dim=2: LayerNorm makes (1, -1) or (-1, 1) of any two numbers, so "
+                "query_proj hardly learns. Raise query_dim."
+            )
+        if self.expert_dropout == 1:
+            found.append("expert_dropout=1 drops every expert in training, so none learns. Lower it.")
+        return found
+
+    def _what_cannot_learn_of_mixtures(self) -> list[str]:
+        if self.num_moe_experts == 1 and self.sparse_mlp != "soft_moe":  # whose slots choose among tokens
+            return [
+                f"num_moe_experts=1 with sparse_mlp={self.sparse_mlp!r}: the only expert's gate is always 1, so the "
+                "router does not learn. Set num_moe_experts to 2 or more."
+            ]
+        noisy_top_k = self.sparse_mlp == "top_k_moe" and self.moe_router == "noisy_top_k"
+        if noisy_top_k and self.num_moe_experts_per_token == 1:
+            learns = "learns of its load loss only" if self.router_aux_loss_coef > 0 else "does not learn"
+            return [
+                "num_moe_experts_per_token=1 with moe_router='noisy_top_k': the gate of a single expert is always 1, "
+                f"so the router {learns}. Set num_moe_experts_per_token to 2 or more, or moe_router='switch'."
+            ]
+        return []
 
     def _validate_layer_names(self):
         # Transformers checks `mlp_layer_types` only in configurations that also have `layer_types`.
@@ -299,11 +456,6 @@ class PeerConfig(PreTrainedConfig):
                 raise ValueError(_unknown_name(field, getattr(self, field), activations))
 
     def _validate_retrieval(self):
-        for name in ("num_sub_keys", "num_retrieval_heads", "num_experts_per_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.expert_init_gain <= 0:
-            raise ValueError(f"expert_init_gain must be above 0, got {self.expert_init_gain}: try 4, or 1.")
         if self.query_dim < 2 or self.query_dim % 2 != 0:
             raise ValueError(
                 f"query_dim ({self.query_dim}) must be even and at least 2: a query is split into two halves, "
@@ -316,11 +468,6 @@ class PeerConfig(PreTrainedConfig):
             )
 
     def _validate_mixtures(self):
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(
-                f"router_aux_loss_coef must be at least 0, got {self.router_aux_loss_coef}: below, training would "
-                "make the use of experts uneven. Set it to 0 to leave auxiliary losses out of the loss."
-            )
         if self.balance_loss is not None and self.sparse_mlp not in PRODUCT_KEY_MLPS:
             raise ValueError(
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
@@ -353,24 +500,24 @@ class PeerConfig(PreTrainedConfig):
                 "see what it is to predict. Use it with is_causal=False, in PeerForMaskedLM or under a classification "
                 "head, or choose another sparse_mlp."
             )
-        sizes = ("num_moe_experts", "moe_intermediate_size", "num_moe_experts_per_token", "num_slots_per_expert")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         noisy_top_k = self.sparse_mlp == "top_k_moe" and self.moe_router == "noisy_top_k"
         if noisy_top_k and self.num_moe_experts_per_token > self.num_moe_experts:
             raise ValueError(
                 f"num_moe_experts_per_token ({self.num_moe_experts_per_token}) exceeds num_moe_experts "
                 f"({self.num_moe_experts}): a token cannot use more experts than there are. Lower one."
             )
-        if self.moe_capacity_factor is not None and self.moe_capacity_factor <= 0:
-            raise ValueError(f"moe_capacity_factor must be above 0, got {self.moe_capacity_factor}: try 1.25.")
+        factor = self.moe_capacity_factor
+        if self.sparse_mlp == "expert_choice_moe" and factor is not None and factor < LEAST_CAPACITY_FACTOR:
+            raise ValueError(
+                f"moe_capacity_factor ({factor}) must be at least {LEAST_CAPACITY_FACTOR} in an expert_choice_moe: it "
+                "is the mean number of experts of a token, and below that experts would choose no token. Try 2."
+            )
         wanted = 1 if self.multilinear_form == "cp" else 3
         ranks = self.multilinear_ranks
-        if ranks is not None and (len(ranks) != wanted or min(ranks) < 1):
+        if ranks is not None and (len(ranks) != wanted or not 1 <= min(ranks) <= max(ranks) <= LARGEST_SIZE):
             raise ValueError(
                 f"multilinear_ranks is {ranks}, but the form {self.multilinear_form!r} has {wanted}, "
-                "each at least 1. Leave it unset for the defaults."
+                f"each at least 1 and at most {LARGEST_SIZE}. Leave it unset for the defaults."
             )
 
 

@@ -12,10 +12,10 @@ from transformers.utils.generic import maybe_autocast
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
 from .moe_experts_peer import PeerMoeExperts
-from .retrieval_peer import Float32Module, is_recomputation
+from .retrieval_peer import RunningStatistics, is_recomputation, real_tokens
 
 
-class PeerScoreThresholds(Float32Module):
+class PeerScoreThresholds(RunningStatistics):
     """Running mean of the lowest score that each expert chose in training, `(num_experts,)`, kept as BatchNorm keeps
     its statistics.
 
@@ -32,6 +32,10 @@ class PeerScoreThresholds(Float32Module):
 
     def reset_parameters(self):
         init.constant_(self.running_mean, 1 / len(self.running_mean))  # even scores
+
+    def have_learned(self) -> bool:
+        even = torch.full_like(self.running_mean, 1 / len(self.running_mean))
+        return self.running_mean.is_meta or bool((self.running_mean != even).any())
 
     @torch.no_grad()
     def update(self, lowest_scores: torch.Tensor, enough: torch.Tensor):
@@ -51,13 +55,14 @@ class PeerExpertChoiceMoe(nn.Module):
     of this process's micro-batch that score highest with it. Tokens compete, so who chooses a token depends on later
     ones and on other sequences, and a loss in training has seen a little of what it predicts.
 
-    With one token to decode there is no such choice, and evaluation must not look ahead. There, and where the router
-    is frozen, an expert takes every token that scores above the expert's threshold, its running mean of the lowest
-    score that it chose in training: a token's experts depend on that token alone, `moe_capacity_factor` of them on
-    average. The thresholds are our choice over the best experts of each token (Berges et al. 2024 evaluate with the
-    best one). Validation loss of 3 layers of width 64, 8 experts in the middle one, after 1,600 steps of 1,024 bytes
-    of WikiText-2, in nats a byte, one seed: 1.562 by the rule of training, 1.562 by thresholds (2.01 experts a token),
-    1.569 with the best two experts, 1.597 with the best one.
+    With one token to decode there is no such choice, and evaluation must not look ahead. There, and where thresholds
+    do not learn ([`RunningStatistics`]: in a loaded model, and with a frozen router), an expert takes every token that
+    scores above the expert's threshold, its running mean of the lowest score that it chose in training: a token's
+    experts depend on that token alone, `moe_capacity_factor` of them on average. The thresholds are our choice over
+    the best experts of each token (Berges et al. 2024 evaluate with the best one). Validation loss of 3 layers of
+    width 64, 8 experts in the middle one, after 1,600 steps of 1,024 bytes of WikiText-2, in nats a byte, one seed:
+    1.562 by the rule of training, 1.562 by thresholds (2.01 experts a token), 1.569 with the best two experts, 1.597
+    with the best one.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
@@ -96,10 +101,10 @@ class PeerExpertChoiceMoe(nn.Module):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with maybe_autocast(tokens.device.type, enabled=False):
             scores = F.linear(tokens.to(dtype), self.router.to(dtype)).softmax(dim=-1)  # (t, experts)
-        # Frozen, as under an adapter, thresholds would not be saved: as PeerBatchNorm, act as in evaluation.
-        if self.training and self.router.requires_grad and len(tokens) > 0:
-            token_mask = tokens.new_ones(len(tokens), dtype=torch.bool) if token_mask is None else token_mask.flatten()
-            output = self._by_choice(tokens, scores, token_mask)
+        if self.training and self.thresholds.learns_with(self.router) and len(tokens) > 0:
+            real = real_tokens(token_mask, hidden_states.shape[:-1])
+            real = tokens.new_ones(len(tokens), dtype=torch.bool) if real is None else real
+            output = self._by_choice(tokens, scores, real)
         else:
             output = self._by_thresholds(tokens, scores)
         return output.to(hidden_states.dtype).view(hidden_states.shape)

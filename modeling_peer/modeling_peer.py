@@ -55,7 +55,13 @@ from .outputs_peer import (
     PeerTokenClassifierOutput,
 )
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
-from .retrieval_peer import Float32Module, PeerRetrieval
+from .retrieval_peer import (
+    Float32Module,
+    PeerRetrieval,
+    cached_steps_teach_nothing,
+    freeze_running_statistics,
+    statistics_at_rest,
+)
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 
@@ -131,8 +137,20 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, WITH_OWN_INITIALIZATION):
+        if isinstance(module, (*WITH_OWN_INITIALIZATION, nn.PReLU)):  # an activation with a weight
             module.reset_parameters()
+
+    def freeze_running_statistics(self, frozen: bool = True):
+        """Freeze what forwards in training learn without a gradient, or let it learn again (`frozen=False`).
+
+        These are the statistics of the queries' BatchNorm, and the thresholds of `expert_choice_moe`. While they are
+        frozen, the layer computes in training what it computes in evaluation; its parameters train as before.
+
+        A new model learns them. One from `from_pretrained` has them frozen, which is what fine-tuning wants: policy
+        and reference are the same function, and gradients do not depend on how a batch is cut. To go on pretraining,
+        call this with `frozen=False`.
+        """
+        freeze_running_statistics(self, frozen)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
         # Transformers knows the names of its coarse mixtures only. `None` stays: what runs is chosen at each call.
@@ -210,7 +228,8 @@ class PeerModel(PeerPreTrainedModel):
         # Once more: `from_pretrained(..., num_hidden_layers=2)` changes fields after the configuration was checked.
         config.validate_architecture()
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
+        # Transformers warns of a negative id, and it means none; torch would count it from the end.
+        self.padding_idx = None if (config.pad_token_id or 0) < 0 else config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([PeerDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -247,6 +266,7 @@ class PeerModel(PeerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @cached_steps_teach_nothing
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -282,6 +302,7 @@ class PeerModel(PeerPreTrainedModel):
         if 0 in inputs_embeds.shape[:2]:
             batch_size, sequence_length = inputs_embeds.shape[:2]
             raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
+        attention_mask = self._fit_attention_mask(attention_mask, inputs_embeds, cache)
         # A model that is not causal has nothing to keep: each new token changes what all earlier ones are.
         if use_cache and self.config.is_causal and cache is None:
             cache = DynamicCache(config=self.config)
@@ -300,7 +321,7 @@ class PeerModel(PeerPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        token_mask = self._token_mask(attention_mask, inputs_embeds)
+        token_mask = self._token_mask(attention_mask, inputs_embeds, cache)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -325,12 +346,48 @@ class PeerModel(PeerPreTrainedModel):
             )
         return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
-    def _token_mask(self, attention_mask, inputs_embeds) -> torch.Tensor | None:
+    def _fit_attention_mask(self, attention_mask, inputs_embeds, cache):
+        """A mask of padding with one row for each sequence; other masks as they are.
+
+        Raises:
+            ValueError: the mask does not fit the input. Attention would broadcast it, or read the wrong columns.
+        """
+        if not isinstance(attention_mask, torch.Tensor):
+            return attention_mask
+        batch_size, length = inputs_embeds.shape[:2]
+        seen = _num_seen(cache)
+        shape, wanted = attention_mask.shape, f"({batch_size}, {seen + length})"
+        if len(shape) == 2:
+            # Longer ones are for a static cache, whose places they may all name.
+            fits = shape[1] >= seen + length if cache is not None else shape[1] == length
+        else:  # who sees whom; attention broadcasts it
+            wanted = f"{wanted} or ({batch_size}, 1, {length}, {seen + length})"
+            fits = len(shape) == 4 and shape[1] in (1, self.config.num_attention_heads) and shape[2] in (1, length)
+            fits = fits and (cache is not None or shape[3] in (1, length))
+        if not fits or shape[0] not in (1, batch_size):
+            cached = f" after {seen} in the cache" if seen else ""
+            raise ValueError(
+                f"attention_mask is {tuple(shape)}, but there are {batch_size} sequences of {length} tokens{cached}: "
+                f"give a mask of shape {wanted}, with 1 for a token and 0 for padding."
+            )
+        return attention_mask.expand(batch_size, -1) if len(shape) == 2 else attention_mask
+
+    def _token_mask(self, attention_mask, inputs_embeds, cache) -> torch.Tensor | None:
         """Which of the current tokens are real, `(batch_size, sequence_length)`. Masks of other ranks say who sees
         whom, not which tokens are padding."""
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
             return None
-        return attention_mask[:, -inputs_embeds.shape[1] :].bool()
+        length = inputs_embeds.shape[1]
+        if attention_mask.shape[1] == length:
+            return attention_mask.bool()
+        seen = _num_seen(cache) or attention_mask.shape[1] - length
+        return attention_mask[:, seen : seen + length].bool()
+
+
+def _num_seen(cache: Cache | None) -> int:
+    """Tokens that `cache` holds; 0 where it does not say so without waiting for a device, as static ones."""
+    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    return seen if isinstance(seen, int) else 0
 
 
 def _num_cached(cache: Cache | None) -> int | None:
@@ -370,6 +427,11 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
                 "Set is_causal=True, or take PeerForMaskedLM or a classification head."
             )
         super().__init__(config)
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        with statistics_at_rest(self):
+            return super().generate(*args, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -9,6 +9,7 @@ from transformers.utils.generic import maybe_autocast
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
 from .moe_experts_peer import PeerMoeExperts
+from .retrieval_peer import real_tokens
 
 
 class PeerSoftMoe(nn.Module):
@@ -60,7 +61,7 @@ class PeerSoftMoe(nn.Module):
         dispatched = logits
         if token_mask is not None:
             # Not -inf: a sequence that is all padding would be NaN.
-            padding = ~token_mask.reshape(tokens.shape[:-1]).unsqueeze(-1)
+            padding = ~real_tokens(token_mask, hidden_states.shape[:-1]).view(tokens.shape[:-1]).unsqueeze(-1)
             dispatched = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         slots = dispatched.softmax(dim=-2).to(tokens.dtype).mT @ tokens
         written = self._of_experts(slots)

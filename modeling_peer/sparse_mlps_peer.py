@@ -5,13 +5,13 @@ Each is built as `sparse_mlp(config, initialize=True)` and called as `sparse_mlp
 aux_losses=None)`; see [`PeerLayer`] for the arguments.
 """
 
-from .expert_choice_moe_peer import PeerExpertChoiceMoe
+from .expert_choice_moe_peer import PeerExpertChoiceMoe, PeerScoreThresholds
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
 from .moe_experts_peer import PeerMoeExperts
 from .multilinear_moe_peer import PeerCPLinear, PeerMultilinearMoe, PeerTensorRingLinear
 from .product_key_memory_peer import PeerGateLinear, PeerProductKeyMemory
-from .retrieval_peer import PeerRetrieval
+from .retrieval_peer import PeerBatchNorm, PeerRetrieval
 from .soft_moe_peer import PeerSoftMoe
 from .top_k_moe_peer import PeerNoisyTopKRouter, PeerSwitchRouter, PeerTopKMoe
 
@@ -24,16 +24,19 @@ SPARSE_MLP_CLASSES = {
     "multilinear_moe": PeerMultilinearMoe,
 }
 
-# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights. Each must have a
-# parameter that is its own, not its children's: others Transformers passes over in code that is not its own.
+# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights. Every one that
+# has parameters or buffers of its own must be here, or be one that Transformers knows. It asks each module by itself,
+# and passes over one whose own tensors were all loaded, whatever its children lack.
 WITH_OWN_INITIALIZATION = (
     PeerRetrieval,
+    PeerBatchNorm,
     PeerExperts,
     PeerMoeExperts,
     PeerGateLinear,
     PeerNoisyTopKRouter,
     PeerSwitchRouter,
     PeerExpertChoiceMoe,
+    PeerScoreThresholds,
     PeerSoftMoe,
     PeerMultilinearMoe,
     PeerCPLinear,

@@ -10,6 +10,7 @@ from transformers.utils.generic import maybe_autocast
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
 from .moe_experts_peer import PeerMoeExperts
+from .retrieval_peer import real_tokens
 
 # Least standard deviation of the noise, and what keeps CV² of nothing finite: those of the authors' Tensor2Tensor.
 NOISE_EPSILON = 1e-2
@@ -52,7 +53,8 @@ class PeerTopKMoe(nn.Module):
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        real = tokens.new_ones(len(tokens), dtype=torch.bool) if token_mask is None else token_mask.flatten()
+        real = real_tokens(token_mask, hidden_states.shape[:-1])
+        real = tokens.new_ones(len(tokens), dtype=torch.bool) if real is None else real
         expert_ids, gates = self.router(tokens, real, aux_losses)  # (t, k) each
         return self.experts(tokens, expert_ids, gates).view(hidden_states.shape)
 

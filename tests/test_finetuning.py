@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from training_helpers import REPOSITORY, TINY_PEER, private_cache  # noqa: F401  a fixture
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -111,6 +113,61 @@ def test_trl_trains_the_answers(questions):
     assert learned
     assert any(answer.startswith(learned) for answer in answers)  # a long one is cut off
     assert isinstance(AutoModelForCausalLM.from_pretrained("runs/gsm8k"), PeerForCausalLM)
+
+
+@pytest.fixture
+def trained(folder):
+    """A folder with a small model whose running statistics have learned, and its tokenizer."""
+    tokenizer = byte_tokenizer()
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = PeerForCausalLM(PeerConfig(**{**TINY_PEER, "vocab_size": len(tokenizer), **special})).train()
+    for _ in range(5):
+        model(torch.randint(1, 250, (8, 24)))
+    model.save_pretrained("trained")
+    tokenizer.save_pretrained("trained")
+    return model
+
+
+def test_dpo_starts_at_log_2_since_policy_and_reference_are_one_function(trained):
+    rows = [{"prompt": f"q {i} ", "chosen": f"good answer {i}", "rejected": "bad" * (1 + i % 3)} for i in range(8)]
+    settings = trl.DPOConfig(
+        "runs/dpo", max_steps=2, learning_rate=0.0, per_device_train_batch_size=4, logging_steps=1, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        PeerForCausalLM.from_pretrained("trained"), None, settings, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained("trained"),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == pytest.approx([math.log(2)] * 2, abs=1e-4)  # they are logged to four digits
+
+
+@pytest.mark.parametrize("source", ["loaded", "as it is"])
+def test_grpo_leaves_the_statistics_of_evaluation_alone(trained, source):
+    """Between its steps it generates in training mode. A model that still learns is taught by the steps alone, and
+    there is none before the first generation."""
+    model = PeerForCausalLM.from_pretrained("trained") if source == "loaded" else trained
+    before = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    generated = []
+    settings = trl.GRPOConfig(
+        "runs/grpo", max_steps=2, learning_rate=0.0, per_device_train_batch_size=4, num_generations=2, use_cpu=True,
+        max_completion_length=8, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    )  # fmt: skip
+
+    def reward(completions, **kwargs):
+        # right after generation
+        generated.append([torch.equal(value, before[name]) for name, value in model.named_buffers() if name in before])
+        return [float(len(text)) for text in completions]
+
+    trainer = trl.GRPOTrainer(
+        model, reward, settings, train_dataset=Dataset.from_list([{"prompt": f"q {i}"} for i in range(8)]),
+        processing_class=AutoTokenizer.from_pretrained("trained"),
+    )  # fmt: skip
+    trainer.train()
+    assert all(generated[0])
+    if source == "loaded":
+        assert all(all(same) for same in generated)
 
 
 def test_peft_trains_an_adapter_that_loads_and_merges(questions):

@@ -107,6 +107,16 @@ def test_a_checkpoint_is_fine_tuned_with_its_own_tokenizer(tmp_path, config):
     assert "Fine-tuned from `first`" in (tmp_path / "second" / "README.md").read_text()
 
 
+def test_a_run_from_a_checkpoint_goes_on_learning_the_running_statistics(tmp_path, inputs):
+    """Loading freezes them, for trainers that fine-tune; this command's runs may be long."""
+    first = train(inputs, output_dir=tmp_path / "first", max_steps=2)
+    words = [word for word in inputs if not word.startswith("--tokenizer")]
+    second = train(words, model=tmp_path / "first", output_dir=tmp_path / "second", max_steps=2)
+    before = dict(first.model.named_buffers())
+    for name, value in second.model.named_buffers():
+        assert "running" not in name or not torch.equal(value, before[name]), name
+
+
 def test_a_new_model_named_by_its_preset_is_based_on_no_other(tmp_path, inputs):
     words = [word for word in inputs if not word.startswith("--model=")]
     small = ["--model", "peer_tiny", "--model_overrides", "hidden_size=32", "num_attention_heads=2", "num_sub_keys=8"]

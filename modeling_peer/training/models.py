@@ -172,7 +172,7 @@ def build_model(
             return language_model_class(config).from_config(config, **options)
         if sharding:
             options["distributed_config"] = sharding
-        return language_model_class(config).from_pretrained(
+        network = language_model_class(config).from_pretrained(
             locate_model(arguments.model, trained=True),
             config=config,
             trust_remote_code=arguments.trust_remote_code,
@@ -189,6 +189,9 @@ def build_model(
         raise SettingsError(
             f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: {_cause(error)}"
         ) from error
+    if hasattr(network, "freeze_running_statistics"):
+        network.freeze_running_statistics(False)  # pretraining goes on; loading froze them, for fine-tuning
+    return network
 
 
 def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
