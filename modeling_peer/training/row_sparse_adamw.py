@@ -101,9 +101,10 @@ class RowSparseAdamW(torch.optim.AdamW):
         slept = step - 1 - last_step[rows]
         last_step[rows] = step
         options = {"lr": lr, "betas": group["betas"], "weight_decay": group["weight_decay"]}
-        update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, table)
+        rows_here = local_rows(table)
+        update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, rows_here)
         update(
-            local_rows(table),
+            rows_here,
             local_rows(state["exp_avg"]),
             local_rows(state["exp_avg_sq"]),
             rows,
@@ -137,7 +138,10 @@ def _new_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
         "exp_avg": torch.zeros_like(rows, dtype=mean_dtype),
         "exp_avg_sq": rows.new_zeros(len(rows), 1 if factored else rows.shape[1], dtype=square_dtype),
     }
-    return {"step": torch.tensor(0.0), **{name: sharded_as(table, state) for name, state in by_row.items()}}
+    return {
+        "step": torch.tensor(0.0, device="cpu"),
+        **{name: sharded_as(table, state) for name, state in by_row.items()},
+    }
 
 
 def sleep_factors(

@@ -93,7 +93,9 @@ def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _row_sparse(
     rows: torch.Tensor, values: torch.Tensor, shape: torch.Size, is_coalesced: bool = True
 ) -> torch.Tensor:
-    return torch.sparse_coo_tensor(rows, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        rows, values, shape, device=values.device, is_coalesced=is_coalesced, check_invariants=False
+    )
 
 
 class GradientNorms(NamedTuple):
