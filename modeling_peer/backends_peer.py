@@ -89,8 +89,8 @@ def choose(
 
 
 def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | None:
-    """As `choose` from `LAYER_OF_FEW_FUNCTIONS`; None also where another function was registered for a part of a layer,
-    which this one would pass over."""
+    """As `choose` from `LAYER_OF_FEW_FUNCTIONS`; None also where a part of a layer has another function by now,
+    which one call would pass over."""
     implementation = implementation_for(name, table)
     own_parts = _OWN_PARTS.get(implementation)
     parts = RETRIEVAL_FUNCTIONS.get(implementation), EXPERT_MIXTURE_FUNCTIONS.get(implementation)

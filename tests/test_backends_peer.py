@@ -188,7 +188,7 @@ def test_an_error_that_the_compiler_did_not_raise_is_raised(tiny_config, monkeyp
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("modeling_peer.kernels.cpu_experts._read", fail)
-    with pytest.raises(RuntimeError, match="^out of memory$"):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
         PeerLayer(tiny_config())(torch.randn(300, 32))
 
 

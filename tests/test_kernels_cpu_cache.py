@@ -12,11 +12,8 @@ pytest.importorskip("numba")
 
 from modeling_peer import kernels
 
-# `row * row` is computed by a kernel of one file that calls one of another.
+# A kernel of one file that calls those of others.
 CODE = """
-import numpy as np
-from modeling_peer.kernels.cpu_few_tokens import _mean_square
-from modeling_peer.kernels.cpu_experts import dot_row
 from modeling_peer.kernels.cpu_probe import probe, _probe
 try:
     probe()
@@ -69,7 +66,7 @@ def test_damaged_files_are_written_again(package, ending):
         path.write_bytes(path.read_bytes()[:20])
     outputs, warnings = run(package, NUMBA_CACHE_DIR=str(compiled))
     assert outputs == ["as ever", "0 kept"]
-    assert len(warnings) == 1 and str(compiled) in warnings[0]
+    assert [str(compiled) in warning for warning in warnings] == [True]
     assert run(package, NUMBA_CACHE_DIR=str(compiled)) == (["as ever", "1 kept"], [])
 
 
@@ -82,4 +79,4 @@ def test_kernels_run_where_no_folder_can_be_written(package):
         package, HOME=str(in_the_way), XDG_CACHE_HOME=str(in_the_way), NUMBA_CACHE_DIR=str(in_the_way)
     )
     assert outputs == ["as ever", "0 kept"]
-    assert len(warnings) == 1 and "NUMBA_CACHE_DIR" in warnings[0]
+    assert ["NUMBA_CACHE_DIR" in warning for warning in warnings] == [True]
