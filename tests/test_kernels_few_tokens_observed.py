@@ -1,4 +1,4 @@
-"""A layer in one call passes over nothing that was put into the place of its parts, and gives the answer of many calls."""
+"""A layer in one call passes over nothing that replaced its parts, and gives the answer of many calls."""
 
 import pytest
 import torch
