@@ -150,17 +150,14 @@ def test_compilation_that_is_switched_off_is_refused_where_kernels_were_asked_fo
 @pytest.fixture
 def failing_kernel(monkeypatch):
     """The kernels were found to work, and the compiler fails at one of them."""
-    dispatcher = pytest.importorskip("numba.core.dispatcher")
     cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu_experts")
     assert kernels.defect("cpu") is None
-    broken = dispatcher.Dispatcher(cpu_experts._read.py_func)
 
     def fail(*args, **kwargs):
         exec(
             compile("raise RuntimeError('no such instruction')", "numba", "exec"), {"__name__": "numba.core.lowering"}
         )
 
-    broken._compile_for_args = fail
     monkeypatch.setattr(cpu_experts, "_read", fail)
 
 
