@@ -10,12 +10,21 @@ from transformers.utils import logging
 
 # Kernels stay home when these files travel with a checkpoint: there, eager is all there is.
 try:
-    from modeling_peer.kernels import IMPLEMENTATION_OF_DEVICE, few_tokens, gradient_takers, obstacle, operators
+    from modeling_peer.kernels import (
+        IMPLEMENTATION_OF_DEVICE,
+        defect,
+        few_tokens,
+        give_up_after,
+        gradient_takers,
+        observers,
+        obstacle,
+        operators,
+    )
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
-    IMPLEMENTATION_OF_DEVICE, few_tokens, obstacle, operators = {}, None, None, None
-    gradient_takers = None
+    IMPLEMENTATION_OF_DEVICE = {}
+    defect = few_tokens = give_up_after = gradient_takers = obstacle = observers = operators = None
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +47,7 @@ ADAMW_ROWS_FUNCTIONS = PeerExpertsInterface()
 for _name in IMPLEMENTATION_OF_DEVICE.values():
     RETRIEVAL_FUNCTIONS[_name] = partial(operators.product_key_top_k, implementation=_name)
     EXPERT_MIXTURE_FUNCTIONS[_name] = partial(operators.expert_mixture, implementation=_name)
+_OWN_PARTS = {name: (RETRIEVAL_FUNCTIONS[name], EXPERT_MIXTURE_FUNCTIONS[name]) for name in RETRIEVAL_FUNCTIONS}
 if operators is not None:
     LAYER_OF_FEW_FUNCTIONS["cpu"] = few_tokens.run_few
     ADAMW_ROWS_FUNCTIONS["cpu"] = partial(operators.adamw_rows_, implementation="cpu")
@@ -65,18 +75,55 @@ def choose(
     """The function called `name`, or `eager` where this operation has no faster form of that name.
 
     Args:
-        name: `None` takes the best implementation for `table`'s device and dtype, and logs it once.
+        name: `None` takes the best implementation for `table`'s device and dtype, and logs it once. It is `eager`
+            where a model is exported, traced or transformed: what comes out must not need this package.
         table: the parameter that the function will read.
 
     Raises:
         ValueError: `name` is not registered, or can't compute with such a table.
     """
-    return functions.get(implementation_for(name, table), eager)
+    implementation = implementation_for(name, table)
+    function = functions.get(implementation, eager)
+    if function is eager or torch.compiler.is_compiling() or implementation not in IMPLEMENTATION_OF_DEVICE.values():
+        return function
+    return _or_eager(function, eager, name, implementation)
+
+
+def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | None:
+    """As `choose` from `LAYER_OF_FEW_FUNCTIONS`; None also where a part of a layer has another function by now,
+    which one call would pass over."""
+    implementation = implementation_for(name, table)
+    own_parts = _OWN_PARTS.get(implementation)
+    parts = RETRIEVAL_FUNCTIONS.get(implementation), EXPERT_MIXTURE_FUNCTIONS.get(implementation)
+    if own_parts is not None and parts != own_parts:
+        return None
+    return choose(LAYER_OF_FEW_FUNCTIONS, name, None, table)
+
+
+def remember_forwards(*classes: type[torch.nn.Module]) -> None:
+    """Whose modules a layer in one call takes the place of, while nobody replaces their `forward`."""
+    if observers is not None:
+        observers.remember_forwards(*classes)
 
 
 def implementation_for(name: str | None, table: torch.Tensor) -> str:
     """`name`, or of `None` the best implementation for `table`; arguments and errors as `choose`."""
+    if name is None and is_traced():
+        return "eager"
+    if observers is not None and not torch.compiler.is_compiling() and not observers.is_plain(table):
+        if name is None:
+            return "eager"
+        if name in IMPLEMENTATION_OF_DEVICE.values():
+            raise ValueError(_refusal(name, f"needs plain tensors as tables; got {type(table).__name__}"))
     return _implementation(name, table.device.type, table.dtype)
+
+
+def is_traced() -> bool:
+    """Whether a model is exported, or its operations are recorded or transformed (`torch.export`, `torch.jit.trace`,
+    `torch.func`), so that they have to be PyTorch's own. `torch.compile` takes this package's as they are."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 # While a model is compiled or exported the choice is made once, at that time.
@@ -86,16 +133,20 @@ def _implementation(name: str | None, device_type: str, dtype: torch.dtype) -> s
         return _best_implementation(device_type, dtype)
     cause = _obstacle(check_experts_implementation(name), device_type, dtype)
     if cause is not None:
-        raise ValueError(
-            f'experts_implementation="{name}" {cause}. Use "eager", or leave it unset to let PEER choose.'
-        )
+        raise ValueError(_refusal(name, cause))
     return name
+
+
+def _refusal(name: str, cause: str) -> str:
+    return f'experts_implementation="{name}" {cause}. Use "eager", or leave it unset to let PEER choose.'
 
 
 @cache
 def _obstacle(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Only our own kernels know theirs; a function that someone else registered answers for itself."""
-    return obstacle(name, device_type, dtype) if name in IMPLEMENTATION_OF_DEVICE.values() else None
+    if name not in IMPLEMENTATION_OF_DEVICE.values():
+        return None
+    return obstacle(name, device_type, dtype) or defect(name)
 
 
 @cache
@@ -103,7 +154,38 @@ def _best_implementation(device_type: str, dtype: torch.dtype) -> str:
     name = IMPLEMENTATION_OF_DEVICE.get(device_type, "eager")
     cause = _obstacle(name, device_type, dtype)
     if cause is not None:
-        logger.warning(f'PEER runs experts_implementation="eager": "{name}", which is faster here, {cause}.')
+        _warn(f'PEER runs experts_implementation="eager": "{name}", which is faster here, {cause}.')
         return "eager"
     logger.info(f'PEER chose experts_implementation="{name}" for {dtype} tables on {device_type}.')
     return name
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once, also where tables and sub-keys differ in dtype and the cause is not theirs."""
+    logger.warning(message)
+
+
+class _OrEager(partial):
+    """A function of our own kernels, and what runs in its place when the compiler fails at its first call."""
+
+    def __call__(self, *args, **kwargs):
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception as error:
+            cause = give_up_after(error, self.implementation)
+            if cause is None:
+                raise
+            _obstacle.cache_clear()
+            _best_implementation.cache_clear()
+            if self.asked_for is not None:
+                raise ValueError(_refusal(self.asked_for, cause)) from error
+            _warn(f'PEER runs experts_implementation="eager": "{self.implementation}", which is faster here, {cause}.')
+        return None if self.eager is None else self.eager(*args, **kwargs)
+
+
+@cache
+def _or_eager(function: Callable, eager: Callable | None, asked_for: str | None, implementation: str) -> Callable:
+    guarded = _OrEager(function)
+    guarded.eager, guarded.asked_for, guarded.implementation = eager, asked_for, implementation
+    return guarded

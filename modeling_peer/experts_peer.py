@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers
+from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 
@@ -56,7 +56,7 @@ def expert_mixture(
     Returns:
         `(num_tokens, hidden_size)`, dtype of `hidden_states`.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_traced():
         read, write = _read, _write
     else:
         read = partial(_apply, _ReadExperts, row_sparse_gradients)
@@ -162,7 +162,12 @@ class _TableGradient:
         if self.rows is None:
             return values
         return torch.sparse_coo_tensor(
-            self.rows.unsqueeze(0), values, self.table.shape, is_coalesced=True, check_invariants=False
+            self.rows.unsqueeze(0),
+            values,
+            self.table.shape,
+            device=values.device,
+            is_coalesced=True,
+            check_invariants=False,
         )
 
 

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .auxiliary_losses_peer import AuxiliaryLosses
-from .backends_peer import LAYER_OF_FEW_FUNCTIONS, choose
+from .backends_peer import choose_layer_of_few, remember_forwards
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
-from .retrieval_peer import PeerRetrieval
+from .retrieval_peer import PeerBatchNorm, PeerLayerNorm, PeerRetrieval, PeerRMSNorm
+
+# A layer in one call takes the place of these.
+remember_forwards(PeerRetrieval, PeerExperts, PeerBatchNorm, PeerLayerNorm, PeerRMSNorm)
 
 
 class PeerLayer(nn.Module):
@@ -67,13 +70,13 @@ class PeerLayer(nn.Module):
         if torch.compiler.is_compiling():
             return None
         retrieval, experts = self._modules["retrieval"], self._modules["experts"]
-        if type(retrieval) is not PeerRetrieval or type(experts).forward is not PeerExperts.forward:
+        if type(retrieval) is not PeerRetrieval or not isinstance(experts, PeerExperts):
             return None
         sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
         # Offloaded tables come when the parts are called.
         if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
             return None
-        run = choose(LAYER_OF_FEW_FUNCTIONS, retrieval.config._experts_implementation, None, tables[1])
+        run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
         query_network = None if run is None else retrieval.query_network()
         if query_network is None:
             return None

@@ -167,7 +167,7 @@ def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
             if first in tables:
                 tables[name] = tables[first]
         elif dist.get_rank(group) == 0:
-            tables[name] = torch.empty(table.shape, dtype=table.dtype)
+            tables[name] = torch.empty(table.shape, dtype=table.dtype, device="cpu")
             blocks = tables[name].split(len(block))  # the first block is as large as any
             blocks[0].copy_(block)
             for rank, place in enumerate(blocks[1:], start=1):
@@ -189,7 +189,7 @@ def draw_rows_(table: torch.Tensor, std: float) -> None:
     for size, place, placement in zip(mesh.shape, mesh.get_coordinate(), table.placements, strict=True):
         if not placement.is_replicate():
             block = block * size + place
-    generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + block)
+    generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) + block)
     if not getattr(table, "_is_hf_initialized", False):
         table.to_local().normal_(std=std, generator=generator)
 

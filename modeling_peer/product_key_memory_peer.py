@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .auxiliary_losses_peer import AuxiliaryLosses
+from .backends_peer import remember_forwards
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
@@ -23,6 +24,9 @@ class PeerMemoryValues(PeerExperts):
     def reset_parameters(self):
         """As in the authors' code, standard deviation `hidden_size**-0.5`."""
         draw_rows_(self.up_embed, std=self.config.hidden_size**-0.5)
+
+
+remember_forwards(PeerMemoryValues)  # a layer in one call takes their place, too
 
 
 class PeerGateLinear(nn.Linear):

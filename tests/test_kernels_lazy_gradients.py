@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from modeling_peer import PeerForCausalLM
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS
 from modeling_peer.experts_peer import expert_mixture
 from modeling_peer.kernels.lazy_gradients import LazyRowGradient
-from modeling_peer.training import RowSparseAdamW
+from modeling_peer.training import RowSparseAdamW, clip_gradients
 
 pytest.importorskip("numba")
 NUM_EXPERTS, WIDTH, NUM_ACTIVE = 5000, 24, 6
@@ -282,3 +283,20 @@ def test_a_step_multiplies_out_row_by_row_what_it_would_be_given(lazy, dtype):
     for parameter in parameters:
         RowSparseAdamW([parameter], lr=0.01).step()
     torch.testing.assert_close(*parameters)
+
+
+def test_the_default_device_of_new_tensors_does_not_matter(tiny_config):
+    """Another than the model's, as a training script on a GPU sets it; meta stands for it here."""
+    model = PeerForCausalLM(tiny_config(num_sub_keys=32, row_sparse_gradients=True)).train()
+    optimizer = RowSparseAdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(1, 99, (2, 50))
+    table = model.model.layers[1].mlp.experts.up_embed
+    before = table.detach().clone()
+    with torch.device("meta"):
+        for _ in range(2):  # the second is added to the first
+            model(tokens, labels=tokens).loss.backward()
+        assert type(table.grad) is LazyRowGradient
+        assert table.grad.clone().to_dense().device.type == "cpu"
+        clip_gradients(model, 1.0)
+        optimizer.step()
+    assert (table != before).any()

@@ -159,5 +159,5 @@ def test_the_help_offers_no_expert_code_that_does_not_exist(group):
 
 def test_training_without_its_packages_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "evaluate" else name)
-    with pytest.raises(ModuleNotFoundError, match=r"not installed: evaluate.*pip install 'modeling_peer\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"not installed: evaluate.*pip install -e '\.\[train\]'"):
         importlib.reload(modeling_peer.training)

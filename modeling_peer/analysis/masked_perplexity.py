@@ -45,7 +45,7 @@ def masked_perplexity(
     nats, num_tokens = 0.0, 0
     generator = torch.Generator().manual_seed(0)  # the same masks for every model
     for tokens in tqdm(blocks.split(batch_size), desc="Scoring masked tokens", disable=not show_progress):
-        order = torch.rand(tokens.shape, generator=generator).argsort(dim=-1).to(model.device)
+        order = torch.rand(tokens.shape, generator=generator, device=generator.device).argsort(dim=-1).to(model.device)
         tokens = tokens.to(model.device)
         scored = ~torch.isin(tokens, special_ids)
         num_tokens += int(scored.sum())

@@ -78,4 +78,4 @@ def make_training_step(model: PreTrainedModel, row_sparse_gradients: bool) -> Ca
 def make_token_ids(vocab_size: int, shape: tuple[int, int], seed: int, number: int, device: str) -> torch.Tensor:
     """Random token ids `(batch_size, length)`, others for each number."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-    return torch.randint(vocab_size, shape, generator=generator).to(device)
+    return torch.randint(vocab_size, shape, generator=generator, device=generator.device).to(device)

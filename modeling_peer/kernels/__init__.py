@@ -9,10 +9,13 @@ optimizer_arguments.py              what an update of some rows may be given
 cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
 few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, a layer in one call: when, and how
 triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"
+cpu_probe.py, triton_probe.py       whether that works here
 """
 
 import os
+import traceback
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -25,6 +28,7 @@ _DTYPES = {
 }
 OLDEST_CAPABILITY = (8, 0)  # products of bfloat16, and of float32 in tf32, on tensor cores
 _COMPILERS = {"cpu": "numba", "triton": "triton"}
+_failures: dict[str, str] = {}  # of compilers that did not work for some kernel: why
 
 
 def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -34,7 +38,7 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
     """
     compiler = _COMPILERS[implementation]
     if not _is_installed(compiler):
-        return f"needs {compiler}, which is not installed: pip install modeling_peer[{implementation}]"
+        return f"needs {compiler}, which is not installed (pip install {compiler})"
     interpreted = implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if IMPLEMENTATION_OF_DEVICE.get(device_type) != implementation and not interpreted:
         return f"needs {'CPU' if implementation == 'cpu' else 'CUDA'} tensors; got {device_type}"
@@ -44,6 +48,42 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[implementation])
         return f"needs tables of {names}; got {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def defect(implementation: str) -> str | None:
+    """Why `implementation` can't run although its compiler is installed; `None` if it can.
+
+    Its modules are imported and a tiny kernel is run, once: Numba refuses some versions of NumPy, Triton wants a C
+    compiler, and so on.
+    """
+    if implementation not in _failures:
+        return _find_defect(implementation)
+    return _failures[implementation]
+
+
+@cache
+def _find_defect(implementation: str) -> str | None:
+    try:
+        import_module(f"{__package__}.{implementation}_probe").probe()
+    except Exception as error:
+        return _describe(implementation, error)
+    return None
+
+
+def give_up_after(error: Exception, implementation: str) -> str | None:
+    """If the compiler of `implementation` raised `error`, the cause, which `defect` then names from now on; `None` if
+    anything else did, a kernel that it compiled too."""
+    compilers = ("numba", "llvmlite") if implementation == "cpu" else ("triton.compiler", "triton.backends")
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if f"{frame.f_globals.get('__name__')}.".startswith(tuple(f"{name}." for name in compilers)):
+            return _failures.setdefault(implementation, _describe(implementation, error))
+    return None
+
+
+def _describe(implementation: str, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    cause = type(error).__name__ + (f": {lines[0]}" if lines else "")
+    return f"needs {_COMPILERS[implementation]}, which is installed but does not work here ({cause})"
 
 
 def _capability() -> tuple[int, int]:
@@ -59,4 +99,7 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 @cache
 def _is_installed(module: str) -> bool:
-    return find_spec(module) is not None
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # it was put into sys.modules by hand; `defect` says whether it works
+        return True

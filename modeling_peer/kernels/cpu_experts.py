@@ -79,7 +79,7 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
     weights = weights.to(torch.float32)
-    outputs = torch.empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32)
+    outputs = torch.empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32, device="cpu")
     ids, rows = ids_and_rows(expert_ids, table)
     _for_assignments(_write, expert_ids.numel(), borrowed(weights), ids, rows, borrowed(outputs))
     return outputs
@@ -137,7 +137,7 @@ def write_experts_gradients(
     `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
     touched, starts = segments(expert_ids, order)
     rows, values, targets = _gradient(touched, *table.shape, table.dtype, row_sparse)
-    grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32)
+    grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32, device="cpu")
     arguments = (floats(weights), floats(grad_outputs), array(order), array(starts), array(targets))
     arguments += (array(values), array(touched), array(table), array(grad_weights))
     _for_assignments(_sum_rows_and_read, expert_ids.numel(), *arguments)
@@ -164,7 +164,7 @@ def _sum_rows_and_read(weights, tokens, order, starts, targets, values, rows, ta
 def read_experts_in_order(products: OuterProducts, order: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """`read_experts` of the tokens that `products` are made of, whose assignments `order` sorted: (t * a,), float32.
     Each row is loaded once for all its assignments, and rows are met in the order in which they lie."""
-    results = torch.empty(len(order), dtype=torch.float32)
+    results = torch.empty(len(order), dtype=torch.float32, device="cpu")
     rows, starts, _, token_ids, tokens = map(array, products)
     _for_assignments(
         _read_in_order, len(order), tokens, token_ids, starts, rows, array(order), array(table), array(results)
@@ -183,8 +183,8 @@ def _read_in_order(tokens, token_ids, starts, rows, order, table, results, chunk
 
 def multiply_out(products: OuterProducts, dtype: torch.dtype) -> torch.Tensor:
     """Values (u, d) of their rows."""
-    values = torch.empty(len(products.rows), products.tokens.shape[1], dtype=dtype)
-    _multiply_out_into(products, torch.arange(len(values)), values)
+    values = torch.empty(len(products.rows), products.tokens.shape[1], dtype=dtype, device="cpu")
+    _multiply_out_into(products, torch.arange(len(values), device="cpu"), values)
     return values
 
 
@@ -203,7 +203,7 @@ def _multiply_out(starts, weights, token_ids, tokens, targets, values, chunk, nu
 
 def squared_norms(products: OuterProducts) -> torch.Tensor:
     """Of each of their rows, (u,), float32."""
-    norms = torch.empty(len(products.rows), dtype=torch.float32)
+    norms = torch.empty(len(products.rows), dtype=torch.float32, device="cpu")
     _for_assignments(_square, len(products.weights), *map(array, products[1:]), array(norms))
     return norms
 
@@ -226,7 +226,7 @@ def sum_products(total, start, stop, weights, token_ids, tokens):
 
 def segments(expert_ids: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`."""
-    rows, starts = torch.empty_like(order), torch.empty(len(order) + 1, dtype=torch.int64)
+    rows, starts = torch.empty_like(order), torch.empty(len(order) + 1, dtype=torch.int64, device="cpu")
     count = _find_segments(array(expert_ids.flatten()), array(order), array(rows), array(starts))
     # Clones: the full-length buffers would stay alive as long as the gradient.
     return rows[:count].clone(), starts[: count + 1].clone()
@@ -247,9 +247,13 @@ def _find_segments(ids, order, rows, starts):
 def _gradient(touched, num_experts, width, dtype, row_sparse):
     """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each that was touched."""
     if row_sparse:
-        return touched, torch.empty(len(touched), width, dtype=dtype), torch.arange(len(touched))
+        return (
+            touched,
+            torch.empty(len(touched), width, dtype=dtype, device="cpu"),
+            torch.arange(len(touched), device="cpu"),
+        )
     # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
-    return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype), touched
+    return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype, device="cpu"), touched
 
 
 def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -48,7 +48,7 @@ def run_layer(
     weight, bias, norm, eps = query_network
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     num_sub_keys, half = sub_keys.shape[-2:]
-    output = torch.empty(tokens.shape, dtype=torch.float32)
+    output = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
     down, up, gate = (None if table is None else rows_of(table) for table in tables)
     num_assignments = tokens.shape[0] * num_heads * top_k
     num_bytes = weight.nbytes + codebooks.nbytes + 2 * num_assignments * tables[1].shape[1] * tables[1].itemsize

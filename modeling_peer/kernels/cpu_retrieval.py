@@ -32,8 +32,8 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
     num_tokens, num_heads, query_dim = query.shape
     num_sub_keys = sub_keys.shape[-2]
     half = query_dim // 2
-    scores = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32)
-    expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64)
+    scores = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32, device="cpu")
+    expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64, device="cpu")
     # Heads with codebooks of their own search apart, each through every num_heads-th row of the queries.
     codebooks = sub_keys.to(torch.float32)
     num_rows, num_searches = num_tokens * num_heads, codebooks.numel() // (2 * num_sub_keys * half)
@@ -124,9 +124,9 @@ def product_key_top_k_backward(
     num_tokens, num_heads, top_k = expert_ids.shape
     num_sub_keys, half = sub_keys.shape[-2:]
     codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
-    grad_query = torch.empty(num_tokens, num_heads, 2 * half, dtype=torch.float32)
+    grad_query = torch.empty(num_tokens, num_heads, 2 * half, dtype=torch.float32, device="cpu")
     # Threads add up gradients of sub-keys apart, which stays small: as many values as sub-keys.
-    grad_sub_keys = torch.zeros(torch.get_num_threads(), *codebooks.shape, dtype=torch.float32)
+    grad_sub_keys = torch.zeros(torch.get_num_threads(), *codebooks.shape, dtype=torch.float32, device="cpu")
     cpu_threads.run(
         _search_backward,
         num_tokens * num_heads,

@@ -1,18 +1,27 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What Numba's Python cannot say: prefetching, bfloat16, masks.
+"""What Numba's Python cannot say: prefetching, bfloat16, masks."""
 
-Numba keeps compiled kernels on disk and compiles again when their own file changes; after a change of what kernels of
-other files call, as here, delete `kernels/__pycache__`.
-"""
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .cpu_cache import keep_compiled
+
 # Sums may be reordered and fused, so that they vectorise; unlike `fastmath=True`, NaN and infinity stay what they are.
 ARITHMETIC = {"reassoc", "contract", "arcp", "nsz"}
-compiled = njit(nogil=True, cache=True, fastmath=ARITHMETIC, error_model="numpy")
+
+
+def compiled(function: Callable) -> Callable:
+    """Decorator: a kernel, compiled for each combination of argument types when it is first called with them."""
+    dispatcher = njit(nogil=True, fastmath=ARITHMETIC, error_model="numpy")(function)
+    if dispatcher is function:
+        raise RuntimeError("NUMBA_DISABLE_JIT is set: Numba compiles nothing")
+    keep_compiled(dispatcher)
+    return dispatcher
+
 
 GROUPS = 64  # bits of a mask of scores, and a multiple of every `cpu_products.BLOCK_KEYS`
 

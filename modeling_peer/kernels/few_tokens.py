@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, SiLUActivation
 
-from .observers import are_ordinary, is_unobserved, somebody_looks
+from .observers import are_ordinary, is_unobserved, remember_forwards, somebody_looks
 
 _ACTIVATION_NAMES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", SiLUActivation: "silu"}
+_GELU = F.gelu
 _DTYPES = (torch.float32, torch.bfloat16)
+remember_forwards(GELUActivation, *_ACTIVATION_NAMES, nn.Linear)
 
 
 @cache
@@ -98,6 +100,6 @@ def _name_of(activation: Callable) -> str | None:
     """What `run_layer` calls an activation; None if it is none of its own, or somebody is to see it."""
     if activation is None or not is_unobserved(activation):
         return None
-    if type(activation) is GELUActivation and activation.act is F.gelu:
+    if type(activation) is GELUActivation and activation.act is _GELU is F.gelu:
         return "gelu"
     return _ACTIVATION_NAMES.get(type(activation))

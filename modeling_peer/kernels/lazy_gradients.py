@@ -7,6 +7,7 @@ An optimizer that knows these gradients multiplies out one row at a time, just b
 
 from functools import cache
 from importlib import import_module
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class OuterProducts(NamedTuple):
         Copies: what a layer was given, its caller may overwrite before the optimizer's step."""
         rows, starts = _kernels().segments(expert_ids, order)
         token_ids = order // max(1, expert_ids.shape[1])
-        tokens = torch.empty(tokens.shape, dtype=torch.float32).copy_(tokens)
+        tokens = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device).copy_(tokens)
         return cls(rows, starts, weights.flatten()[order].float(), token_ids, tokens)
 
     @classmethod
@@ -47,7 +48,7 @@ class OuterProducts(NamedTuple):
         if len(parts) == 1:
             return parts[0]
         expert_ids = torch.cat([part.rows.repeat_interleave(part.starts.diff()) for part in parts])
-        first_tokens = [0, *torch.tensor([len(part.tokens) for part in parts]).cumsum(0).tolist()]
+        first_tokens = accumulate((len(part.tokens) for part in parts), initial=0)
         token_ids = torch.cat([part.token_ids + first for part, first in zip(parts, first_tokens, strict=False)])
         order = _kernels().group_by_expert(expert_ids)
         weights, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "tokens"))
@@ -185,6 +186,7 @@ class _Content:
                 products.rows.unsqueeze(0),
                 products.values(self.dtype),
                 self.shape,
+                device=products.tokens.device,
                 is_coalesced=True,
                 check_invariants=False,
             )
@@ -215,8 +217,14 @@ def _new_empty(gradient, size, stride, **_):
     # Autograd's way to a copy, where somebody else holds the gradient; then comes `copy_`.
     if tuple(size) != tuple(gradient.shape):
         return NotImplemented
-    no_rows = torch.empty(1, 0, dtype=torch.int64), torch.empty(0, size[1], dtype=gradient.dtype)
-    return LazyRowGradient(_Content.of(torch.sparse_coo_tensor(*no_rows, size, check_invariants=False)))
+    device = gradient.device
+    rows, values = (
+        torch.empty(1, 0, dtype=torch.int64, device=device),
+        torch.empty(0, size[1], dtype=gradient.dtype, device=device),
+    )
+    return LazyRowGradient(
+        _Content.of(torch.sparse_coo_tensor(rows, values, size, device=device, check_invariants=False))
+    )
 
 
 def _copy_(gradient, other, non_blocking=False):

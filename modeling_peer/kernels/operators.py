@@ -208,7 +208,9 @@ def _may_be_lazy(ctx, expert_ids, table, *tensors):
 def _table_gradient(rows, values, table, row_sparse):
     if not row_sparse:
         return values
-    return torch.sparse_coo_tensor(rows.unsqueeze(0), values, table.shape, is_coalesced=True, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        rows.unsqueeze(0), values, table.shape, device=values.device, is_coalesced=True, check_invariants=False
+    )
 
 
 for _name, _autograd, _save in (

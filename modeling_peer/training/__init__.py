@@ -6,7 +6,7 @@ _MISSING = [name for name in ("accelerate", "datasets", "evaluate", "yaml") if f
 if _MISSING:
     raise ModuleNotFoundError(
         f"training needs packages that are not installed: {', '.join(_MISSING)}. "
-        "Install them with `pip install 'modeling_peer[train]'`.",
+        "Install them with `pip install -e '.[train]'` in a clone of PEER, or by name.",
         name=_MISSING[0],
     )
 

@@ -43,7 +43,7 @@ class MaskedBlocks(torch.utils.data.Dataset):
         require_mask_token(tokenizer)
         self.blocks = blocks
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by data-loader workers
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # seen by data-loader workers
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
 
     @property
@@ -65,8 +65,12 @@ class MaskedBlocks(torch.utils.data.Dataset):
         # a copy: it is masked in place
         input_ids, labels = (row[0] for row in self._collator.torch_mask_tokens(tokens.clone().unsqueeze(0)))
         if (labels == -100).all():  # a batch of these would have no loss
-            candidates = (~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids))).nonzero().flatten()
-            chosen = candidates[torch.randperm(len(candidates), generator=generator)[:1]]
+            candidates = (
+                (~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, device=tokens.device)))
+                .nonzero()
+                .flatten()
+            )
+            chosen = candidates[torch.randperm(len(candidates), generator=generator, device=generator.device)[:1]]
             labels[chosen], input_ids[chosen] = tokens[chosen], tokenizer.mask_token_id
         return {"input_ids": input_ids, "labels": labels}
 

@@ -139,9 +139,10 @@ class RowSparseAdamW(torch.optim.AdamW):
         slept = step - 1 - last_step[rows]
         last_step[rows] = step
         options = {"lr": lr, "betas": group["betas"], "weight_decay": group["weight_decay"]}
-        update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, table)
+        rows_here = local_rows(table)
+        update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, rows_here)
         update(
-            local_rows(table),
+            rows_here,
             local_rows(state["exp_avg"]),
             local_rows(state["exp_avg_sq"]),
             rows,

@@ -1,0 +1,87 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Compiled kernels on disk, where Numba keeps them: beside the package, or else in a folder of the user.
+
+Numba asks whether a kernel's own file changed. Kernels call those of other files, so here the whole folder is asked
+about. Where no folder can be written, or what lies there is damaged, kernels are compiled again by every process.
+"""
+
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+import llvmlite
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@cache
+def fingerprint() -> str:
+    """A digest of all files of this folder and of the compiler's version (Numba compares its own)."""
+    digest = hashlib.sha256(llvmlite.__version__.encode())
+    for file in sorted(files(__package__).iterdir(), key=lambda file: file.name):
+        if file.name.endswith((".py", ".pyc")):
+            contents = file.read_bytes()
+            digest.update(f"{file.name} {len(contents)} ".encode())
+            digest.update(contents)
+    return digest.hexdigest()
+
+
+class _KernelCacheImpl(CompileResultCacheImpl):
+    """Numba's way to write and read a compiled function, with the fingerprint in the index and beside the code: two
+    versions that run at the same time may write to the same files."""
+
+    def __init__(self, py_func):
+        super().__init__(py_func)
+        self.locator.get_source_stamp = fingerprint
+
+    def reduce(self, cres):
+        return fingerprint(), super().reduce(cres)
+
+    def rebuild(self, target_context, reduced_data):
+        written_by, reduced_data = reduced_data
+        return super().rebuild(target_context, reduced_data) if written_by == fingerprint() else None
+
+
+class _KernelCache(FunctionCache):
+    _impl_class = _KernelCacheImpl
+
+    def load_overload(self, sig, target_context):
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            _warn(f"compiled kernels in {self.cache_path} can't be read", error)
+            self._begin_again()
+            return None
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            _warn(f"compiled kernels can't be written to {self.cache_path}", error)
+            self.disable()
+
+    def _begin_again(self):
+        try:
+            self.flush()
+        except Exception:  # as where it can't be written: `save_overload` says so
+            self.disable()
+
+
+def keep_compiled(dispatcher) -> None:
+    """Have the function that Numba compiles (`njit`) kept on disk, if any folder will do."""
+    try:
+        dispatcher._cache = _KernelCache(dispatcher.py_func)
+    except Exception as error:
+        _warn("there is no folder for compiled kernels: set NUMBA_CACHE_DIR to one that can be written", error)
+
+
+_warned = []
+
+
+def _warn(what: str, error: Exception) -> None:
+    """Once a process: what happens to one kernel happens to the hundred others."""
+    if not _warned:
+        logger.warning(f"PEER compiles its CPU kernels in every process: {what} ({type(error).__name__}: {error}).")
+    _warned.append(what)

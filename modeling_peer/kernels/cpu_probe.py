@@ -1,0 +1,39 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Whether CPU kernels can be compiled and run here: everything they import, and a tiny one of them."""
+
+import numpy as np
+
+from . import cpu_optimizer, cpu_retrieval  # noqa: F401 (their imports are a part of the question)
+from .cpu_experts import dot_row
+from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
+from .cpu_simd import compiled, prefetch_row
+from .cpu_threads import in_parallel
+
+WIDTH = 8
+
+
+def probe() -> None:
+    """Compile and run what all kernels are made of: threads, prefetching, vectors. No tensor is needed, so that it
+    may run while PyTorch traces.
+
+    Raises:
+        Exception: of any kind, from whatever does not work.
+    """
+    rows, columns = np.ones((FEW_KEYS, WIDTH), np.float32), np.ones((WIDTH, FEW_ROWS), np.float32)
+    products, sums = np.zeros((FEW_KEYS, FEW_ROWS), np.float32), np.zeros(FEW_KEYS, np.float32)
+    _probe(rows, columns, products, sums)
+    if (products != WIDTH).any() or (sums != WIDTH).any():
+        raise ArithmeticError(f"sums of {WIDTH} ones came out as {products[0, 0]} and {sums[0]}")
+
+
+@compiled
+def _probe(rows, columns, products, sums):
+    score_few_block(rows, 0, columns, products, 0)
+    in_parallel(_sum_rows, (rows, columns, sums), 2, 1)
+
+
+@compiled
+def _sum_rows(rows, columns, sums, chunk, num_chunks):
+    for i in range(len(rows) * chunk // num_chunks, len(rows) * (chunk + 1) // num_chunks):
+        prefetch_row(rows, i)
+        sums[i] = dot_row(columns[:, 0].copy(), rows[i])

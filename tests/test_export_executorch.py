@@ -1,0 +1,18 @@
+"""Models exported to ExecuTorch compute what eager does."""
+
+import pytest
+from export_helpers import KINDS, build, export_and_compare, exporters
+
+for _tool in (
+    "executorch",
+    "ruamel.yaml",
+):
+    pytest.importorskip(_tool)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_exported_to_executorch_computes_what_eager_does(tiny_config, kind):
+    package = exporters()
+    export_and_compare(
+        package.ExecutorchExporter(), package.ExecutorchConfig(), build(kind, tiny_config), tolerance=1e-5
+    )

@@ -1,0 +1,16 @@
+"""Models exported to ONNX compute what eager does."""
+
+import pytest
+from export_helpers import KINDS, build, export_and_compare, exporters
+
+for _tool in (
+    "onnxruntime",
+    "onnxscript",
+):
+    pytest.importorskip(_tool)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_exported_to_onnx_computes_what_eager_does(tiny_config, kind):
+    package = exporters()
+    export_and_compare(package.OnnxExporter(), package.OnnxConfig(), build(kind, tiny_config), tolerance=1e-5)

@@ -1,0 +1,13 @@
+"""Models exported to OpenVINO compute what eager does."""
+
+import pytest
+from export_helpers import KINDS, build, export_and_compare, exporters
+
+for _tool in ("openvino",):
+    pytest.importorskip(_tool)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_exported_to_openvino_computes_what_eager_does(tiny_config, kind):
+    package = exporters()
+    export_and_compare(package.OpenVINOExporter(), package.OpenVINOConfig(), build(kind, tiny_config), tolerance=1e-5)

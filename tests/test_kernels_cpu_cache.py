@@ -1,0 +1,82 @@
+"""Compiled kernels on disk: never those of other source, and never a reason to fail."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+from modeling_peer import kernels
+
+# A kernel of one file that calls those of others.
+CODE = """
+from modeling_peer.kernels.cpu_probe import probe, _probe
+try:
+    probe()
+    print("as ever")
+except ArithmeticError:
+    print("changed")
+print(len(_probe.stats.cache_hits), "kept")
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, without compiled code."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(kernels.__file__).parents[1], tmp_path / "modeling_peer", ignore=ignored)
+    return tmp_path
+
+
+def run(package, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(package), **environment}
+    if environment.get("NUMBA_CACHE_DIR") is None:
+        environment.pop("NUMBA_CACHE_DIR", None)
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    ran = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.split("\n")[:2], [line for line in ran.stderr.splitlines() if "PEER" in line]
+
+
+@pytest.mark.parametrize("folder", ["beside the package", "of the user"])
+def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
+    chosen = {} if folder == "beside the package" else {"NUMBA_CACHE_DIR": str(package / "compiled")}
+    assert run(package, **chosen) == (["as ever", "0 kept"], [])
+    assert run(package, **chosen) == (["as ever", "1 kept"], [])
+    changed = package / "modeling_peer" / "kernels" / "cpu_experts.py"
+    text = changed.read_text(encoding="utf-8")
+    assert "total += token[i] * widen(row[i])" in text
+    changed.write_text(text.replace("total += token[i] *", "total += 3 * token[i] *"), encoding="utf-8")
+    assert run(package, **chosen) == (["changed", "0 kept"], [])
+    changed.write_text(text, encoding="utf-8")
+    assert run(package, **chosen) == (["as ever", "0 kept"], [])
+
+
+@pytest.mark.parametrize("ending", [".nbi", ".nbc"])
+def test_damaged_files_are_written_again(package, ending):
+    compiled = package / "compiled"
+    run(package, NUMBA_CACHE_DIR=str(compiled))
+    damaged = [path for path in compiled.rglob("*") if path.name.endswith(ending)]
+    assert damaged
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:20])
+    outputs, warnings = run(package, NUMBA_CACHE_DIR=str(compiled))
+    assert outputs == ["as ever", "0 kept"]
+    assert [str(compiled) in warning for warning in warnings] == [True]
+    assert run(package, NUMBA_CACHE_DIR=str(compiled)) == (["as ever", "1 kept"], [])
+
+
+def test_kernels_run_where_no_folder_can_be_written(package):
+    in_the_way = package / "file"  # root may write to any folder, but to none of this name
+    in_the_way.touch()
+    shutil.rmtree(package / "modeling_peer" / "kernels" / "__pycache__", ignore_errors=True)
+    (package / "modeling_peer" / "kernels" / "__pycache__").touch()
+    outputs, warnings = run(
+        package, HOME=str(in_the_way), XDG_CACHE_HOME=str(in_the_way), NUMBA_CACHE_DIR=str(in_the_way)
+    )
+    assert outputs == ["as ever", "0 kept"]
+    assert ["NUMBA_CACHE_DIR" in warning for warning in warnings] == [True]
