@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from . import cpu_threads
-from .cpu_experts import sum_products
+from .cpu_experts import all_below, sum_products
 from .cpu_memory import array, move_to_huge_pages
 from .cpu_simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
 from .lazy_gradients import OuterProducts
@@ -29,7 +29,13 @@ def adamw_rows_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect."""
+    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect.
+
+    Raises:
+        ValueError: sizes or dtypes do not fit, as after loading the state of another optimizer.
+        IndexError: `rows` are not ascending rows of the table.
+    """
+    _check(table, exp_avg, exp_avg_sq, rows, gradients, asleep)
     beta1, beta2 = betas
     factors = np.array(
         [1 - lr * weight_decay, beta1, beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps], np.float32
@@ -45,6 +51,51 @@ def adamw_rows_(
     tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows)]
     arguments = (*tensors, values, products, array(asleep), factors, step)
     cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
+
+
+def _check(table, exp_avg, exp_avg_sq, rows, gradients, asleep):
+    """Kernels know a tensor by its address and would write beyond it."""
+    num_rows, width = rows.shape[0] if rows.dim() == 1 else -1, table.shape[-1]
+    if isinstance(gradients, OuterProducts):
+        _check_products(gradients, num_rows, width)
+    elif gradients.shape != (num_rows, width):
+        raise ValueError(f"gradients {tuple(gradients.shape)} must be ({num_rows}, {width}): rows of the table.")
+    if (
+        table.dim() != 2
+        or exp_avg.shape != table.shape
+        or exp_avg_sq.shape not in (table.shape, (table.shape[0], 1))
+        or asleep.shape != (num_rows, 4)
+    ):
+        raise ValueError(
+            f"exp_avg {tuple(exp_avg.shape)}, exp_avg_sq {tuple(exp_avg_sq.shape)}, rows {tuple(rows.shape)} and "
+            f"asleep {tuple(asleep.shape)} do not fit a table {tuple(table.shape)}. Is the optimizer's state that of "
+            "another model?"
+        )
+    floats = (table, exp_avg, exp_avg_sq, *((gradients,) if isinstance(gradients, torch.Tensor) else ()))
+    if rows.dtype != torch.int64 or any(tensor.dtype not in (torch.float32, torch.bfloat16) for tensor in floats):
+        dtypes = ", ".join(str(tensor.dtype) for tensor in floats)
+        raise ValueError(f"The table and its moments must be float32 or bfloat16, and rows int64; got {dtypes}.")
+    if not all_below(array(rows), table.shape[0]) or (rows[1:] <= rows[:-1]).any():
+        raise IndexError(f"rows must ascend, each once, within the table's {table.shape[0]}.")
+
+
+def _check_products(products, num_rows, width):
+    rows, starts, weights, token_ids, tokens = products
+    fits = (
+        rows.shape == (num_rows,)
+        and starts.shape == (num_rows + 1,)
+        and weights.dim() == 1
+        and weights.shape == token_ids.shape
+        and tokens.dim() == 2
+        and tokens.shape[1] == width
+    )
+    if not fits:
+        shapes = ", ".join(str(tuple(part.shape)) for part in products)
+        raise ValueError(f"Products of shapes {shapes} are no gradients of {num_rows} rows of width {width}.")
+    if starts[0] != 0 or starts[-1] != len(weights) or (starts[1:] < starts[:-1]).any():
+        raise ValueError(f"starts must ascend from 0 to {len(weights)}.")
+    if not all_below(array(token_ids), len(tokens)):
+        raise IndexError(f"token_ids must lie below {len(tokens)}.")
 
 
 @compiled

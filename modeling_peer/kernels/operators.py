@@ -431,9 +431,9 @@ def expert_mixture(
             f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
         )
     expert_ids = expert_ids.to(torch.int64)
-    # Sorted once, for the backward of every table.
+    # Sorted once, for the backward of every table; `torch.jit.trace` would keep what only some calls need.
     order = None
-    if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
+    if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(table.requires_grad for table in tables):
         order = _group(expert_ids, implementation)
     weights = gates.to(torch.float32)
     if down_embed is not None:
