@@ -50,7 +50,8 @@ def token_tiles(query: torch.Tensor, sub_keys: torch.Tensor, max_scores: int) ->
     """Slices of tokens whose scores stay within `max_scores` values a codebook; at least one token each."""
     num_tokens, num_heads, _ = query.shape
     size = max(1, max_scores // (num_heads * sub_keys.shape[-2]))
-    # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number.
+    # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number,
+    # by `torch.jit.trace` in silence.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or num_tokens <= size:
         return [slice(None)]
     return [slice(start, start + size) for start in range(0, num_tokens, size)]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from . import cpu_threads
+from .checks import check_ids_exist, raise_unsorted
 from .cpu_memory import array, borrowed, floats, move_to_huge_pages
 from .cpu_simd import compiled, narrow, prefetch_row, widen
 from .lazy_gradients import OuterProducts
@@ -31,7 +32,10 @@ def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
     ids = expert_ids.flatten()
     order = torch.empty_like(ids)
     if len(ids):
-        _radix_argsort(array(ids), int(ids.max()), array(order))
+        lowest, highest = (int(bound) for bound in ids.aminmax())
+        if lowest < 0:
+            raise IndexError(f"expert_ids lie from {lowest} to {highest}: an expert's id is 0 or more.")
+        _radix_argsort(array(ids), highest, array(order))
     return order
 
 
@@ -119,7 +123,7 @@ def row_gradients(
         rows: ascending experts that were assigned to, `(u,)`; empty when not `row_sparse`.
         values: their gradients, `(u, d)`; or of all experts, `(num_experts, d)`.
     """
-    products = OuterProducts.group(expert_ids, order, weights, tokens)
+    products = OuterProducts.group(expert_ids, order, weights, tokens, num_experts)
     rows, values, targets = _gradient(products.rows, num_experts, tokens.shape[1], dtype, row_sparse)
     _multiply_out_into(products, targets, values)
     return rows, values
@@ -135,7 +139,7 @@ def write_experts_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `write_experts` for `grad_outputs` (t, d): of `weights`, (t, a), and of `table`, as
     `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
-    touched, starts = segments(expert_ids, order)
+    touched, starts = segments(expert_ids, order, table.shape[0])
     rows, values, targets = _gradient(touched, *table.shape, table.dtype, row_sparse)
     grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32, device="cpu")
     arguments = (floats(weights), floats(grad_outputs), array(order), array(starts), array(targets))
@@ -224,22 +228,38 @@ def sum_products(total, start, stop, weights, token_ids, tokens):
         add_row(total, weights[j], tokens[token_ids[j]])
 
 
-def segments(expert_ids: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`."""
+def segments(expert_ids: torch.Tensor, order: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`.
+
+    Raises:
+        ValueError: `order` is not `group_by_expert(expert_ids)`.
+        IndexError: some of `num_experts` experts do not exist.
+    """
+    ids = expert_ids.flatten()
     rows, starts = torch.empty_like(order), torch.empty(len(order) + 1, dtype=torch.int64, device="cpu")
-    count = _find_segments(array(expert_ids.flatten()), array(order), array(rows), array(starts))
+    count = _find_segments(array(ids), array(order), array(rows), array(starts)) if len(ids) == len(order) else -1
+    if count < 0:
+        raise_unsorted(order)
+    if count and not 0 <= int(rows[0]) <= int(rows[count - 1]) < num_experts:
+        check_ids_exist(ids, num_experts)
     # Clones: the full-length buffers would stay alive as long as the gradient.
     return rows[:count].clone(), starts[: count + 1].clone()
 
 
 @compiled
 def _find_segments(ids, order, rows, starts):
+    """How many there are; -1 where `order` does not sort all positions by id, then by themselves: kernels would read
+    beyond memory, or leave some without a result."""
     count = 0
     for i in range(len(order)):
+        if not 0 <= order[i] < len(ids):
+            return -1
         expert_id = ids[order[i]]
-        if count == 0 or rows[count - 1] != expert_id:
+        if count == 0 or rows[count - 1] < expert_id:
             rows[count], starts[count] = expert_id, i
             count += 1
+        elif rows[count - 1] > expert_id or order[i - 1] >= order[i]:
+            return -1
     starts[count] = len(order)
     return count
 
@@ -259,9 +279,8 @@ def _gradient(touched, num_experts, width, dtype, row_sparse):
 def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Both as borrowed arrays, when the experts exist."""
     ids, num_experts = borrowed(expert_ids), table.shape[0]
-    if not _all_below(ids, num_experts):
-        lowest, highest = (int(bound) for bound in expert_ids.aminmax())
-        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {num_experts} experts.")
+    if not all_below(ids, num_experts):
+        check_ids_exist(expert_ids, num_experts)
     return ids, rows_of(table)
 
 
@@ -272,7 +291,7 @@ def rows_of(table: torch.Tensor) -> np.ndarray:
 
 
 @compiled
-def _all_below(expert_ids, num_experts):
+def all_below(expert_ids, num_experts):
     outside = 0
     for expert_id in expert_ids.reshape(-1):
         outside += (expert_id < 0) | (expert_id >= num_experts)

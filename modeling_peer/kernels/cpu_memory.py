@@ -38,10 +38,10 @@ _TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8"}
 
 def array(tensor: torch.Tensor) -> np.ndarray:
     """The memory of a contiguous tensor for NumPy, bfloat16 as uint16."""
-    assert tensor.is_contiguous()
+    _check_contiguous(tensor)
     if not tensor.numel():
         return np.empty(tensor.shape, _TYPES[tensor.dtype])
-    return np.asarray(_Memory(tensor.data_ptr(), tensor.shape, tensor.dtype, owner=tensor))
+    return np.asarray(_Memory(_check_address(tensor.data_ptr()), tensor.shape, tensor.dtype, owner=tensor))
 
 
 def as_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,13 +60,25 @@ def borrowed(tensor: torch.Tensor, *shape: int) -> np.ndarray:
 
     In a decoding loop tables stay where they are, and the rest takes turns at few places: 0.4 instead of 1.5 us for
     each of a token's dozen arrays."""
-    assert tensor.is_contiguous()
+    _check_contiguous(tensor)
     return _array_at(tensor.data_ptr(), shape or tensor.shape, tensor.dtype)
 
 
 @lru_cache(maxsize=256)
 def _array_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-    return np.empty(shape, _TYPES[dtype]) if 0 in shape else np.asarray(_Memory(address, shape, dtype))
+    return np.empty(shape, _TYPES[dtype]) if 0 in shape else np.asarray(_Memory(_check_address(address), shape, dtype))
+
+
+# Errors, not assertions: with `python -O` a kernel would read what lies behind the tensor.
+def _check_contiguous(tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"A tensor {tuple(tensor.shape)} of strides {tensor.stride()} is not contiguous.")
+
+
+def _check_address(address: int) -> int:
+    if not address:
+        raise ValueError("A tensor has no memory: its storage was freed, as FSDP frees that of parameters.")
+    return address
 
 
 def move_to_huge_pages(table: torch.Tensor) -> None:

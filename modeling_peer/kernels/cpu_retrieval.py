@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from . import cpu_filter, cpu_threads
+from .checks import check_ids_exist
+from .cpu_experts import all_below
 from .cpu_few_tokens import MIN_BLOCKED_ROWS, search_few
 from .cpu_filter import filtered_top_k
 from .cpu_memory import array, borrowed
@@ -123,6 +125,8 @@ def product_key_top_k_backward(
     """Gradients of `query` and `sub_keys`, float32. Bit-identical from run to run for one number of threads."""
     num_tokens, num_heads, top_k = expert_ids.shape
     num_sub_keys, half = sub_keys.shape[-2:]
+    if not all_below(array(expert_ids), num_sub_keys**2):
+        check_ids_exist(expert_ids, num_sub_keys**2)
     codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
     grad_query = torch.empty(num_tokens, num_heads, 2 * half, dtype=torch.float32, device="cpu")
     # Threads add up gradients of sub-keys apart, which stays small: as many values as sub-keys.

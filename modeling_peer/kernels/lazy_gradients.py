@@ -33,11 +33,17 @@ class OuterProducts(NamedTuple):
 
     @classmethod
     def group(
-        cls, expert_ids: torch.Tensor, order: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor
+        cls,
+        expert_ids: torch.Tensor,
+        order: torch.Tensor,
+        weights: torch.Tensor,
+        tokens: torch.Tensor,
+        num_experts: int,
     ) -> "OuterProducts":
-        """Of assignments `expert_ids` (t, a) with `weights` (t, a), whose positions `order` (t * a,) sorts by expert.
+        """Of assignments `expert_ids` (t, a) with `weights` (t, a), whose positions `order` (t * a,) sorts by expert;
+        raises as `cpu_experts.segments` where it does not, or an expert does not exist.
         Copies: what a layer was given, its caller may overwrite before the optimizer's step."""
-        rows, starts = _kernels().segments(expert_ids, order)
+        rows, starts = _kernels().segments(expert_ids, order, num_experts)
         token_ids = order // max(1, expert_ids.shape[1])
         tokens = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device).copy_(tokens)
         return cls(rows, starts, weights.flatten()[order].float(), token_ids, tokens)
@@ -52,7 +58,8 @@ class OuterProducts(NamedTuple):
         token_ids = torch.cat([part.token_ids + first for part, first in zip(parts, first_tokens, strict=False)])
         order = _kernels().group_by_expert(expert_ids)
         weights, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("weights", "tokens"))
-        return cls(*_kernels().segments(expert_ids, order), weights[order], token_ids[order], tokens)
+        num_experts = 1 + int(max((part.rows.max() for part in parts if len(part.rows)), default=-1))
+        return cls(*_kernels().segments(expert_ids, order, num_experts), weights[order], token_ids[order], tokens)
 
     @property
     def nbytes(self) -> int:

@@ -17,11 +17,25 @@ from importlib import import_module
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
+from . import flops
+from .checks import (
+    check_assigned,
+    check_assignments,
+    check_name,
+    check_retrieval,
+    check_retrieved,
+    check_top_k,
+)
 from .lazy_gradients import LazyRowGradient, OuterProducts
 from .observers import somebody_looks
+from .sub_key_ids import sub_key_ids_of
 
-_library = torch.library.Library("modeling_peer", "DEF")
+# What each operator does, by name and part: "run" it, "fake" its results, and, of one with gradients, "save" what its
+# "backward" needs.
+_PARTS: dict[str, dict[str, Callable]] = {}
 
 
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
@@ -30,9 +44,8 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
     def define(function):
         name = schema.partition("(")[0]
-        _library.define(schema)
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"modeling_peer::{name}", fake, lib=_library)
+        _PARTS[name] = {"run": function, "fake": fake}
+        _define_once(name, schema)
         operator = getattr(torch.ops.modeling_peer, name).default
 
         def call(*args):
@@ -43,13 +56,61 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
     return define
 
 
+def _define_once(name: str, schema: str) -> None:
+    """PyTorch defines an operator once in a process; this module may be imported again, as notebooks and test runners
+    do. So what PyTorch keeps asks the module that was imported last (`_part`), and stays valid for who holds it."""
+    namespace = torch.ops.modeling_peer
+    state = vars(namespace).get("modeling_peer_definitions")
+    if state is None:
+        state = torch.library.Library("modeling_peer", "DEF"), {}
+        namespace.modeling_peer_definitions = state
+    library, schemas = state
+    if schemas.setdefault(name, schema) != schema:
+        raise RuntimeError(
+            f"modeling_peer::{name} was defined by another version of modeling_peer in this process. Restart Python."
+        )
+    if not torch._C._dispatch_has_kernel(f"modeling_peer::{name}"):
+        library.define(schema)
+        library.impl(name, _part(name, "run"), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"modeling_peer::{name}", _part(name, "fake"), lib=library)
+        if name in _DIFFERENTIABLE:
+            torch.library.register_autograd(
+                f"modeling_peer::{name}", _part(name, "backward"), setup_context=_part(name, "save"), lib=library
+            )
+        if hasattr(flops, name):
+            register_flop_formula(getattr(torch.ops.modeling_peer, name))(_part(name, "flops"))
+
+
+def _part(name: str, part: str) -> Callable:
+    module_name = __name__  # not the module: it would live as long as the process
+
+    def call(*args, **kwargs):
+        module = import_module(module_name)
+        function = getattr(module.flops, name) if part == "flops" else module._PARTS[name][part]
+        return function(*args, **kwargs)
+
+    return call
+
+
+_DIFFERENTIABLE = (
+    "product_key_top_k",
+    "product_key_top_k_backward",
+    "read_experts",
+    "write_experts",
+    "row_gradients",
+    "write_experts_gradients",
+)
+
+
 @cache
 def _retrieval(implementation: str):
+    check_name(implementation)
     return import_module(f"{__package__}.{implementation}_retrieval")
 
 
 @cache
 def _experts(implementation: str):
+    check_name(implementation)
     return import_module(f"{__package__}.{implementation}_experts")
 
 
@@ -61,6 +122,8 @@ def _experts(implementation: str):
     ),
 )
 def _top_k(query, sub_keys, top_k, implementation):
+    check_retrieval(query, sub_keys, implementation)
+    check_top_k(top_k, sub_keys)
     return _retrieval(implementation).product_key_top_k(query.contiguous(), sub_keys.contiguous(), top_k)
 
 
@@ -73,8 +136,9 @@ def _top_k(query, sub_keys, top_k, implementation):
     ),
 )
 def _top_k_backward(grad_scores, expert_ids, query, sub_keys, implementation):
+    check_retrieved(grad_scores, expert_ids, query, sub_keys, implementation)
     return _retrieval(implementation).product_key_top_k_backward(
-        grad_scores.contiguous(), expert_ids.contiguous(), query.contiguous(), sub_keys.contiguous()
+        _float32(grad_scores), expert_ids.contiguous(), query.contiguous(), sub_keys.contiguous()
     )
 
 
@@ -83,6 +147,7 @@ def _top_k_backward(grad_scores, expert_ids, query, sub_keys, implementation):
     lambda expert_ids, implementation: expert_ids.new_empty(expert_ids.numel()),
 )
 def _group(expert_ids, implementation):
+    check_assigned(expert_ids, implementation)
     return _experts(implementation).group_by_expert(expert_ids.contiguous())
 
 
@@ -92,6 +157,7 @@ def _group(expert_ids, implementation):
     lambda tokens, expert_ids, *_: tokens.new_empty(expert_ids.shape, dtype=torch.float32),
 )
 def _read(tokens, expert_ids, table, order, row_sparse, implementation):
+    check_assignments(expert_ids, *_of(table), implementation, tokens=tokens, table=table)
     return _experts(implementation).read_experts(tokens.contiguous(), expert_ids.contiguous(), table.contiguous())
 
 
@@ -101,7 +167,16 @@ def _read(tokens, expert_ids, table, order, row_sparse, implementation):
     lambda weights, expert_ids, table, *_: weights.new_empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32),
 )
 def _write(weights, expert_ids, table, order, row_sparse, implementation):
-    return _experts(implementation).write_experts(weights.contiguous(), expert_ids.contiguous(), table.contiguous())
+    check_assignments(expert_ids, *_of(table), implementation, weights=weights, table=table)
+    return _experts(implementation).write_experts(_float32(weights), expert_ids.contiguous(), table.contiguous())
+
+
+def _of(table):
+    return table.shape[0] if table.dim() else 0, table.dtype
+
+
+def _float32(values):
+    return values.to(torch.float32).contiguous()
 
 
 def _fake_gradient(like, num_experts, width, dtype, row_sparse):
@@ -118,9 +193,9 @@ def _fake_gradient(like, num_experts, width, dtype, row_sparse):
     ),
 )
 def _row_gradients(weights, tokens, expert_ids, order, num_experts, dtype, row_sparse, implementation):
-    return _experts(implementation).row_gradients(
-        weights.contiguous(), tokens.contiguous(), expert_ids.contiguous(), order, num_experts, dtype, row_sparse
-    )
+    check_assignments(expert_ids, num_experts, dtype, implementation, weights=weights, tokens=tokens, order=order)
+    assignments = (_float32(weights), tokens.contiguous(), expert_ids.contiguous(), order.contiguous())
+    return _experts(implementation).row_gradients(*assignments, num_experts, dtype, row_sparse)
 
 
 @_operator(
@@ -132,11 +207,20 @@ def _row_gradients(weights, tokens, expert_ids, order, num_experts, dtype, row_s
     ),
 )
 def _write_gradients(grad_outputs, weights, expert_ids, order, table, row_sparse, implementation):
+    check_assignments(
+        expert_ids,
+        *_of(table),
+        implementation,
+        tokens=grad_outputs,
+        weights=weights,
+        table=table,
+        order=order,
+    )
     return _experts(implementation).write_experts_gradients(
         grad_outputs.contiguous(),
-        weights.contiguous(),
+        _float32(weights),
         expert_ids.contiguous(),
-        order,
+        order.contiguous(),
         table.contiguous(),
         row_sparse,
     )
@@ -167,7 +251,8 @@ def _read_autograd(ctx, grad_products):
     if ctx.needs_input_grad[2]:
         order = _group(expert_ids, ctx.implementation) if order is None else order
         if _may_be_lazy(ctx, expert_ids, table, grad_products, tokens):
-            grad_table = LazyRowGradient.of([OuterProducts.group(expert_ids, order, grad_products, tokens)], table)
+            products = OuterProducts.group(expert_ids, order, grad_products, tokens, table.shape[0])
+            grad_table = LazyRowGradient.of([products], table)
         else:
             assignments = (grad_products, tokens, expert_ids, order)
             rows, values = _row_gradients(
@@ -183,7 +268,7 @@ def _write_autograd(ctx, grad_outputs):
     if ctx.needs_input_grad[2]:
         order = _group(expert_ids, ctx.implementation) if order is None else order
         if _may_be_lazy(ctx, expert_ids, table, grad_outputs, weights):
-            products = OuterProducts.group(expert_ids, order, weights, grad_outputs)
+            products = OuterProducts.group(expert_ids, order, weights, grad_outputs, table.shape[0])
             grad_table = LazyRowGradient.of([products], table)
             read = _experts(ctx.implementation).read_experts_in_order
             grad_weights = read(products, order, table.contiguous()).view(weights.shape)
@@ -213,12 +298,91 @@ def _table_gradient(rows, values, table, row_sparse):
     )
 
 
-for _name, _autograd, _save in (
+# A gradient of a gradient: what the backwards compute is linear in each of their arguments, and thus made of the same
+# operators, as often as somebody differentiates.
+
+
+def _save_top_k_backward(ctx, inputs, output):
+    *tensors, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _top_k_backward_autograd(ctx, of_query, of_sub_keys):
+    """For gradients `of_query` and `of_sub_keys`, in whose places stand query and sub-keys in turn."""
+    grad_scores, expert_ids, query, sub_keys = ctx.saved_tensors
+    grad_query, _ = _top_k_backward(grad_scores, expert_ids, query, of_sub_keys, ctx.implementation)
+    _, grad_sub_keys = _top_k_backward(
+        grad_scores, expert_ids, of_query.to(torch.float32), sub_keys, ctx.implementation
+    )
+    half, ids = sub_keys.shape[-1], sub_key_ids_of(expert_ids, sub_keys)
+    scores = sum(
+        _read(queries.reshape(-1, half), ids, keys.reshape(-1, half), None, False, ctx.implementation)
+        for queries, keys in ((of_query, sub_keys), (query, of_sub_keys))
+    )
+    scores = scores.view(*expert_ids.shape[:2], 2, -1).sum(2)
+    return scores.to(grad_scores.dtype), None, grad_query, grad_sub_keys.to(sub_keys.dtype), None
+
+
+def _save_row_gradients(ctx, inputs, output):
+    weights, tokens, expert_ids, _, _, _, ctx.row_sparse, ctx.implementation = inputs
+    ctx.save_for_backward(weights, tokens, expert_ids, output[0])
+
+
+def _save_write_gradients(ctx, inputs, output):
+    *tensors, ctx.row_sparse, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _places(ctx, expert_ids, rows):
+    """Of experts among the rows of a gradient."""
+    return torch.searchsorted(rows, expert_ids) if ctx.row_sparse else expert_ids
+
+
+def _row_gradients_autograd(ctx, _, of_values):
+    weights, tokens, expert_ids, rows = ctx.saved_tensors
+    places = _places(ctx, expert_ids, rows)
+    grad_weights = _read(tokens, places, of_values, None, False, ctx.implementation)
+    grad_tokens = _write(weights, places, of_values, None, False, ctx.implementation)
+    return grad_weights.to(weights.dtype), grad_tokens.to(tokens.dtype), *[None] * 6
+
+
+def _write_gradients_autograd(ctx, of_weights, _, of_values):
+    grad_outputs, weights, expert_ids, order, table, rows = ctx.saved_tensors
+    places = _places(ctx, expert_ids, rows)
+    tail = (None, False, ctx.implementation)
+    grad_grad_outputs = _write(of_weights, expert_ids, table, *tail) + _write(weights, places, of_values, *tail)
+    grad_weights = _read(grad_outputs, places, of_values, *tail)
+    _, grad_table = _row_gradients(
+        of_weights, grad_outputs, expert_ids, order, table.shape[0], table.dtype, False, ctx.implementation
+    )
+    return (
+        grad_grad_outputs.to(grad_outputs.dtype),
+        grad_weights.to(weights.dtype),
+        None,
+        None,
+        grad_table,
+        None,
+        None,
+    )
+
+
+for _name, _backward, _save in (
     ("product_key_top_k", _top_k_autograd, _save_top_k),
+    ("product_key_top_k_backward", _top_k_backward_autograd, _save_top_k_backward),
     ("read_experts", _read_autograd, _save_inputs),
     ("write_experts", _write_autograd, _save_inputs),
+    ("row_gradients", _row_gradients_autograd, _save_row_gradients),
+    ("write_experts_gradients", _write_gradients_autograd, _save_write_gradients),
 ):
-    torch.library.register_autograd(f"modeling_peer::{_name}", _autograd, setup_context=_save, lib=_library)
+    _PARTS[_name].update(backward=_backward, save=_save)
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation wants more than numbers and gradients of them: the readable
+    functions beside the modules give it to them, in plain PyTorch."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def adamw_rows_(*args, implementation: str, **kwargs) -> None:
@@ -230,13 +394,14 @@ def product_key_top_k(
     query: torch.Tensor, sub_keys: torch.Tensor, top_k: int, *, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`product_keys_peer.product_key_top_k`, the same arguments and results, computed by `implementation`."""
-    num_sub_keys, half = sub_keys.shape[-2:]
+    if _is_transformed():
+        return import_module("modeling_peer.product_keys_peer").product_key_top_k(query, sub_keys, top_k)
+    half = sub_keys.shape[-1]
     if query.shape[-1] != 2 * half:
         raise ValueError(f"query has {query.shape[-1]} features, sub_keys two halves of {half}: they must agree.")
     if sub_keys.dim() == 4 and sub_keys.shape[0] != query.shape[1]:
         raise ValueError(f"query has {query.shape[1]} heads, sub_keys {sub_keys.shape[0]}: they must agree.")
-    if top_k > num_sub_keys:
-        raise ValueError(f"top_k ({top_k}) exceeds the {num_sub_keys} sub-keys of a codebook.")
+    check_top_k(top_k, sub_keys)
     return _top_k(query.to(torch.float32), sub_keys, top_k, implementation)
 
 
@@ -253,6 +418,9 @@ def expert_mixture(
     implementation: str,
 ) -> torch.Tensor:
     """`experts_peer.expert_mixture`, the same arguments and results, computed by `implementation`."""
+    if _is_transformed():
+        arguments = (hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed, activation)
+        return import_module("modeling_peer.experts_peer").expert_mixture(*arguments)
     tables = [table for table in (down_embed, up_embed, gate_embed) if table is not None]
     for table in tables:
         if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:
@@ -264,9 +432,10 @@ def expert_mixture(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
             f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
         )
-    # Sorted once, for the backward of every table.
+    expert_ids = expert_ids.to(torch.int64)
+    # Sorted once, for the backward of every table; `torch.jit.trace` would keep what only some calls need.
     order = None
-    if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
+    if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(table.requires_grad for table in tables):
         order = _group(expert_ids, implementation)
     weights = gates.to(torch.float32)
     if down_embed is not None:

@@ -11,12 +11,16 @@ run, and what a token reads and writes does not depend on its batch. Ids meet th
 2048 are 2**31 elements. Grids are one-dimensional, since CUDA ends the other axes at 65535. Width and active experts
 are compiled in: a model has one of each, and most divisions and masks vanish.
 
-Tensors in, tensors out, all contiguous; shapes are checked by the operators that call these functions.
+Tensors in, tensors out, all dense in memory; shapes are checked by the operators that call these functions (`checks`).
+An id that does not exist is not read: what it would have given is NaN, since raising would have the host wait for the
+GPU. Its gradient is dropped; where the host waits anyway, for row-sparse gradients, it raises.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from .checks import check_ids_exist
 
 # Elements of table rows that a program of 4 warps loads at a time: 64 a thread, in bfloat16 eight loads of 16 bytes in
 # flight. Reading wants long pieces of few rows, so that sums over the width stay few; writing the reverse. Smaller
@@ -41,12 +45,13 @@ FUSED = {"enable_fp_fusion": True}
 # ------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])  # one compilation for tables of many sizes
 def read_experts_kernel(
     tokens_ptr,
     expert_ids_ptr,
     table_ptr,
     pre_ptr,
+    num_experts,
     NUM_ACTIVE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -57,24 +62,28 @@ def read_experts_kernel(
     t = (tl.program_id(0) // num_blocks).to(tl.int64)
     a = tl.program_id(0) % num_blocks * BLOCK_A + tl.arange(0, BLOCK_A)
     is_active = a < NUM_ACTIVE
-    row_starts = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64) * WIDTH
+    expert_ids = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64)
+    exists = (expert_ids >= 0) & (expert_ids < num_experts)
+    row_starts = expert_ids * WIDTH
 
     products = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         token = tl.load(tokens_ptr + t * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
-        mask = is_active[:, None] & (d < WIDTH)[None, :]
+        mask = (is_active & exists)[:, None] & (d < WIDTH)[None, :]
         rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         products += rows * token[None, :]
-    tl.store(pre_ptr + t * NUM_ACTIVE + a, tl.sum(products, axis=1), mask=is_active)
+    pre = tl.where(exists, tl.sum(products, axis=1), float("nan"))
+    tl.store(pre_ptr + t * NUM_ACTIVE + a, pre, mask=is_active)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def write_experts_kernel(
     weights_ptr,
     expert_ids_ptr,
     table_ptr,
     out_ptr,
+    num_experts,
     NUM_ACTIVE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -90,8 +99,11 @@ def write_experts_kernel(
         a = start + tl.arange(0, BLOCK_A)
         is_active = a < NUM_ACTIVE
         weights = tl.load(weights_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0.0)
-        row_starts = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64) * WIDTH
-        mask = is_active[:, None] & (d < WIDTH)[None, :]
+        expert_ids = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64)
+        exists = (expert_ids >= 0) & (expert_ids < num_experts)
+        weights = tl.where(exists | (a >= NUM_ACTIVE), weights, float("nan"))
+        row_starts = expert_ids * WIDTH
+        mask = (is_active & exists)[:, None] & (d < WIDTH)[None, :]
         rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(weights[:, None] * rows, axis=0)
     tl.store(out_ptr + t * WIDTH + d, total, mask=d < WIDTH)
@@ -117,7 +129,16 @@ def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Te
         grid = (num_tokens * triton.cdiv(num_active, block_a),)
         with torch.cuda.device_of(tokens):
             read_experts_kernel[grid](
-                tokens, expert_ids, table, pre, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d, **FUSED
+                tokens,
+                expert_ids,
+                table,
+                pre,
+                table.shape[0],
+                num_active,
+                width,
+                BLOCK_A=block_a,
+                BLOCK_D=block_d,
+                **FUSED,
             )
     return pre
 
@@ -142,7 +163,16 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
         grid = (num_tokens * triton.cdiv(width, block_d),)
         with torch.cuda.device_of(weights):
             write_experts_kernel[grid](
-                weights, expert_ids, table, out, num_active, width, BLOCK_A=block_a, BLOCK_D=block_d, **FUSED
+                weights,
+                expert_ids,
+                table,
+                out,
+                table.shape[0],
+                num_active,
+                width,
+                BLOCK_A=block_a,
+                BLOCK_D=block_d,
+                **FUSED,
             )
     return out
 
@@ -154,7 +184,7 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
 # segment of one run goes straight to its row; the runs of any other are pieces, kept in float32 until joined.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts", "num_rows"])
 def run_gradients_kernel(
     weights_ptr,
     tokens_ptr,
@@ -166,6 +196,8 @@ def run_gradients_kernel(
     pieces_ptr,
     grad_weights_ptr,
     num_assignments,
+    num_experts,
+    num_rows,
     NUM_ACTIVE: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -176,52 +208,62 @@ def run_gradients_kernel(
 ):
     """values[segment] = sum of weights[slot] * tokens[slot // NUM_ACTIVE] over the sorted slots of a segment, and with
     a table grad_weights[slot] = tokens[slot // NUM_ACTIVE] . table[expert]; a program takes the runs that begin
-    among WINDOW positions, and holds a whole row."""
+    among WINDOW positions, and holds a whole row. `values` has `num_rows` rows, the table `num_experts`."""
     d = tl.arange(0, BLOCK_D)
     for i in range(WINDOW):
         position = tl.program_id(0).to(tl.int64) * WINDOW + i
         is_assignment = position < num_assignments
-        segment = tl.load(segments_ptr + position, mask=is_assignment, other=-1)
-        begins_segment = tl.load(segments_ptr + position - 1, mask=is_assignment & (position > 0), other=-1) != segment
+        segment = tl.load(segments_ptr + position, mask=is_assignment, other=0)
+        has_last = is_assignment & (position > 0)
+        begins_segment = (tl.load(segments_ptr + position - 1, mask=has_last, other=0) != segment) | (position == 0)
         if is_assignment & (begins_segment | (position % MAX_RUN == 0)):
             run_end = tl.minimum((position // MAX_RUN + 1) * MAX_RUN, num_assignments)
             if HAS_TABLE:
-                row_start = tl.load(expert_ids_ptr + tl.load(order_ptr + position)).to(tl.int64) * WIDTH
-                row = tl.load(table_ptr + row_start + d, mask=d < WIDTH, other=0.0).to(tl.float32)
+                slot = tl.load(order_ptr + position)
+                is_slot = (slot >= 0) & (slot < num_assignments)
+                expert_id = tl.load(expert_ids_ptr + slot, mask=is_slot, other=-1).to(tl.int64)
+                exists = (expert_id >= 0) & (expert_id < num_experts)
+                in_table = d < tl.where(exists, WIDTH, 0)
+                row = tl.load(table_ptr + expert_id * WIDTH + d, mask=in_table, other=0.0).to(tl.float32)
+                row += tl.where(exists, 0.0, float("nan"))
 
             total = tl.zeros((BLOCK_D,), tl.float32)
             next_position = position
             num_mine = tl.full((), BLOCK_A, tl.int32)
             while num_mine == BLOCK_A:
                 p = next_position + tl.arange(0, BLOCK_A)
-                is_mine = tl.load(segments_ptr + p, mask=p < run_end, other=-1) == segment
+                is_mine = (tl.load(segments_ptr + p, mask=p < run_end, other=0) == segment) & (p < run_end)
                 slots = tl.load(order_ptr + p, mask=is_mine, other=0)
-                weights = tl.load(weights_ptr + slots, mask=is_mine, other=0.0)
+                is_slot = is_mine & (slots >= 0) & (slots < num_assignments)
+                weights = tl.load(weights_ptr + slots, mask=is_slot, other=0.0)
                 token_starts = slots // NUM_ACTIVE * WIDTH
-                mask = is_mine[:, None] & (d < WIDTH)[None, :]
+                mask = is_slot[:, None] & (d < WIDTH)[None, :]
                 tokens = tl.load(tokens_ptr + token_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
                 total += tl.sum(weights[:, None] * tokens, axis=0)
                 if HAS_TABLE:
-                    tl.store(grad_weights_ptr + slots, tl.sum(tokens * row[None, :], axis=1), mask=is_mine)
+                    tl.store(grad_weights_ptr + slots, tl.sum(tokens * row[None, :], axis=1), mask=is_slot)
                 num_mine = tl.sum(is_mine.to(tl.int32), axis=0)
                 next_position += num_mine
 
             in_row = d < WIDTH
-            next_segment = tl.load(segments_ptr + next_position, mask=next_position < num_assignments, other=-1)
-            if begins_segment & (next_segment != segment):
-                tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
+            is_last = next_position >= num_assignments
+            next_segment = tl.load(segments_ptr + next_position, mask=next_position < num_assignments, other=0)
+            if begins_segment & (is_last | (next_segment != segment)):
+                if (segment >= 0) & (segment < num_rows):
+                    tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
             else:
                 # Two pieces at most begin between two multiples of MAX_RUN: at the first, and before the second.
                 piece = position // MAX_RUN * 2 + (position % MAX_RUN != 0)
                 tl.store(pieces_ptr + piece * WIDTH + d, total, mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def join_pieces_kernel(
     pieces_ptr,
     segments_ptr,
     values_ptr,
     num_assignments,
+    num_rows,
     WIDTH: tl.constexpr,
     MAX_RUN: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -236,7 +278,7 @@ def join_pieces_kernel(
     position = border * MAX_RUN
     segment = tl.load(segments_ptr + position)
     is_inside = tl.load(segments_ptr + position - 1) == segment
-    is_first = tl.load(segments_ptr + position - MAX_RUN - 1, mask=border > 1, other=-1) != segment
+    is_first = (tl.load(segments_ptr + position - MAX_RUN - 1, mask=border > 1, other=0) != segment) | (border == 1)
     if is_inside & is_first:
         begins_after_border = tl.load(segments_ptr + position - MAX_RUN) != segment
         first_piece = (border - 1) * 2 + begins_after_border
@@ -244,13 +286,15 @@ def join_pieces_kernel(
         num_mine = tl.full((), BLOCK_P, tl.int32)
         while num_mine == BLOCK_P:
             p = border + tl.arange(0, BLOCK_P)
-            is_mine = tl.load(segments_ptr + p * MAX_RUN, mask=p * MAX_RUN < num_assignments, other=-1) == segment
+            in_order = p * MAX_RUN < num_assignments
+            is_mine = (tl.load(segments_ptr + p * MAX_RUN, mask=in_order, other=0) == segment) & in_order
             mask = is_mine[:, None] & in_row[None, :]
             piece_starts = p * 2 * WIDTH
             total += tl.sum(tl.load(pieces_ptr + piece_starts[:, None] + d[None, :], mask=mask, other=0.0), axis=0)
             num_mine = tl.sum(is_mine.to(tl.int32), axis=0)
             border += BLOCK_P
-        tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
+        if (segment >= 0) & (segment < num_rows):
+            tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
 
 
 def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
@@ -318,11 +362,12 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
     sorted_ids = expert_ids.flatten()[order]
     if row_sparse:
         rows, segments = torch.unique_consecutive(sorted_ids, return_inverse=True)
+        check_ids_exist(rows, num_experts)
         values = torch.empty(rows.shape[0], width, dtype=dtype, device=tokens.device)
     else:
         rows, segments = sorted_ids.new_empty(0), sorted_ids
         values = torch.zeros(num_experts, width, dtype=dtype, device=tokens.device)
-    grad_weights = None if table is None else torch.empty_like(weights)
+    grad_weights = None if table is None else torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     if num_assignments == 0:
         return rows, values, grad_weights
 
@@ -348,6 +393,8 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
             pieces,
             grad_weights,
             num_assignments,
+            num_experts,
+            values.shape[0],
             num_active,
             width,
             HAS_TABLE=table is not None,
@@ -365,6 +412,7 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
                 segments,
                 values,
                 num_assignments,
+                values.shape[0],
                 width,
                 MAX_RUN=MAX_RUN,
                 BLOCK_P=16,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .sub_key_ids import for_both_halves, sub_key_ids_of
 from .triton_experts import FUSED, group_by_expert, row_gradients, write_experts
 
 # Rows (a token's query of one head) and sub-keys of a tile of scores; 16 rows a warp, so that a row's best code is
@@ -202,7 +203,6 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
     """
     num_tokens, num_heads, query_dim = query.shape
     num_sub_keys = sub_keys.shape[-2]
-    assert num_sub_keys**2 <= 2**31, "an expert id takes 31 bits of a code"
     num_rows = num_tokens * num_heads
     scores = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32, device=query.device)
     expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64, device=query.device)
@@ -269,15 +269,9 @@ def product_key_top_k_backward(
         grad_query: `(num_tokens, num_heads, query_dim)`, float32.
         grad_sub_keys: shape of `sub_keys`, float32.
     """
-    num_heads, num_sub_keys, half = query.shape[1], sub_keys.shape[-2], sub_keys.shape[-1]
+    half = sub_keys.shape[-1]
     codebooks = sub_keys.view(-1, half)
-    columns = expert_ids % num_sub_keys + num_sub_keys  # the second codebook follows the first
-    sub_key_ids = torch.stack((expert_ids // num_sub_keys, columns), dim=2)  # (t, h, 2, k)
-    if sub_keys.dim() == 4:
-        first = torch.arange(num_heads, device=query.device) * (2 * num_sub_keys)
-        sub_key_ids += first[:, None, None]
-    sub_key_ids = sub_key_ids.flatten(0, 2)  # (t * h * 2, k)
-    weights = grad_scores.unsqueeze(2).expand(-1, -1, 2, -1).flatten(0, 2)
+    sub_key_ids, weights = sub_key_ids_of(expert_ids, sub_keys), for_both_halves(grad_scores)
 
     grad_query = write_experts(weights, sub_key_ids, codebooks)
     order = group_by_expert(sub_key_ids)

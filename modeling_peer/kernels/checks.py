@@ -1,0 +1,163 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""What the operators ask of their arguments before a kernel reads memory: compiled, exported and loaded graphs call
+them without the public functions, which check for users.
+
+Sizes, dtypes and devices are looked at here, at a cost that no size changes. Ids and `order` are values: kernels for
+CPU check them where they pass over them anyway (`cpu_experts`), and kernels for GPU read no row that does not exist
+(`triton_experts`): an error there would have the host wait. In Triton's interpreter they are checked here.
+"""
+
+from functools import cache
+
+import torch
+
+from . import IMPLEMENTATION_OF_DEVICE, obstacle
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_name(implementation: str) -> None:
+    if implementation not in IMPLEMENTATION_OF_DEVICE.values():
+        known = ", ".join(sorted(IMPLEMENTATION_OF_DEVICE.values()))
+        raise ValueError(f'implementation="{implementation}" does not exist; use one of {known}.')
+
+
+@cache
+def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    check_name(implementation)
+    return obstacle(implementation, device_type, dtype)
+
+
+def _check_place(implementation, dtype, **tensors):
+    """Whether `implementation` can compute with tables of `dtype`, where all tensors are."""
+    device = next(iter(tensors.values())).device
+    cause = _obstacle(implementation, device.type, dtype)
+    if cause is not None:
+        raise ValueError(f'implementation="{implementation}" {cause}.')
+    for name, tensor in tensors.items():
+        if tensor.device != device or tensor.layout is not torch.strided:
+            raise ValueError(f"{name} is a {tensor.layout} tensor on {tensor.device}; it must be strided on {device}.")
+
+
+def _check_floats(**tensors):
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(f"{name} is of {tensor.dtype}; it must be real floating-point numbers.")
+
+
+def _check_ids(name, ids, num_dims=None):
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} is of {ids.dtype}; it must be of torch.int64: use {name}.long().")
+    if num_dims is not None and ids.dim() != num_dims:
+        raise ValueError(f"{name} {tuple(ids.shape)} must have {num_dims} dimensions.")
+
+
+def _check_shapes(fits: bool, what: str, **tensors):
+    if not fits:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{shapes} do not fit together: {what}.")
+
+
+def check_retrieval(query: torch.Tensor, sub_keys: torch.Tensor, implementation: str) -> None:
+    """`query` `(num_tokens, num_heads, query_dim)`, float32; `sub_keys` `(2, num_sub_keys, query_dim // 2)`, or one
+    such pair for each head."""
+    _check_place(implementation, sub_keys.dtype, query=query, sub_keys=sub_keys)
+    if query.dtype != torch.float32:
+        raise ValueError(f"query is of {query.dtype}; it must be of torch.float32: use query.float().")
+    *codebooks, num_sub_keys, half = sub_keys.shape if sub_keys.dim() > 1 else (0, 0)
+    fits = query.dim() == 3 and codebooks in ([2], [query.shape[1], 2]) and query.shape[2] == 2 * half
+    what = "(tokens, heads, 2 * half), and (2, sub-keys, half) or (heads, 2, sub-keys, half)"
+    _check_shapes(fits, what, query=query, sub_keys=sub_keys)
+    _check_shapes(
+        query.shape[1] and num_sub_keys and half, "no head or sub-key is left", query=query, sub_keys=sub_keys
+    )
+    if num_sub_keys**2 > 2**31:
+        raise ValueError(f"{num_sub_keys} sub-keys make {num_sub_keys**2} experts; an id takes 31 bits.")
+
+
+def check_top_k(top_k: int, sub_keys: torch.Tensor) -> None:
+    num_sub_keys = sub_keys.shape[-2]
+    if top_k > num_sub_keys:
+        raise ValueError(f"top_k ({top_k}) exceeds the {num_sub_keys} sub-keys of a codebook.")
+    if top_k < 1:
+        raise ValueError(f"top_k ({top_k}) must be 1 or more.")
+
+
+def check_retrieved(
+    grad_scores: torch.Tensor,
+    expert_ids: torch.Tensor,
+    query: torch.Tensor,
+    sub_keys: torch.Tensor,
+    implementation: str,
+) -> None:
+    """`grad_scores` and `expert_ids` `(num_tokens, num_heads, top_k)`, the rest as in `check_retrieval`."""
+    check_retrieval(query, sub_keys, implementation)
+    _check_place(implementation, sub_keys.dtype, query=query, grad_scores=grad_scores, expert_ids=expert_ids)
+    _check_floats(grad_scores=grad_scores)
+    _check_ids("expert_ids", expert_ids, 3)
+    fits = grad_scores.shape == expert_ids.shape and expert_ids.shape[:2] == query.shape[:2]
+    _check_shapes(
+        fits, "one row of each for a token and head", grad_scores=grad_scores, expert_ids=expert_ids, query=query
+    )
+    if implementation == "triton" and expert_ids.is_cpu:
+        check_ids_exist(expert_ids, sub_keys.shape[-2] ** 2)
+
+
+def check_assigned(expert_ids: torch.Tensor, implementation: str) -> None:
+    """`expert_ids` of any shape."""
+    _check_place(implementation, torch.float32, expert_ids=expert_ids)
+    _check_ids("expert_ids", expert_ids)
+    if implementation == "triton" and expert_ids.is_cpu:
+        check_ids_exist(expert_ids, 2**31)
+
+
+def check_assignments(
+    expert_ids: torch.Tensor,
+    num_experts: int,
+    dtype: torch.dtype,
+    implementation: str,
+    *,
+    tokens: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    order: torch.Tensor | None = None,
+) -> None:
+    """What reads, writes or differentiates rows: `expert_ids` and `weights` `(num_tokens, num_active)`, `tokens`
+    `(num_tokens, width)`, `table` `(num_experts, width)` of `dtype`, `order` of all assignments."""
+    values = {"tokens": tokens, "weights": weights, "table": table}
+    values = {name: tensor for name, tensor in values.items() if tensor is not None}
+    others = values if order is None else {**values, "order": order}
+    _check_place(implementation, dtype, expert_ids=expert_ids, **others)
+    _check_floats(**values)
+    _check_ids("expert_ids", expert_ids, 2)
+    if num_experts < 0:
+        raise ValueError(f"num_experts ({num_experts}) must be 0 or more.")
+    fits = weights is None or weights.shape == expert_ids.shape
+    if tokens is not None:
+        fits = fits and tokens.dim() == 2 and tokens.shape[0] == expert_ids.shape[0]
+    if table is not None:
+        fits = fits and table.dim() == 2 and (tokens is None or tokens.shape[1] == table.shape[1])
+    what = "one row of expert_ids, weights and tokens for a token; tokens and table of one width"
+    _check_shapes(fits, what, expert_ids=expert_ids, **values)
+    if order is not None:
+        _check_ids("order", order, 1)
+        _check_shapes(order.shape[0] == expert_ids.numel(), "a place for each id", expert_ids=expert_ids, order=order)
+    if implementation == "triton" and expert_ids.is_cpu:
+        check_ids_exist(expert_ids, num_experts)
+        if order is not None and not torch.equal(order, expert_ids.flatten().argsort(stable=True)):
+            raise_unsorted(order)
+
+
+def check_ids_exist(expert_ids: torch.Tensor, num_experts: int) -> None:
+    """Raise IndexError where one does not. On a GPU the host waits."""
+    if not expert_ids.numel():
+        return
+    lowest, highest = torch.stack(expert_ids.aminmax()).tolist()
+    if lowest < 0 or highest >= num_experts:
+        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {num_experts} experts.")
+
+
+def raise_unsorted(order: torch.Tensor) -> None:
+    raise ValueError(
+        f"order does not sort the {order.numel()} assignments by expert: it must be group_by_expert(expert_ids)."
+    )

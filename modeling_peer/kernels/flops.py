@@ -1,0 +1,33 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""What `torch.utils.flop_counter.FlopCounterMode` counts for each operator, by name: two for a product that is added.
+
+Retrieval counts what the readable formula multiplies, all sub-keys and in the backward a dense gradient of their
+scores, so that a model counts the same whoever retrieves. Reading a row and writing one count its width.
+"""
+
+from math import prod
+
+
+def product_key_top_k(query, sub_keys, *_, **__):
+    num_queries, query_dim, num_sub_keys = prod(query[:2]), query[2], sub_keys[-2]
+    return 2 * num_queries * query_dim * num_sub_keys
+
+
+def product_key_top_k_backward(grad_scores, expert_ids, query, sub_keys, *_, **__):
+    return 2 * product_key_top_k(query, sub_keys)
+
+
+def read_experts(tokens, expert_ids, *_, **__):
+    return 2 * prod(expert_ids) * tokens[1]
+
+
+def write_experts(weights, expert_ids, table, *_, **__):
+    return 2 * prod(expert_ids) * table[1]
+
+
+def row_gradients(weights, tokens, expert_ids, *_, **__):
+    return 2 * prod(expert_ids) * tokens[1]
+
+
+def write_experts_gradients(grad_outputs, weights, expert_ids, *_, **__):
+    return 2 * 2 * prod(expert_ids) * grad_outputs[1]  # of the weights and of the table
