@@ -214,9 +214,9 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def _has_steps(path: Path, content: dict) -> bool:
-    """Whether a trainer_state.json, if it is one, says how far the run was."""
+    """Whether a trainer_state.json, if it is one, can be read for how far the run was; Trainer has defaults."""
     kinds = {"global_step": int, "log_history": list}
-    return path.name != TRAINER_STATE_NAME or all(isinstance(content.get(n), kind) for n, kind in kinds.items())
+    return path.name != TRAINER_STATE_NAME or all(isinstance(content.get(n, k()), k) for n, k in kinds.items())
 
 
 def _is_whole(path: Path) -> bool:
