@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from kernel_helpers import assert_sums_close
 from torch import nn
 
 from modeling_peer import PeerForCausalLM
@@ -113,15 +114,20 @@ def test_gradients_that_would_outgrow_the_table_are_multiplied_out():
     backward(table, other, *batch(200, num_experts=100))
     assert type(table.grad) is not LazyRowGradient, "of one batch"
     few, twin = (nn.Parameter(table.detach().clone()) for _ in range(2))
-    was_lazy = []
-    for _ in range(20):
-        inputs = batch(4, num_experts=100)
+    was_lazy, batches = [], [batch(4, num_experts=100) for _ in range(20)]
+    for inputs in batches:
         backward(few, other, *inputs)
         backward(twin, other, *inputs, mixture="eager")
         was_lazy.append(few.grad.products() is not None)
     assert was_lazy[0]
     assert not was_lazy[-1]
-    assert_same(few.grad, twin.grad)
+    exact, positive = (nn.Parameter(one.detach().double()) for one in (table, table.abs()))
+    for tokens, expert_ids, gates in batches:
+        tokens, gates = tokens.double(), gates.double()
+        backward(exact, other.double(), tokens, expert_ids, gates, mixture="eager")
+        backward(positive, other.double().abs(), tokens.abs(), expert_ids, gates, mixture="eager")
+    for gradient in (few.grad, twin.grad):
+        assert_sums_close(gradient.to_dense(), exact.grad.to_dense(), positive.grad.to_dense())
 
 
 def other_gradient(kind):
