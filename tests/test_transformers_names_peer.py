@@ -124,3 +124,16 @@ def test_the_releases_that_errors_advise_are_those_that_are_supported():
     oldest = re.search(r"transformers>=([\d.]+),", (ROOT / "setup.cfg").read_text())[1]
     newest = re.search(r"^transformers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert (oldest, newest) == TESTED_RELEASES
+
+
+def test_every_method_of_trainer_that_is_overridden_is_looked_up():
+    from modeling_peer.training.trainer import OVERRIDDEN, LanguageModelTrainer
+
+    ours = {
+        name
+        for owner in LanguageModelTrainer.__mro__
+        if owner.__module__.startswith("modeling_peer.")
+        for name, value in vars(owner).items()
+        if callable(value) and not name.startswith("__")
+    }
+    assert {name for name in ours if hasattr(transformers.Trainer, name)} <= set(OVERRIDDEN)
