@@ -71,7 +71,8 @@ class PeerCheckpoints:
             RuntimeError: tensors do not have the configuration's shapes.
         """
         options = {name: kwargs[name] for name in ("variant", "subfolder", "cache_dir", "revision") if name in kwargs}
-        others = kwargs.get("use_safetensors") is False or kwargs.get("gguf_file") or kwargs.get("state_dict")
+        others = pretrained_model_name_or_path is None or kwargs.get("state_dict")
+        others = others or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False
 
         def find_files():
             return [] if others else weight_files(pretrained_model_name_or_path, **options)

@@ -66,8 +66,8 @@ def _unsupported(difference: str) -> ImportError:
     oldest, newest = TESTED_RELEASES
     return ImportError(
         f"This code of PEER does not fit transformers {transformers.__version__}: {difference}. Install a release it "
-        f'was tested with, pip install "transformers>={oldest},<={newest}.99", or a newer modeling_peer, and save '
-        "checkpoints that carry the old code again."
+        f"was tested with, transformers>={oldest},<={newest}.99, or update modeling_peer and save checkpoints that "
+        "carry the old code again."
     )
 
 

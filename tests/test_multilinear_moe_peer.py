@@ -90,7 +90,7 @@ def test_slices_of_a_tensor_ring_start_diagonal_around_one(multilinear_config):
         ({}, [24]),
         ({"multilinear_form": "tensor_ring"}, [4, 4, 6]),
         ({"multilinear_ranks": [3]}, [3]),
-        ({"hidden_size": 4, "multilinear_form": "tensor_ring"}, [4, 4, 1]),
+        ({"hidden_size": 4, "num_attention_heads": 2, "multilinear_form": "tensor_ring"}, [4, 4, 1]),
     ],
     ids=str,
 )

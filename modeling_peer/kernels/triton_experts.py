@@ -234,14 +234,14 @@ def run_gradients_kernel(
                 p = next_position + tl.arange(0, BLOCK_A)
                 is_mine = (tl.load(segments_ptr + p, mask=p < run_end, other=0) == segment) & (p < run_end)
                 slots = tl.load(order_ptr + p, mask=is_mine, other=0)
-                is_slot = is_mine & (slots >= 0) & (slots < num_assignments)
-                weights = tl.load(weights_ptr + slots, mask=is_slot, other=0.0)
+                are_slots = is_mine & (slots >= 0) & (slots < num_assignments)
+                weights = tl.load(weights_ptr + slots, mask=are_slots, other=0.0)
                 token_starts = slots // NUM_ACTIVE * WIDTH
-                mask = is_slot[:, None] & (d < WIDTH)[None, :]
+                mask = are_slots[:, None] & (d < WIDTH)[None, :]
                 tokens = tl.load(tokens_ptr + token_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
                 total += tl.sum(weights[:, None] * tokens, axis=0)
                 if HAS_TABLE:
-                    tl.store(grad_weights_ptr + slots, tl.sum(tokens * row[None, :], axis=1), mask=is_slot)
+                    tl.store(grad_weights_ptr + slots, tl.sum(tokens * row[None, :], axis=1), mask=are_slots)
                 num_mine = tl.sum(is_mine.to(tl.int32), axis=0)
                 next_position += num_mine
 

@@ -197,6 +197,7 @@ class ResumesAsAsked:
                 f"the optimizer and schedule of {checkpoint} do not fit this run ({type(error).__name__}: {error}). "
                 "Resume with the settings it began with, or begin a new run with its weights (--model)."
             ) from error
+        _require_state_of_rows(self.optimizer, checkpoint)
         take_hyperparameters(self.optimizer.param_groups, asked, self.lr_scheduler, checkpoint)
 
     def _announce(self, words: str) -> None:
@@ -238,6 +239,17 @@ def take_hyperparameters(
         for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             _set_rate(group, base * factor(scheduler.last_epoch))
         scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def _require_state_of_rows(optimizer, checkpoint: str | Path) -> None:
+    """Raise SettingsError where tables with row-sparse gradients were given the moments of dense ones."""
+    tables = [table for group in optimizer.param_groups if group.get("row_sparse") for table in group["params"]]
+    states = [optimizer.state[table] for table in tables if optimizer.state.get(table)]
+    if any("last_step" not in state for state in states):
+        raise SettingsError(
+            f"the optimizer of {checkpoint} has moments of dense gradients, and this run has row-sparse ones. Resume "
+            "with the row_sparse_gradients it began with, or begin a new run with its weights (--model)."
+        )
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:

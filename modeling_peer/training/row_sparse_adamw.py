@@ -195,7 +195,8 @@ class RowSparseAdamW(torch.optim.AdamW):
         check_groups(self.param_groups, saved)
         ours = ("row_state", "row_sparse")
         groups = [
-            {**{name: group[name] for name in ours if name in group}, **of_saved}
+            # behind what was saved: a resumed run's optimizer.pt is that of an undisturbed one to the byte
+            {**of_saved, **{name: group[name] for name in ours if name in group and name not in of_saved}}
             for group, of_saved in zip(self.param_groups, saved, strict=True)
         ]
         for group in groups:
