@@ -50,11 +50,14 @@ def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor
 
 def loaded_row_state(table: torch.Tensor, saved: dict[str, Any], row_state: str) -> dict[str, torch.Tensor]:
     """A checked state as `new_row_state` would have it: its dtypes, on the device of `table`."""
-    state = {"step": torch.tensor(int(saved["step"]), dtype=torch.int64, device="cpu")}
+    # The very strings that were loaded: pickle writes a string once, so with others a resumed run's optimizer.pt would
+    # not be that of an undisturbed run to the byte.
+    names = {name: name for name in saved}
+    state = {names["step"]: torch.tensor(int(saved["step"]), dtype=torch.int64, device="cpu")}
     for name, (_, dtype) in row_state_shapes(table, row_state).items():
         value = saved[name].to(device=table.device, dtype=dtype)
         # compiled loops read rows one after the other
-        state[name] = value if isinstance(value, DTensor) else value.contiguous()
+        state[names[name]] = value if isinstance(value, DTensor) else value.contiguous()
     return state
 
 
