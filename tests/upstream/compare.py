@@ -5,7 +5,14 @@ from collections import defaultdict
 REFERENCE = "LlamaModelTest"
 
 # Why a test need not pass where Llama passes. A reason states a fact about the model, never a wish.
+_LOADED_STATISTICS = (
+    "the test loads what it saved in the middle of training and goes on; from_pretrained freezes statistics of BatchNorm "
+    "that have learned (docs/finetuning.md), so later steps normalise with them unless freeze_running_statistics(False) "
+    "is called; PeerSharedModelTest, which has none, must pass"
+)
 ACCEPTED = {
+    "PeerModelTest::test_fsdp2_plan_vs_ddp_0_untied": _LOADED_STATISTICS,
+    "PeerModelTest::test_fsdp2_plan_vs_ddp_1_tied": _LOADED_STATISTICS,
     "PeerModelTest::test_hsdp_grad_accumulation_vs_single_device_1_replicate_only": (
         "BatchNorm (the paper's default) takes its statistics from one rank's micro-batch, so splitting a batch "
         "changes the queries; PeerSharedModelTest, which has none, must pass"
