@@ -6,9 +6,9 @@ REFERENCE = "LlamaModelTest"
 
 # Why a test need not pass where Llama passes. A reason states a fact about the model, never a wish.
 _LOADED_STATISTICS = (
-    "the test loads what it saved in the middle of training and goes on; from_pretrained freezes statistics of BatchNorm "
-    "that have learned (docs/finetuning.md), so later steps normalise with them unless freeze_running_statistics(False) "
-    "is called; PeerSharedModelTest, which has none, must pass"
+    "the test loads in the middle of training what it saved and goes on; from_pretrained freezes BatchNorm statistics "
+    "that have learned (docs/finetuning.md), and later steps normalise with them unless the caller says "
+    "freeze_running_statistics(False); PeerSharedModelTest, which has none, must pass"
 )
 ACCEPTED = {
     "PeerModelTest::test_fsdp2_plan_vs_ddp_0_untied": _LOADED_STATISTICS,
