@@ -12,10 +12,12 @@ from transformers.utils import logging
 try:
     from modeling_peer.kernels import (
         IMPLEMENTATION_OF_DEVICE,
+        after_failure,
         defect,
         few_tokens,
         give_up_after,
         gradient_takers,
+        lazy_gradients,
         observers,
         obstacle,
         operators,
@@ -23,8 +25,9 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
-    IMPLEMENTATION_OF_DEVICE = {}
-    defect = few_tokens = give_up_after = gradient_takers = obstacle = observers = operators = None
+    IMPLEMENTATION_OF_DEVICE, after_failure = {}, []
+    defect = few_tokens = give_up_after = gradient_takers = lazy_gradients = None
+    obstacle = observers = operators = None
 
 logger = logging.get_logger(__name__)
 
@@ -160,6 +163,9 @@ def _best_implementation(device_type: str, dtype: torch.dtype) -> str:
     return name
 
 
+after_failure += [_obstacle.cache_clear, _best_implementation.cache_clear]
+
+
 @cache
 def _warn(message: str) -> None:
     """Once, also where tables and sub-keys differ in dtype and the cause is not theirs."""
@@ -176,8 +182,6 @@ class _OrEager(partial):
             cause = give_up_after(error, self.implementation)
             if cause is None:
                 raise
-            _obstacle.cache_clear()
-            _best_implementation.cache_clear()
             if self.asked_for is not None:
                 raise ValueError(_refusal(self.asked_for, cause)) from error
             _warn(f'PEER runs experts_implementation="eager": "{self.implementation}", which is faster here, {cause}.')

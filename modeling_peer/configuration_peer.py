@@ -427,6 +427,11 @@ class PeerConfig(PreTrainedConfig):
                 f"num_moe_experts=1 with sparse_mlp={self.sparse_mlp!r}: the only expert's gate is always 1, so the "
                 "router does not learn. Set num_moe_experts to 2 or more."
             ]
+        if self.num_moe_experts == 2 and self.sparse_mlp == "multilinear_moe":
+            return [
+                "num_moe_experts=2 with sparse_mlp='multilinear_moe': LayerNorm makes (1, -1) or (-1, 1) of any two "
+                "logits, so the router hardly learns. Set num_moe_experts to 3 or more."
+            ]
         noisy_top_k = self.sparse_mlp == "top_k_moe" and self.moe_router == "noisy_top_k"
         if noisy_top_k and self.num_moe_experts_per_token == 1:
             learns = "learns of its load loss only" if self.router_aux_loss_coef > 0 else "does not learn"

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced
+from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 
@@ -167,6 +167,8 @@ class _TableGradient:
         values = self.values.to(self.table.dtype)
         if self.rows is None:
             return values
+        if lazy_gradients is not None:
+            return lazy_gradients.row_sparse_gradient(self.rows, values, self.table)
         return torch.sparse_coo_tensor(
             self.rows.unsqueeze(0),
             values,

@@ -16,6 +16,8 @@ from itertools import chain
 import torch
 import transformers
 from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2CLS
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
@@ -64,6 +66,9 @@ from .retrieval_peer import (
 )
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
+
+# Activations that Transformers would leave as they are allocated where a checkpoint lacks their tensors.
+ACTIVATIONS_WITH_TENSORS = tuple(ACT2CLS[name] for name in ("prelu", "xielu") if name in ACT2CLS)
 
 # What a forward may be asked to return beside the usual; the first is what Transformers' mixtures of experts have.
 RECORDABLE = ("output_router_logits", "output_expert_ids", "output_expert_gates")
@@ -137,8 +142,11 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (*WITH_OWN_INITIALIZATION, nn.PReLU)):  # an activation with a weight
+        if isinstance(module, WITH_OWN_INITIALIZATION):
             module.reset_parameters()
+        elif isinstance(module, ACTIVATIONS_WITH_TENSORS):
+            for name, tensor in type(module)().state_dict().items():
+                init.copy_(getattr(module, name), tensor)
 
     def freeze_running_statistics(self, frozen: bool = True):
         """Freeze what forwards in training learn without a gradient, or let it learn again (`frozen=False`).

@@ -180,6 +180,24 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_where_it_was_asked_for(fai
             layer(torch.randn(300, 32))
 
 
+def test_a_backward_that_cannot_be_compiled_says_so_and_the_next_forward_is_eager(tiny_config, monkeypatch):
+    cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu_experts")
+
+    def fail(*args, **kwargs):
+        exec(
+            compile("raise RuntimeError('no such instruction')", "numba", "exec"), {"__name__": "numba.core.lowering"}
+        )
+
+    layer = PeerLayer(tiny_config())
+    tokens = torch.randn(300, 32)
+    output = layer(tokens)
+    monkeypatch.setattr(cpu_experts, "row_gradients", fail)
+    with pytest.raises(RuntimeError, match=r'backward of experts_implementation="cpu".*no such instruction.*eager'):
+        output.sum().backward()
+    layer(tokens).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in layer.parameters())
+
+
 def test_an_error_that_the_compiler_did_not_raise_is_raised(tiny_config, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")

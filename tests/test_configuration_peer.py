@@ -206,6 +206,7 @@ LEARNS_LITTLE = [
     (ONE_EACH, r"num_moe_experts_per_token=1 .*learns of its load loss only"),
     ({"balance_loss": "uniformity", "router_aux_loss_coef": 0}, r"balance_loss='uniformity' .*weighs nothing"),
     ({"query_norm": "layer_norm", "query_dim": 2}, r"query_dim=2.*hardly learns"),
+    ({"sparse_mlp": "multilinear_moe", "num_moe_experts": 2}, r"num_moe_experts=2 .*router hardly learns"),
 ]
 # The neighbours of those: extreme, and sound.
 LEARNS = [

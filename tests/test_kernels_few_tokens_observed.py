@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 pytest.importorskip("numba")
 
@@ -27,6 +28,18 @@ def double(cls, monkeypatch, name="forward"):
     else:
         replaced = lambda *args, **kwargs: 2 * original(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(cls, name, replaced)
+
+
+@torch.no_grad()
+def test_forward_mode_differentiation_goes_through_every_part(tiny_config):
+    layer = PeerLayer(tiny_config(query_norm="rms_norm")).eval()
+    token, tangent = torch.randn(1, 32), torch.randn(1, 32)
+    assert runs_in_one_call(layer)
+    with forward_ad.dual_level():
+        output = forward_ad.unpack_dual(layer(forward_ad.make_dual(token, tangent))).tangent
+        assert not runs_in_one_call(layer)
+    _, expected = torch.func.jvp(layer, (token,), (tangent,))
+    assert (output - expected).norm() <= 1e-5 * expected.norm()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.activations import ACT2CLS, ACT2FN
 
 from modeling_peer import (
     PeerForCausalLM,
@@ -13,6 +14,7 @@ from modeling_peer import (
     PeerForSequenceClassification,
     PeerForTokenClassification,
 )
+from modeling_peer.modeling_peer import ACTIVATIONS_WITH_TENSORS
 
 MIXTURE = {"num_moe_experts": 4, "moe_intermediate_size": 16}
 MODELS = {
@@ -20,6 +22,7 @@ MODELS = {
     "rms_norm": (PeerForCausalLM, {"query_norm": "rms_norm", "share_sub_keys": False}),
     "layer_norm": (PeerForCausalLM, {"query_norm": "layer_norm", "parallel_dense_mlp": True}),
     "an activation with a weight": (PeerForCausalLM, {"query_norm": "none", "expert_act": "prelu"}),
+    "an activation with four": (PeerForCausalLM, {"query_norm": "none", "expert_act": "xielu"}),
     "biases, tied": (PeerForCausalLM, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "memory": (PeerForCausalLM, {"sparse_mlp": "product_key_memory", "gated_memory": True}),
     "noisy_top_k": (PeerForCausalLM, {"sparse_mlp": "top_k_moe", **MIXTURE}),
@@ -56,6 +59,11 @@ def assert_initialised_as(name, value, fresh):
         # to one part in eight.
         assert 0.4 < value.std() / fresh.std() < 2.5, name
         assert (value.mean() - fresh.mean()).abs() < fresh.std(), name
+
+
+def test_every_activation_with_tensors_is_known():
+    with_tensors = {type(ACT2FN[name]) for name in ACT2CLS if ACT2FN[name].state_dict()}
+    assert with_tensors == set(ACTIVATIONS_WITH_TENSORS)
 
 
 @pytest.mark.parametrize(("model_class", "options"), MODELS.values(), ids=MODELS.keys())

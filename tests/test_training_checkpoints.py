@@ -115,6 +115,19 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_others_named(new_trainer
         new_trainer().train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_that_was_to_be_replaced_is_there_after_a_kill_between_the_renames(new_trainer, out):
+    new_trainer().train()
+    (out / UNFINISHED / "checkpoint-6").mkdir(parents=True)
+    (out / "checkpoint-6").rename(out / UNFINISHED / "replaced-checkpoint-6")
+    newest, passed_over = newest_checkpoint(out)
+    assert Path(newest).name == "checkpoint-6"
+    assert passed_over == [f"{UNFINISHED}/checkpoint-6 (left half written or half deleted)"]
+    (out / "checkpoint-4").rename(out / UNFINISHED / "replaced-checkpoint-4")
+    new_trainer(max_steps=2).train()
+    assert find_damage(out / "checkpoint-4") is None
+    assert names(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
 @pytest.mark.parametrize("limit", [1, 2])
 def test_checkpoints_are_deleted_damaged_ones_first_and_only_when_a_new_one_is_whole(
     new_trainer, out, limit, monkeypatch

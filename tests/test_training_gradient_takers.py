@@ -30,13 +30,42 @@ def train(kind, model, folder, **settings):
     return trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.0}, {"optim": "sgd"}])
 @pytest.mark.parametrize("kind", [Trainer, OtherTrainer])
-def test_a_trainer_that_cannot_take_them_is_refused_before_its_first_backward(model, tmp_path, kind, settings):
-    message = rf"row_sparse_gradients=True, and {kind.__name__} measures.*PeerTrainer.*row_sparse_gradients=False"
-    with pytest.raises(ValueError, match=message):
-        train(kind, model, tmp_path, **settings)
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_a_trainer_whose_optimizer_cannot_take_them_is_refused_at_its_first_step(model, tmp_path, kind):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"torch.optim.AdamW takes dense ones only.*PeerTrainer.*row_sparse_gradients"):
+        train(kind, model, tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "embed" in name)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_a_plain_trainer_clips_them_as_it_clips_dense_ones(model, tmp_path, max_grad_norm):
+    found = []
+    for row_sparse in (False, True):
+        trained = copy.deepcopy(model)
+        trained.config.row_sparse_gradients = row_sparse
+        trainer = train(
+            Trainer, trained, tmp_path, optim="sgd", learning_rate=0.5, max_grad_norm=max_grad_norm, logging_steps=1
+        )
+        found.append((trainer.state.log_history[0]["grad_norm"], trained.model.layers[1].mlp.experts.up_embed))
+    (norm, table), (row_sparse_norm, row_sparse_table) = found
+    assert row_sparse_norm == pytest.approx(norm, rel=1e-5)
+    assert (row_sparse_table - table).norm() <= 1e-6 * table.norm()
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+def test_a_loop_clips_them_as_it_clips_dense_ones(model, foreach, norm_type):
+    norms, gradients = [], []
+    for row_sparse in (False, True):
+        trained = copy.deepcopy(model)
+        trained.config.row_sparse_gradients = row_sparse
+        trained(TOKENS, labels=TOKENS).loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trained.parameters(), 0.1, norm_type, foreach=foreach))
+        gradient = trained.model.layers[1].mlp.experts.up_embed.grad
+        gradients.append(gradient.to_dense() if gradient.is_sparse else gradient)
+    assert (norms[1] - norms[0]).abs() <= 1e-5 * norms[0]
+    assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
 def test_the_ways_out_that_the_message_names_train(model, tmp_path):

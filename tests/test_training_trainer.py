@@ -201,6 +201,21 @@ def test_settings_that_cannot_work_are_refused(tmp_path, model, settings, messag
         trained(model, tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_accumulation_steps": 0}, r"--gradient_accumulation_steps \(0\) must be at least 1"),
+        ({"learning_rate": float("nan")}, r"--learning_rate \(nan\) must be at least 0"),
+    ],
+)
+def test_numbers_of_plain_training_arguments_are_refused_by_name(tmp_path, model, settings, message):
+    plain = arguments(tmp_path, kind=TrainingArguments)
+    for name, value in settings.items():
+        setattr(plain, name, value)
+    with pytest.raises(SettingsError, match=message):
+        PeerTrainer(copy.deepcopy(model), plain, train_dataset=BLOCKS).train()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("private_cache")
 def test_row_sparse_training_learns_real_text_as_dense_training_does(tmp_path):

@@ -5,7 +5,7 @@ operators.py                        the operators of PyTorch, their backward, an
 checks.py                           whether an operator's arguments fit, so that nothing is read beyond memory
 observers.py                        whether operators, hooks or gradients have to be seen
 lazy_gradients.py                   row-sparse gradients of tables, multiplied out row by row in an optimizer's step
-gradient_takers.py                  which optimizers and Trainers are refused row-sparse gradients
+gradient_takers.py                  which optimizers are refused row-sparse gradients
 optimizer_arguments.py              what an update of some rows may be given
 cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
 few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, a layer in one call: when, and how
@@ -16,6 +16,7 @@ cpu_probe.py, triton_probe.py       whether that works here
 
 import os
 import traceback
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ _DTYPES = {
 OLDEST_CAPABILITY = (8, 0)  # products of bfloat16, and of float32 in tf32, on tensor cores
 _COMPILERS = {"cpu": "numba", "triton": "triton"}
 _failures: dict[str, str] = {}  # of compilers that did not work for some kernel: why
+after_failure: list[Callable[[], None]] = []  # called then: whoever remembers which implementation works, forgets
 
 
 def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -78,7 +80,10 @@ def give_up_after(error: Exception, implementation: str) -> str | None:
     compilers = ("numba", "llvmlite") if implementation == "cpu" else ("triton.compiler", "triton.backends")
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if f"{frame.f_globals.get('__name__')}.".startswith(tuple(f"{name}." for name in compilers)):
-            return _failures.setdefault(implementation, _describe(implementation, error))
+            cause = _failures.setdefault(implementation, _describe(implementation, error))
+            for forget in after_failure:
+                forget()
+            return cause
     return None
 
 

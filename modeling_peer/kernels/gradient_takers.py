@@ -5,7 +5,6 @@ PyTorch's own words, "Adam does not support sparse gradients, please consider Sp
 backward, name no setting of ours, and propose an optimizer for embeddings.
 """
 
-import sys
 from weakref import WeakValueDictionary
 
 import torch
@@ -26,14 +25,10 @@ def expect_row_sparse_gradients(*tables: torch.Tensor | None) -> None:
     """Announce that a forward, with gradients, will give these tables row-sparse ones.
 
     From the first call on, every step of an optimizer looks whether it is one of PyTorch's that takes none.
-
-    Raises:
-        ValueError: the forward is one of a Trainer that measures the norm of dense gradients only.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check_optimizer))
     _tables.update((id(table), table) for table in tables if table is not None)
-    _check_trainer()
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
@@ -48,23 +43,3 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
                     f"An expert table {tuple(parameter.shape)} has a row-sparse gradient (row_sparse_gradients=True), "
                     f"and torch.optim.{kind.__name__} takes dense ones only. {WAY_OUT}"
                 )
-
-
-def _check_trainer() -> None:
-    """Who called, if it is Trainer: only there is it known before the backward that its gradients will be measured."""
-    module = sys.modules.get("transformers.trainer")
-    if module is None:
-        return
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "training_step" and frame.f_globals is vars(module):
-            kind = type(frame.f_locals["self"])
-            measure = getattr(kind, "_get_grad_norm", None)
-            if measure is None or measure.__module__ == module.__name__:
-                raise ValueError(
-                    f"row_sparse_gradients=True, and {kind.__name__} measures the norm of all gradients before each "
-                    f"step, which PyTorch can't of sparse ones. {WAY_OUT} Another Trainer takes them as "
-                    f"class MyTrainer(PeerTrainer, {kind.__name__})."
-                )
-            return
-        frame = frame.f_back

@@ -138,6 +138,18 @@ class LazyRowGradient(torch.Tensor):
         return tree_map_only(torch.Tensor, _wrap, func(*args, **kwargs))
 
 
+def row_sparse_gradient(rows: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The gradient of `table` (num_experts, d) with `values` (u, d) in `rows` (u,), ascending, and zeros elsewhere.
+
+    On CPU in a shell, whose norm can be taken, so that loops that clip gradients need not know sparse ones; a gradient
+    that is differentiated again is a sparse COO tensor.
+    """
+    gradient = torch.sparse_coo_tensor(
+        rows.unsqueeze(0), values, table.shape, device=values.device, is_coalesced=True, check_invariants=False
+    )
+    return LazyRowGradient(_Content.of(gradient)) if values.is_cpu and not values.requires_grad else gradient
+
+
 def _wrap(result: torch.Tensor) -> torch.Tensor:
     """A row-sparse result in a shell, too: autograd takes nothing else from the hook of a gradient that is."""
     is_row_sparse = result.is_sparse and result.dim() == 2 and result.sparse_dim() == 1
@@ -275,10 +287,18 @@ def _foreach_mul_(gradients, factor):
         gradient.mul_(factor)
 
 
-def _norm(gradient, order=2, *others, **_):
-    if not _all_lazy(gradient) or order != 2 or others:
+def _norm(gradient, order=2, dim=None, keepdim=False, dtype=None):
+    if dim is not None or keepdim or order < 0:
         return NotImplemented
-    return gradient.products().norm().to(gradient.dtype)
+    if _all_lazy(gradient) and order == 2:
+        norm = gradient.products().norm()
+    else:  # rows that are not there are zeros, which such a norm does not see; PyTorch has none of sparse tensors
+        norm = torch.linalg.vector_norm(gradient._content.multiply_out().coalesce()._values(), order)
+    return norm.to(gradient.dtype if dtype is None else dtype)
+
+
+def _foreach_norm(gradients, order=2, dtype=None):
+    return [torch.linalg.vector_norm(gradient, order, dtype=dtype) for gradient in gradients]
 
 
 def _is_dense(tensor) -> bool:
@@ -302,4 +322,5 @@ _LAZY_OPERATIONS = {
     torch.ops.aten.mul_.Tensor: _mul_,
     torch.ops.aten._foreach_mul_.Tensor: _foreach_mul_,
     torch.ops.aten.linalg_vector_norm.default: _norm,
+    torch.ops.aten._foreach_norm.Scalar: _foreach_norm,
 }

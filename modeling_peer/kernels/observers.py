@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 
@@ -18,6 +19,7 @@ def somebody_looks(args: tuple) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return True
     needs_gradient = torch.is_grad_enabled()

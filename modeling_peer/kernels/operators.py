@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import flops
+from . import flops, give_up_after
 from .checks import (
     check_assigned,
     check_assignments,
@@ -29,7 +29,7 @@ from .checks import (
     check_retrieved,
     check_top_k,
 )
-from .lazy_gradients import LazyRowGradient, OuterProducts
+from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
 from .observers import somebody_looks
 from .sub_key_ids import sub_key_ids_of
 
@@ -75,7 +75,7 @@ def _define_once(name: str, schema: str) -> None:
         torch.library.register_fake(f"modeling_peer::{name}", _part(name, "fake"), lib=library)
         if name in _DIFFERENTIABLE:
             torch.library.register_autograd(
-                f"modeling_peer::{name}", _part(name, "backward"), setup_context=_part(name, "save"), lib=library
+                f"modeling_peer::{name}", _backward_of(name), setup_context=_part(name, "save"), lib=library
             )
         if hasattr(flops, name):
             register_flop_formula(getattr(torch.ops.modeling_peer, name))(_part(name, "flops"))
@@ -88,6 +88,25 @@ def _part(name: str, part: str) -> Callable:
         module = import_module(module_name)
         function = getattr(module.flops, name) if part == "flops" else module._PARTS[name][part]
         return function(*args, **kwargs)
+
+    return call
+
+
+def _backward_of(name: str) -> Callable:
+    """Where it is the compiler that fails, the error says so; the forward is over, and eager can't take its place."""
+    backward = _part(name, "backward")
+
+    def call(ctx, *gradients):
+        try:
+            return backward(ctx, *gradients)
+        except Exception as error:
+            cause = give_up_after(error, ctx.implementation)
+            if cause is None:
+                raise
+            raise RuntimeError(
+                f'The backward of experts_implementation="{ctx.implementation}" {cause}. From the next forward on '
+                'PEER runs "eager", unless it was told which to run: then use "eager", or leave it unset.'
+            ) from error
 
     return call
 
@@ -291,11 +310,7 @@ def _may_be_lazy(ctx, expert_ids, table, *tensors):
 
 
 def _table_gradient(rows, values, table, row_sparse):
-    if not row_sparse:
-        return values
-    return torch.sparse_coo_tensor(
-        rows.unsqueeze(0), values, table.shape, device=values.device, is_coalesced=True, check_invariants=False
-    )
+    return row_sparse_gradient(rows, values, table) if row_sparse else values
 
 
 # A gradient of a gradient: what the backwards compute is linear in each of their arguments, and thus made of the same

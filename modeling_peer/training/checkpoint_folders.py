@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 # Trainer uploads nothing of output_dir that begins with an underscore, and takes nothing in it for a checkpoint.
 UNFINISHED = "_unfinished"
+REPLACED = "replaced-"  # in there, before the name of a whole checkpoint that is to have another in its place
 # Names, sizes and checksums, written last: a copy that lost a file or a bit is told from a whole one, however the
 # model is sharded. Older releases wrote sizes alone.
 LIST_OF_FILES = "checkpoint_files.json"
@@ -46,8 +47,8 @@ def staged_checkpoint(target: Path, writes: bool, wait_for_everyone: Callable[[]
     """Yield a folder that becomes `target` when all processes have written to it; on failure nothing changes.
 
     Its files are on the disk before it gets its name. A run that is killed leaves it in the folder `_unfinished`
-    beside `target`, which the next save clears. (Killed between the two renames that replace an existing `target`, it
-    leaves none of that name.)
+    beside `target`, which the next save clears. Where it is killed between the two renames that replace an existing
+    `target`, the next save, or whoever looks for the newest checkpoint, puts that one back.
 
     Args:
         target: the checkpoint's final path.
@@ -81,7 +82,7 @@ def _publish(staged: Path, target: Path):
     write_text(staged / LIST_OF_FILES, json.dumps(content, indent=2) + "\n")
     # a new name may get to the disk before what it names
     flush_all([*(path for path in staged.rglob("*") if path.is_dir()), staged])
-    replaced = staged.with_name(f"replaced-{target.name}")
+    replaced = staged.with_name(f"{REPLACED}{target.name}")
     if target.exists():
         target.rename(replaced)
     try:
@@ -93,7 +94,15 @@ def _publish(staged: Path, target: Path):
     flush(target.parent)
 
 
+def _put_back_replaced(unfinished: Path):
+    for replaced in unfinished.glob(f"{REPLACED}checkpoint-*"):
+        target = unfinished.parent / replaced.name.removeprefix(REPLACED)
+        if not target.exists():
+            replaced.rename(target)
+
+
 def _remove_unfinished(unfinished: Path):
+    _put_back_replaced(unfinished)
     if unfinished.is_dir():
         logger.warning("clearing what a run that died left: %s", ", ".join(_names(unfinished)) or unfinished)
         shutil.rmtree(unfinished)
@@ -128,6 +137,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[str, list[str]]:
     Raises:
         SettingsError: there is none.
     """
+    _put_back_replaced(run_dir / UNFINISHED)
     passed_over = [f"{name} (left half written or half deleted)" for name in _names(run_dir / UNFINISHED)]
     for folder in reversed(list_checkpoints(run_dir)):
         damage = find_damage(folder)

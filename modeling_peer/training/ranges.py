@@ -64,12 +64,15 @@ RANGES = {
 }
 
 
-def find_out_of_range(arguments: Any) -> tuple[str, Any, str] | None:
+def find_out_of_range(arguments: Any, kind: type | None = None) -> tuple[str, Any, str] | None:
     """Of the first field of a dataclass that is a number it can't be: its name, the value, and what it must be.
 
     None and what is not declared a number are passed over. A number without a range of its own must be finite.
+
+    Args:
+        kind: look only at the fields of this dataclass, by default at all that `arguments` has.
     """
-    for field in dataclasses.fields(arguments):
+    for field in dataclasses.fields(kind or arguments):
         value = getattr(arguments, field.name, None)
         declared = field.name in RANGES or field.type in (int, float)
         if isinstance(value, bool) or value is None or not (declared or isinstance(value, int | float)):

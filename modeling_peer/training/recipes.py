@@ -30,9 +30,9 @@ def require(holds: bool, name: str, value: Any, words: str) -> None:
         raise SettingsError(f"--{name} ({value}) must be {words}.")
 
 
-def require_numbers(arguments: Any) -> None:
-    """Raise SettingsError when a field is not finite, or outside of its range (`RANGES`)."""
-    if problem := find_out_of_range(arguments):
+def require_numbers(arguments: Any, kind: type | None = None) -> None:
+    """Raise SettingsError when a field is not finite, or outside of its range (`RANGES`); `kind` as there."""
+    if problem := find_out_of_range(arguments, kind):
         name, value, words = problem
         raise SettingsError(f"--{name} ({value}) must be {words}.")
 
@@ -224,7 +224,8 @@ class RunArguments(PeerTrainingArguments):
         metadata={"help": "Log, for each sparse layer, how many of its experts were used, and how unevenly."},
     )
     max_train_minutes: float | None = field(
-        default=None, metadata={"help": "Stop training after this many minutes, wherever it is. Unset: no limit."}
+        default=None,
+        metadata={"help": "Stop training after this many minutes, a resumed run after as many more. Unset: no limit."},
     )
     overwrite_output_dir: bool = field(
         default=False,

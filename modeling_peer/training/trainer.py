@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
 from modeling_peer.training.private_settings import PrivateArguments
-from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError
+from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError, require_numbers
 from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.training.row_sparse_gradients import (
@@ -67,6 +67,11 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     @property
     def _row_sparse(self) -> bool:
         return self._table_settings.row_sparse_gradients or has_row_sparse_gradients(self.model)
+
+    def train(self, *args, **kwargs):
+        """Train as Trainer does; refuse numbers that could train nothing (`RANGES`)."""
+        require_numbers(self.args, TrainingArguments)
+        return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The optimizer that the arguments name, with `parameter_groups`."""
