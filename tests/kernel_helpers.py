@@ -22,6 +22,15 @@ def assert_sums_close(actual, expected, magnitudes, rtol=0.0, message=""):
     assert (error <= allowed).all(), f"{message}: {(error / allowed).max():.3g} times what rounding explains"
 
 
+def assert_close_in_scale(actual, expected, rtol=1e-5):
+    """Compare results of many sums, whose own terms are not at hand: errors are relative to the largest result."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    allowed = rtol * expected.abs().max() if expected.numel() else 0.0
+    error = (actual - expected).abs()
+    assert (error <= allowed).all(), f"off by {error.max():.3g}, where {allowed:.3g} is allowed"
+
+
 def mixture_inputs(device, num_tokens=5, num_active=6, width=7, num_experts=9, gated=False, dtype=torch.float32):
     sizes = {"hidden_states": num_tokens, "down_embed": num_experts, "up_embed": num_experts}
     if gated:

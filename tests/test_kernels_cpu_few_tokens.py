@@ -5,6 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
+from kernel_helpers import assert_close_in_scale
 from torch import nn
 
 from modeling_peer import PeerConfig, PeerLayer
@@ -84,7 +85,7 @@ def test_one_call_gives_what_many_give(calls, num_tokens, changes):
     output = run(layer, tokens, "cpu")
     assert calls == [num_tokens]
     # float32 sums in another order: at most 2e-6 of the outputs
-    torch.testing.assert_close(output, run(layer, tokens, "eager"), atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(output, run(layer, tokens, "eager"))
 
 
 def test_one_call_in_bfloat16_rounds_queries_as_many_do(calls):
@@ -102,7 +103,7 @@ def test_activations_that_one_call_has_not_are_pytorchs(calls, name):
     layer, tokens = build(expert_act=name), torch.randn(2, SIZES["hidden_size"])
     output = run(layer, tokens, "cpu")
     assert calls == []
-    torch.testing.assert_close(output, run(layer, tokens, "eager"), atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(output, run(layer, tokens, "eager"))
 
 
 def test_neither_neighbours_nor_threads_change_a_bit():
@@ -158,7 +159,7 @@ def test_offloaded_tables_come_when_the_parts_are_called(calls):
     layer, tokens = build(), torch.randn(2, SIZES["hidden_size"])
     expected = run(layer, tokens, "cpu")
     accelerate.cpu_offload(layer, torch.device("cpu"))
-    torch.testing.assert_close(run(layer, tokens, "cpu"), expected, atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(run(layer, tokens, "cpu"), expected)
     assert calls == [2]  # the first time
 
 
@@ -166,7 +167,7 @@ def test_an_activation_that_is_no_module_is_called(calls):
     layer, tokens = build(), torch.randn(2, SIZES["hidden_size"])
     del layer.experts.activation
     layer.experts.activation = torch.tanh
-    torch.testing.assert_close(run(layer, tokens, "cpu"), run(layer, tokens, "eager"), atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(run(layer, tokens, "cpu"), run(layer, tokens, "eager"))
     assert calls == []
 
 
@@ -196,7 +197,7 @@ def test_weights_that_are_plain_attributes_count(calls, part, query_norm):
         setattr(module, name, values.detach())
     output = run(layer, tokens, "cpu")
     assert calls == [2]  # the first time
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(output, expected)
 
 
 def test_a_norm_that_still_learns_its_statistics_does(calls):
@@ -270,7 +271,7 @@ def test_a_query_network_of_another_kind_computes_itself(calls):
     layer.retrieval.query_proj.__class__ = Doubled
     output = run(layer, tokens, "cpu")
     assert calls == []
-    torch.testing.assert_close(output, run(layer, tokens, "eager"), atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(output, run(layer, tokens, "eager"))
 
 
 def test_a_norm_in_another_type_computes_itself(calls):
@@ -329,7 +330,7 @@ def test_a_layer_compiled_with_one_token_has_the_same_output():
     output = run(layer, tokens, "cpu")
     with torch.no_grad():
         compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="eager")(tokens)
-    torch.testing.assert_close(compiled, output, atol=1e-5, rtol=1e-5)
+    assert_close_in_scale(compiled, output)
 
 
 def test_only_the_cpu_implementation_has_such_calls():

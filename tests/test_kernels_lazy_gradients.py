@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from kernel_helpers import assert_sums_close
+from kernel_helpers import assert_close_in_scale, assert_sums_close
 from torch import nn
 
 from modeling_peer import PeerForCausalLM
@@ -59,7 +59,7 @@ def lazy(table, other):
 
 
 def assert_same(gradient, expected):
-    torch.testing.assert_close(gradient.to_dense(), expected.to_dense(), atol=1e-5, rtol=1e-4)
+    assert_close_in_scale(gradient.to_dense(), expected.to_dense())
 
 
 def test_gradients_add_up_over_layers_and_backwards_without_being_multiplied_out(lazy):
@@ -112,7 +112,7 @@ def test_the_gradient_of_many_tokens_is_smaller_than_its_rows():
 def test_gradients_that_would_outgrow_the_table_are_multiplied_out():
     table, other = nn.Parameter(torch.randn(100, WIDTH)), torch.randn(100, WIDTH)
     backward(table, other, *batch(200, num_experts=100))
-    assert type(table.grad) is not LazyRowGradient, "of one batch"
+    assert table.grad.products() is None, "of one batch"
     few, twin = (nn.Parameter(table.detach().clone()) for _ in range(2))
     was_lazy, batches = [], [batch(4, num_experts=100) for _ in range(20)]
     for inputs in batches:
@@ -159,7 +159,7 @@ def test_a_table_that_has_a_dense_gradient_too(table, other, dense_comes_first, 
             loss().backward()
     twin = nn.Parameter(table.detach().clone())
     mix(twin, other, *inputs, mixture="eager").backward()
-    torch.testing.assert_close(table.grad.to_dense(), twin.grad.to_dense() + 0.2 * twin, atol=1e-5, rtol=1e-4)
+    assert_close_in_scale(table.grad.to_dense(), twin.grad.to_dense() + 0.2 * twin)
 
 
 def test_gradients_of_other_sizes_are_refused(lazy):
@@ -181,7 +181,7 @@ def test_every_optimizer_of_row_sparse_gradients_takes_them(lazy, optimizer_clas
     for _ in range(2):
         for optimizer in optimizers:
             optimizer.step()
-    torch.testing.assert_close(*lazy, atol=1e-5, rtol=1e-4)
+    assert_close_in_scale(*lazy)
 
 
 def test_an_optimizer_that_takes_no_sparse_gradients_says_so(lazy):

@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter: tests/conftest.py chooses it, be
 import pytest
 import reference
 import torch
+from kernel_helpers import assert_sums_close
 
 pytest.importorskip("triton")
 
@@ -153,9 +154,9 @@ def test_read_and_write_across_blocks(sizes, dtype):
     rows = table.double()[expert_ids]  # (t, a, d)
     pre = on_device(read_experts, tokens, expert_ids, table)
     # Sums in float32, of up to 1500 exact products.
-    torch.testing.assert_close(pre, torch.einsum("td,tad->ta", tokens.double(), rows).float(), rtol=1e-5, atol=1e-4)
+    assert_sums_close(pre, *sums_and_magnitudes("td,tad->ta", tokens, rows))
     out = on_device(write_experts, weights, expert_ids, table)
-    torch.testing.assert_close(out, torch.einsum("ta,tad->td", weights.double(), rows).float(), rtol=1e-5, atol=1e-5)
+    assert_sums_close(out, *sums_and_magnitudes("ta,tad->td", weights, rows))
 
 
 def test_nan_stays_with_the_token_and_the_row_that_have_it():
@@ -171,27 +172,35 @@ def test_nan_stays_with_the_token_and_the_row_that_have_it():
     assert values[:8].isfinite().all()
 
 
+def sums_and_magnitudes(equation, *factors):
+    """Exact sums of products, and what they would be if no term were negative."""
+    factors = [factor.double() for factor in factors]
+    return torch.einsum(equation, *factors), torch.einsum(equation, *(factor.abs() for factor in factors))
+
+
 def assert_gradients_are_right(tokens, weights, expert_ids, table, row_sparse):
     num_experts, width = table.shape
     order = group_by_expert(expert_ids)
     terms = weights.double().unsqueeze(-1) * tokens.double().unsqueeze(1)  # (t, a, d)
-    expected = torch.zeros(num_experts, width).double().index_add_(0, expert_ids.flatten(), terms.flatten(0, 1))
+    zeros = torch.zeros(num_experts, width).double()
+    expected = zeros.index_add(0, expert_ids.flatten(), terms.flatten(0, 1))
+    magnitudes = zeros.index_add(0, expert_ids.flatten(), terms.abs().flatten(0, 1))
     expected_rows = expert_ids.unique() if row_sparse else torch.empty(0, dtype=torch.int64)
-    expected_values = expected[expected_rows] if row_sparse else expected
-    # One rounding to the dtype of the result; float32 sums before it.
-    tolerance = {"rtol": max(torch.finfo(table.dtype).eps, 1e-5), "atol": 1e-5}
+    if row_sparse:
+        expected, magnitudes = expected[expected_rows], magnitudes[expected_rows]
+    one_rounding = 0.0 if table.dtype == torch.float32 else torch.finfo(table.dtype).eps
 
     rows, values = on_device(row_gradients, weights, tokens, expert_ids, order, num_experts, table.dtype, row_sparse)
     torch.testing.assert_close(rows, expected_rows)
-    torch.testing.assert_close(values, expected_values.to(table.dtype), **tolerance)
+    assert values.dtype == table.dtype
+    assert_sums_close(values, expected, magnitudes, one_rounding)
 
     grad_weights, same_rows, same_values = on_device(
         write_experts_gradients, tokens, weights, expert_ids, order, table, row_sparse
     )
-    expected_grad_weights = torch.einsum("td,tad->ta", tokens.double(), table.double()[expert_ids])
-    torch.testing.assert_close(grad_weights, expected_grad_weights.float(), rtol=1e-5, atol=1e-4)
+    assert_sums_close(grad_weights, *sums_and_magnitudes("td,tad->ta", tokens, table[expert_ids]))
     assert torch.equal(same_rows, rows)
-    torch.testing.assert_close(same_values, values, **tolerance)
+    assert_sums_close(same_values, expected, magnitudes, one_rounding)
 
 
 @pytest.mark.parametrize("row_sparse", [False, True])
@@ -311,13 +320,12 @@ def test_tables_of_more_than_2_to_the_31_elements():
     expert_ids = torch.arange(num_experts - 4, num_experts, device="cuda").expand(6, 4).contiguous()
     tokens, weights = torch.randn(6, width, device="cuda"), torch.randn(6, 4, device="cuda")
     pre, out = read_experts(tokens, expert_ids, table), write_experts(weights, expert_ids, table)
-    expected = torch.einsum("td,ad->ta", tokens.double(), table[-4:].double()).float()
-    torch.testing.assert_close(pre, expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(out, torch.einsum("ta,ad->td", weights.double(), table[-4:].double()).float())
+    assert_sums_close(pre, *sums_and_magnitudes("td,ad->ta", tokens, table[-4:]))
+    assert_sums_close(out, *sums_and_magnitudes("ta,ad->td", weights, table[-4:]))
     order = group_by_expert(expert_ids)
     _, values = row_gradients(weights, tokens, expert_ids, order, num_experts, torch.bfloat16, False)
-    expected = torch.einsum("ta,td->ad", weights.double(), tokens.double())
-    torch.testing.assert_close(values[-4:].double(), expected, rtol=2**-8, atol=1e-5)
+    expected = sums_and_magnitudes("ta,td->ad", weights, tokens)
+    assert_sums_close(values[-4:], *expected, rtol=2**-8)
     assert not values[:-4].any()
 
 
@@ -327,8 +335,8 @@ def test_more_tokens_than_a_grid_axis_takes():
     num_tokens = 70_000  # the second and third axes of a CUDA grid end at 65535
     tokens, weights, expert_ids, table = (x.cuda() for x in assignments(num_tokens, 2, 16, 32))
     rows = table[expert_ids]
-    torch.testing.assert_close(read_experts(tokens, expert_ids, table), (tokens.unsqueeze(1) * rows).sum(-1))
-    torch.testing.assert_close(write_experts(weights, expert_ids, table), (weights.unsqueeze(-1) * rows).sum(1))
+    assert_sums_close(read_experts(tokens, expert_ids, table), *sums_and_magnitudes("td,tad->ta", tokens, rows))
+    assert_sums_close(write_experts(weights, expert_ids, table), *sums_and_magnitudes("ta,tad->td", weights, rows))
     scores, _ = product_key_top_k(torch.randn(num_tokens, 1, 8, device="cuda"), torch.randn(2, 4, 4).cuda(), 2)
     assert scores.isfinite().all()
 

@@ -33,7 +33,7 @@ def train(kind, model, folder, **settings):
 @pytest.mark.parametrize("kind", [Trainer, OtherTrainer])
 def test_a_trainer_whose_optimizer_cannot_take_them_is_refused_at_its_first_step(model, tmp_path, kind):
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="torch.optim.AdamW takes dense ones only.*PeerTrainer"):
+    with pytest.raises(ValueError, match=r"torch.optim.AdamW takes dense ones only.*PeerTrainer"):
         train(kind, model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "embed" in name)
 
