@@ -50,8 +50,8 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     token (`PrivateArguments`).
 
     `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
-    same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and with dense gradients, since Trainer
-    can't clip others:
+    same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and on a GPU with dense
+    gradients, since Trainer can't clip others there:
 
         Trainer(..., optimizer_cls_and_kwargs=(RowSparseAdamW, {"params": parameter_groups(model, 1e-3)}))
     """
