@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How PEER models load and save: a folder is replaced whole or not at all, and a damaged file is noticed and named."""
 
-import errno
 import json
 import os
 import platform
@@ -10,8 +9,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.machinery import PathFinder
@@ -25,6 +23,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from .auto_classes_peer import AUTO_MAP
+from .files_peer import flush, flush_all, give_default_permissions, write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .retrieval_peer import freeze_running_statistics
 
@@ -372,56 +371,6 @@ def _put_back(staging: Path, directory: Path):
                 flush(directory)
             os.replace(staging / OLD_FILES / name, directory / name)
     flush(directory)
-
-
-def give_default_permissions(folder: Path):
-    """Give files what the umask leaves to any new file: safetensors writes for the owner alone."""
-    probe = folder / "permissions"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_mode & 0o777 != mode:
-            path.chmod(mode)
-
-
-def flush(path: str | os.PathLike):
-    """Bring a file, or the names in a folder, to the disk."""
-    if os.name == "nt":  # there, only what is open for writing can be flushed
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot flush folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def flush_all(paths: Iterable[str | os.PathLike]):
-    """`flush` side by side: a disk takes many waiting writes in about the time of one."""
-    with ThreadPoolExecutor(16) as threads:
-        for _ in threads.map(flush, paths):
-            pass
-
-
-def write_text(path: str | os.PathLike, text: str):
-    """Write a file that is whole, and on the disk, or as it was."""
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
-        path.write_text(text, encoding="utf-8")
-        return
-    unfinished = path.with_name(f"_{path.name}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        flush(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
 
 
 def _identities(path: str | os.PathLike, subfolder: str | None) -> dict[str, tuple[int, int, int]]:

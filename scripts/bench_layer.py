@@ -7,7 +7,7 @@ python scripts/bench_layer.py smoke
 
 from modeling_peer.benchmarks.layer import bench_layer
 from modeling_peer.benchmarks.settings import LayerArguments, parse_settings
-from modeling_peer.training.console import run_script
+from modeling_peer.console.scripts import run_script
 
 if __name__ == "__main__":
     run_script(lambda: bench_layer(parse_settings(LayerArguments, "layer")))

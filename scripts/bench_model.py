@@ -7,7 +7,7 @@ python scripts/bench_model.py smoke
 
 from modeling_peer.benchmarks.model import ModelArguments, bench_model
 from modeling_peer.benchmarks.settings import parse_settings
-from modeling_peer.training.console import run_script
+from modeling_peer.console.scripts import run_script
 
 if __name__ == "__main__":
     run_script(lambda: bench_model(parse_settings(ModelArguments, "model")))

@@ -9,7 +9,7 @@ python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report
 
 import sys
 
-from modeling_peer.training.console import run_script
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training.study.compare import compare_feed_forwards
 
 if __name__ == "__main__":

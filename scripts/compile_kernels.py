@@ -5,8 +5,8 @@ python scripts/compile_kernels.py --architectures 89 90 --output_file compilatio
 """
 
 from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
-from modeling_peer.training.console import run_script
-from modeling_peer.training.recipes import parse_arguments
+from modeling_peer.console.command_line import parse_arguments
+from modeling_peer.console.scripts import run_script
 
 if __name__ == "__main__":
     run_script(lambda: compile_kernels(parse_arguments(CompilationArguments)))

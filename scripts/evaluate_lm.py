@@ -4,9 +4,9 @@ python scripts/evaluate_lm.py --model runs/quickstart
 python scripts/evaluate_lm.py --model runs/quickstart --file my_text.txt --context_length 256 --stride 64
 """
 
-from modeling_peer.training.console import run_script
+from modeling_peer.console.command_line import parse_arguments
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training.evaluation import EvaluationArguments, evaluate_checkpoint
-from modeling_peer.training.recipes import parse_arguments
 
 if __name__ == "__main__":
     run_script(lambda: evaluate_checkpoint(parse_arguments(EvaluationArguments)))

@@ -13,7 +13,7 @@ def main():
     # Threads that wait by spinning take the cores they wait for: on a busy machine a step took 5 to 10 times as long.
     # Read when torch is loaded, hence before the imports.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from modeling_peer.training.console import run_script
+    from modeling_peer.console.scripts import run_script
     from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
 
     try:

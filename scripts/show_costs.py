@@ -4,8 +4,8 @@ python scripts/show_costs.py --model peer_mini
 python scripts/show_costs.py --model peer_tiny --model_overrides sparse_mlp=top_k_moe num_moe_experts=16 --fit flops
 """
 
-from modeling_peer.training.console import run_script
-from modeling_peer.training.recipes import parse_arguments
+from modeling_peer.console.command_line import parse_arguments
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training.show_costs import CostArguments, show_costs
 
 if __name__ == "__main__":

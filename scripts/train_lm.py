@@ -5,7 +5,7 @@ python scripts/train_lm.py configuration/training/quickstart.yaml --seed 1 --mod
 python scripts/train_lm.py --help
 """
 
-from modeling_peer.training.console import run_script
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training.language_modeling import train_language_model
 from modeling_peer.training.recipes import parse_recipe
 

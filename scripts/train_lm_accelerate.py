@@ -19,6 +19,9 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from safetensors import SafetensorError
 from transformers import get_scheduler
 
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import write_json
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training import (
     RowSparseAdamW,
     average_over_processes,
@@ -27,14 +30,13 @@ from modeling_peer.training import (
     row_sparse_gradients,
     schedule_tables,
 )
-from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint, write_json
-from modeling_peer.training.console import run_script
+from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
 from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.parallelism import launched_sharding
-from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError, parse_recipe
+from modeling_peer.training.recipes import Recipe, RunArguments, parse_recipe
 from modeling_peer.training.resumed_settings import (
     SETTINGS_FILE,
     announce_changes,

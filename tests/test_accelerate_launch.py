@@ -24,9 +24,9 @@ from training_helpers import (
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.checkpoint_folders import find_damage
 from modeling_peer.training.parallelism import launched_sharding
-from modeling_peer.training.recipes import SettingsError
 
 FOLDER = REPOSITORY / "configuration" / "accelerate"
 # BatchNorm would take its statistics from the sequences of each process

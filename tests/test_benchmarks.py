@@ -19,9 +19,9 @@ from modeling_peer.benchmarks.preconditions import require_green_tests
 from modeling_peer.benchmarks.settings import TASKS, Case, LayerArguments, parse_cases, parse_settings
 from modeling_peer.benchmarks.timing import interleave, summarize
 from modeling_peer.benchmarks.traffic import bytes_to_move, count_rows, measure_traffic
-from modeling_peer.training.console import run_script
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.scripts import run_script
 from modeling_peer.training.provenance import describe_versions
-from modeling_peer.training.recipes import SettingsError
 
 SIZES = {"hidden_size": 8, "num_retrieval_heads": 2, "num_experts_per_head": 2, "query_dim": 4}
 

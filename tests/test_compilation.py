@@ -6,7 +6,7 @@ import pytest
 from training_helpers import run_script
 
 from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 pytest.importorskip("triton")
 

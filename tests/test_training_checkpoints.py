@@ -15,9 +15,9 @@ from training_helpers import (
 )
 from transformers import Trainer, TrainingArguments
 
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.checkpoint_folders import UNFINISHED, find_damage, newest_checkpoint
 from modeling_peer.training.checkpoints import CompleteCheckpoints
-from modeling_peer.training.recipes import SettingsError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

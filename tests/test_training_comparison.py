@@ -12,8 +12,8 @@ from training_helpers import (
     write_inputs,
 )
 
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.comparison import ComparisonArguments, compare_runs
-from modeling_peer.training.recipes import SettingsError
 
 
 def write_run(folder, eval_loss, losses=(3.0, 2.0), **summary):

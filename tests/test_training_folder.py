@@ -10,8 +10,8 @@ from training_helpers import (
     write_inputs,
 )
 
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.language_modeling import LanguageModelTrainer
-from modeling_peer.training.recipes import SettingsError
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

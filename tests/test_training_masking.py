@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 from modeling_peer import PeerForMaskedLM
 from modeling_peer.analysis.masked_perplexity import masked_perplexity
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.masking import MaskedBlocks
-from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.tokenizers import END_OF_TEXT, MASK, byte_tokenizer, train_byte_level_bpe
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -19,8 +19,9 @@ from training_helpers import (
 from transformers import TrainingArguments
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, resumed_settings
-from modeling_peer.training.recipes import DataArguments, ModelArguments, RunArguments, SettingsError
+from modeling_peer.training.recipes import DataArguments, ModelArguments, RunArguments
 from modeling_peer.training.resumed_settings import ANNOUNCED, TREATMENT_OF, find_changes, stored_arguments
 
 pytestmark = pytest.mark.usefixtures("private_cache")

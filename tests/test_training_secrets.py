@@ -18,9 +18,11 @@ from training_helpers import (
 from transformers import TrainingArguments
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.secrets import is_secret, without_secrets
 from modeling_peer.training import PeerTrainer
-from modeling_peer.training.private_settings import is_secret, pickled_without_secrets, without_secrets
-from modeling_peer.training.recipes import SettingsError, parse_recipe
+from modeling_peer.training.private_settings import pickled_without_secrets
+from modeling_peer.training.recipes import parse_recipe
 from modeling_peer.training.resumed_settings import stored_arguments
 
 pytestmark = pytest.mark.usefixtures("private_cache")

@@ -13,9 +13,9 @@ from training_helpers import logged_losses
 from transformers.distributed import DistributedConfig
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, sharded_checkpoints
 from modeling_peer.training.checkpoint_folders import find_damage, list_checkpoints
-from modeling_peer.training.recipes import SettingsError
 
 if "ep_size" not in DistributedConfig.__dataclass_fields__:
     pytest.skip("Transformers of this age saves no optimizer that can be resumed sharded", allow_module_level=True)

@@ -13,9 +13,10 @@ import torch
 import yaml
 from training_helpers import REPOSITORY, TINY_PEER, as_command_line, run_script, some_text
 
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_yaml
 from modeling_peer.training.checkpoint_folders import list_checkpoints
 from modeling_peer.training.models import load_config
-from modeling_peer.training.recipes import SettingsError, read_yaml
 from modeling_peer.training.study import queue
 from modeling_peer.training.study.compare import compare_feed_forwards
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data

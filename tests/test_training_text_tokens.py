@@ -13,9 +13,9 @@ from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.analysis import perplexity
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.analysis.unigram import unigram_bits_per_byte
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.generation import GenerationArguments, continue_texts
 from modeling_peer.training.packing import tokenize
-from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.tokenizers import (
     byte_tokenizer,
     encode_prompt,

@@ -29,8 +29,8 @@ from training_helpers import (
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, RowSparseAdamW, clip_gradients, parameter_groups
-from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.trainer import LanguageModelTrainer
 
 TEXT = torch.randint(0, 99, (32, 16), generator=torch.Generator().manual_seed(0))

@@ -15,8 +15,8 @@ import torch
 
 from modeling_peer.benchmarks.contestants import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
 from modeling_peer.benchmarks.settings import Case, LayerArguments
+from modeling_peer.console.files import REPOSITORY
 from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
-from modeling_peer.training.recipes import REPOSITORY
 
 # of what is free; the rest is for other programs and for what the estimate does not know
 USABLE = 0.85

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_peer.benchmarks.settings import TASKS
-from modeling_peer.training.presets import as_markdown
+from modeling_peer.console.tables import as_markdown
 
 
 def publish(result: dict[str, Any], output_file: str | None) -> None:

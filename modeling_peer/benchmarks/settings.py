@@ -11,14 +11,9 @@ from typing import Any
 
 import torch
 
-from modeling_peer.training.recipes import (
-    SettingsError,
-    find_file,
-    nearest,
-    parse_arguments,
-    read_yaml,
-    require_at_least_one,
-)
+from modeling_peer.console.command_line import parse_arguments
+from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one
+from modeling_peer.console.files import find_file, read_yaml
 
 FOLDER = "configuration/benchmarks"
 DTYPES = ("float32", "bfloat16", "float16")

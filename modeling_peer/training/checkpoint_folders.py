@@ -12,15 +12,10 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from modeling_peer.checkpoint_peer import (
-    checksum,
-    find_safetensors_damage,
-    flush,
-    flush_all,
-    give_default_permissions,
-    write_text,
-)
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.checkpoint_peer import checksum, find_safetensors_damage
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_json
+from modeling_peer.files_peer import flush, flush_all, give_default_permissions, write_text
 
 logger = logging.get_logger(__name__)
 
@@ -211,16 +206,6 @@ def _content_damage(path: Path, expected: str | None) -> str | None:
     except Exception as error:  # zipfile raises many: NotImplementedError where the flipped bit is of the compression
         return f"{path.name} cannot be read ({type(error).__name__}: {error})"
     return None
-
-
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; an empty dict if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a file that is whole, and on the disk, or as it was."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _has_steps(path: Path, content: dict) -> bool:

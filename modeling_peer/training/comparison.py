@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 from typing import Any
 
-from modeling_peer.checkpoint_peer import write_text
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.files_peer import write_text
 from modeling_peer.training.masking import NEXT_TOKEN
 from modeling_peer.training.names import no_such_folder
-from modeling_peer.training.presets import as_markdown
-from modeling_peer.training.recipes import SettingsError
 from modeling_peer.training.run_folder import RESULTS_FILE
 
 # must agree, or the losses are not of the same task
@@ -127,13 +127,6 @@ def _values(runs: Sequence[Run], name: str) -> list[float]:
     return [run.summary[name] for run in runs if run.summary.get(name) is not None]
 
 
-def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
-    """Mean and sample standard deviation; None where there are too few values."""
-    if not values:
-        return [None, None]
-    return [round(mean(values), 5), round(stdev(values), 5) if len(values) > 1 else None]
-
-
 def _printed(row: dict[str, Any]) -> dict[str, Any]:
     """Numbers as a README shows them."""
     cells = {}
@@ -144,11 +137,3 @@ def _printed(row: dict[str, Any]) -> dict[str, Any]:
             name, value = "peak memory, MiB", "-" if value is None else round(value / 2**20)
         cells[name.replace("_", " ")] = value
     return cells
-
-
-def with_deviation(pair: Sequence[float | None], spec: str) -> str:
-    """What `mean_and_deviation` returns, as a table shows it."""
-    center, deviation = pair
-    if center is None:
-        return "-"
-    return f"{center:{spec}}" + (f" ± {deviation:{spec.lstrip('+')}}" if deviation is not None else "")

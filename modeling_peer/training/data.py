@@ -6,10 +6,11 @@ from pathlib import Path
 
 import datasets
 
+from modeling_peer.console.errors import SettingsError, nearest
+from modeling_peer.console.secrets import without_secrets
 from modeling_peer.training.names import locate_data_set
-from modeling_peer.training.private_settings import without_secrets
 from modeling_peer.training.python_sources import PYTHON_STDLIB, find_python_sources
-from modeling_peer.training.recipes import DataArguments, SettingsError, nearest
+from modeling_peer.training.recipes import DataArguments
 from modeling_peer.training.text_files import find_text_files, read_pieces, require_text
 
 ENDS_DOCUMENT = "ends_document"

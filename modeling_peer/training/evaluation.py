@@ -7,11 +7,12 @@ from typing import Any
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.analysis.perplexity import CausalPerplexity
-from modeling_peer.checkpoint_peer import write_text
+from modeling_peer.console.errors import SettingsError, require_numbers
+from modeling_peer.files_peer import write_text
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.models import load_checkpoint
 from modeling_peer.training.python_sources import PYTHON_STDLIB
-from modeling_peer.training.recipes import DataArguments, SettingsError, require_numbers
+from modeling_peer.training.recipes import DataArguments
 
 
 @dataclass

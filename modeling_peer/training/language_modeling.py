@@ -17,7 +17,8 @@ from transformers.integrations import is_tensorboard_available
 from modeling_peer.analysis.masked_perplexity import masked_perplexity
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.checkpoint_peer import staged_save
-from modeling_peer.training.checkpoint_folders import write_json
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import write_json
 from modeling_peer.training.data import Corpus, load_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
 from modeling_peer.training.masking import MaskedBlocks, NewMasksEveryEpoch, objective, predicts_masked_tokens
@@ -25,7 +26,7 @@ from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.model_card import require_template, write_model_card
 from modeling_peer.training.models import build_model, load_config, load_tokenizer
 from modeling_peer.training.packing import PackedBlocks, pack, tokenize
-from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
+from modeling_peer.training.recipes import Recipe, RunArguments
 from modeling_peer.training.resumed_settings import (
     SETTINGS_FILE,
     announce_changes,

@@ -5,7 +5,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 NEXT_TOKEN = "the next token"
 

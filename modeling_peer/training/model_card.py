@@ -6,10 +6,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_peer.checkpoint_peer import write_text
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import REPOSITORY
+from modeling_peer.files_peer import write_text
 from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.models import is_new_model
-from modeling_peer.training.recipes import REPOSITORY, SettingsError
 
 TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}

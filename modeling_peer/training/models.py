@@ -19,17 +19,14 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.errors import SettingsError, nearest
+from modeling_peer.console.files import find_file
 from modeling_peer.training.data import Corpus
 from modeling_peer.training.masking import predicts_masked_tokens
 from modeling_peer.training.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
 from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
-from modeling_peer.training.recipes import (
-    ModelArguments,
-    SettingsError,
-    find_file,
-    nearest,
-    parse_overrides,
-)
+from modeling_peer.training.recipes import ModelArguments
 from modeling_peer.training.tokenizers import (
     byte_tokenizer,
     require_embeddings,

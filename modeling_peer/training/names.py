@@ -13,8 +13,9 @@ import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import REPOSITORY
 from modeling_peer.training.checkpoint_folders import list_checkpoints
-from modeling_peer.training.recipes import REPOSITORY, SettingsError
 from modeling_peer.training.resumed_settings import SETTINGS_FILE
 
 PRESETS_FOLDER = "configuration/models"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 
 def launched_sharding() -> DistributedConfig | None:

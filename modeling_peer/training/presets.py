@@ -3,8 +3,8 @@
 from typing import Any
 
 from modeling_peer.analysis.costs import model_parts, sum_of_parts
+from modeling_peer.console.files import REPOSITORY
 from modeling_peer.training.models import PRESETS_FOLDER, load_preset
-from modeling_peer.training.recipes import REPOSITORY
 
 
 def preset_names() -> list[str]:
@@ -42,13 +42,3 @@ def cost_of_preset(name: str) -> dict[str, int]:
         "active parameters": cost.active_parameters,
         "FLOPs per token": cost.forward_flops,
     }
-
-
-def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for the README."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
-    for row in rows:
-        cells = (f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

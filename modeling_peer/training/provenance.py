@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from modeling_peer.training.recipes import REPOSITORY
+from modeling_peer.console.files import REPOSITORY
 
 PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 

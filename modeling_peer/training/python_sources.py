@@ -9,7 +9,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 PYTHON_STDLIB = "python_stdlib"
 # tests are repetitive, encodings are tables of characters, site-packages differs everywhere; _sysconfigdata holds the

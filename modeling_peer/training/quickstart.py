@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.analysis.unigram import unigram_bits_per_byte
+from modeling_peer.console.files import REPOSITORY
 from modeling_peer.training.generation import GenerationArguments, continue_texts
 from modeling_peer.training.language_modeling import TrainingResult, train_language_model
-from modeling_peer.training.recipes import REPOSITORY, Recipe, parse_recipe
+from modeling_peer.training.recipes import Recipe, parse_recipe
 
 RECIPE = "configuration/training/quickstart.yaml"
 GENERATE_SCRIPT = REPOSITORY / "scripts" / "generate_text.py"

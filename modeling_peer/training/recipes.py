@@ -1,47 +1,19 @@
 """The settings of a run: dataclass defaults, then a YAML recipe, then the command line, the later one winning."""
 
-import difflib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from modeling_peer.console.command_line import as_command_line, make_parser, named_fields, refuse_unknown
+from modeling_peer.console.errors import SettingsError, nearest, require, require_numbers
+from modeling_peer.console.files import find_file, read_yaml
+from modeling_peer.console.secrets import is_secret, without_secrets
 from modeling_peer.training.parameter_groups import TABLE_SCHEDULES
-from modeling_peer.training.private_settings import is_secret, without_secrets
-from modeling_peer.training.ranges import find_out_of_range
 from modeling_peer.training.row_sparse_adamw import ROW_STATES
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-class SettingsError(ValueError):
-    """The user's settings or files cannot work; the message has the numbers and the way out, no traceback needed."""
-
-
-def require(holds: bool, name: str, value: Any, words: str) -> None:
-    """Raise SettingsError unless `holds`: the field, its value, and in words what it must be."""
-    if not holds:
-        raise SettingsError(f"--{name} ({value}) must be {words}.")
-
-
-def require_numbers(arguments: Any, kind: type | None = None) -> None:
-    """Raise SettingsError when a field is not finite, or outside of its range (`RANGES`); `kind` as there."""
-    if problem := find_out_of_range(arguments, kind):
-        name, value, words = problem
-        raise SettingsError(f"--{name} ({value}) must be {words}.")
-
-
-def require_at_least_one(arguments: Any, *names: str) -> None:
-    """Raise SettingsError when one of these fields is set and below 1."""
-    for name in names:
-        value = getattr(arguments, name)
-        require(value is None or value >= 1, name, value, "at least 1")
 
 
 @dataclass
@@ -257,7 +229,7 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     recipe = read_yaml(recipe_path) if recipe_path else {}
 
     groups = (ModelArguments, DataArguments, RunArguments)
-    parser = _parser(groups, usage="%(prog)s [recipe.yaml] [--field value ...]")
+    parser = make_parser(groups, usage="%(prog)s [recipe.yaml] [--field value ...]")
     known = {action.dest: action for action in parser._actions}
     for name, value in recipe.items():
         if name not in known:
@@ -268,7 +240,7 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     drop_other_source(recipe, arguments)
     recipe.setdefault("output_dir", f"runs/{recipe_path.stem if recipe_path else 'train_lm'}")
     namespace, unknown = parser.parse_known_args(as_command_line(recipe) + arguments)
-    _refuse_unknown(unknown, known)
+    refuse_unknown(unknown, known)
     values = vars(namespace)
     changed = {n: v for n, v in sorted(values.items()) if v != defaults[n] and not is_secret(n)}
     settings = without_secrets(changed)
@@ -285,32 +257,6 @@ def parse_recipe(arguments: Sequence[str] | None = None) -> Recipe:
     return Recipe(model, data, run, settings)
 
 
-def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_others: bool = False) -> Any:
-    """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`.
-
-    Args:
-        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
-    """
-    parser = _parser(group)
-    parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    require_numbers(parsed)
-    if return_others:
-        return parsed, unknown
-    _refuse_unknown(unknown, {action.dest for action in parser._actions})
-    return parsed
-
-
-def _parser(groups, **options) -> HfArgumentParser:
-    def refuse(message: str):  # argparse would print its usage, of some hundred fields
-        raise SettingsError(f"{message}.")
-
-    parser = HfArgumentParser(groups, allow_abbrev=False, **options)
-    parser.error = refuse
-    return parser
-
-
 def _require_plain(value: Any, several: bool, place: str) -> None:
     """Raise SettingsError unless a field of a recipe can be this: a value, of some fields a list or mapping."""
     if isinstance(value, list) and not several:
@@ -319,77 +265,6 @@ def _require_plain(value: Any, several: bool, place: str) -> None:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes; a list within itself
         raise SettingsError(f"{place} must be text, a number, true or false: {error}.") from error
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` words and JSON objects into one dict; a value is JSON where it parses, else a string."""
-    result = {}
-    for word in overrides:
-        if word.lstrip().startswith("{"):
-            try:
-                result.update(json.loads(word))
-            except json.JSONDecodeError as error:
-                raise SettingsError(f"model_overrides is not valid JSON ({error}): {word}") from error
-            continue
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise SettingsError(f"model_overrides takes key=value pairs or a JSON object; got {word!r}.")
-        try:
-            result[key] = json.loads(value)
-        except json.JSONDecodeError:
-            result[key] = value
-    return result
-
-
-def nearest(name: str, known) -> str:
-    """A sentence that names the known word most like `name`, or nothing when none is near."""
-    close = difflib.get_close_matches(name, sorted(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def find_file(name: str, folder: str, suffix: str) -> Path:
-    """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
-    candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
-    for path in candidates:
-        if os.path.isfile(path):  # False, not an error, for a name that no file can have
-            return path
-    known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
-    if not known:
-        raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
-    hint = nearest(Path(name).name.removesuffix(suffix), known)
-    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a recipe: one YAML mapping of fields to values."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not valid YAML: {error}") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets without end
-        raise SettingsError(f"{path} is not valid YAML: {error}.") from error
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
-    if not isinstance(recipe, dict):
-        raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
-    return recipe
-
-
-def _refuse_unknown(words: list[str], known: set[str]) -> None:
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        shown = without_secrets(word)
-        if equals and any(is_secret(other) for other in difflib.get_close_matches(name, known)):  # a mistyped token's
-            shown = f"{word.partition('=')[0]}=..."
-        raise SettingsError(f"unknown argument {shown!r}.{nearest(name, known) if word.startswith('-') else ''}")
-
-
-def named_fields(arguments: Sequence[str]) -> set[str]:
-    """The fields that a command line names."""
-    return {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
 
 
 def drop_other_source(recipe: dict[str, Any], arguments: list[str]) -> None:
@@ -407,25 +282,3 @@ def drop_other_source(recipe: dict[str, Any], arguments: list[str]) -> None:
 
 def _has_recipe(arguments: list[str]) -> bool:
     return bool(arguments) and not arguments[0].startswith("-")
-
-
-def as_command_line(recipe: dict[str, Any]) -> list[str]:
-    """The fields of a recipe as words: through argparse they get the same types, choices and errors as others."""
-    words = []
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        if name == "model_overrides" or isinstance(value, list):
-            strings = _as_strings(value)
-            words += [f"--{name}", *strings] if strings else []
-        else:
-            words.append(f"--{name}={_as_strings(value)[0]}")
-    return words
-
-
-def _as_strings(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [text for item in value for text in _as_strings(item)]
-    return [value if isinstance(value, str) else json.dumps(value)]

@@ -10,9 +10,9 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments
 
-from modeling_peer.training.checkpoint_folders import write_json
-from modeling_peer.training.private_settings import without_secrets
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import write_json
+from modeling_peer.console.secrets import without_secrets
 
 SETTINGS_FILE = "run_settings.json"
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints, newest_checkpoint, require_complete
 from modeling_peer.training.models import CONFIG_ERRORS
 from modeling_peer.training.names import exists, no_such_folder
-from modeling_peer.training.recipes import Recipe, RunArguments, SettingsError
+from modeling_peer.training.recipes import Recipe, RunArguments
 from modeling_peer.training.resumed_settings import SETTINGS_FILE
 
 RESULTS_FILE = "train_lm_results.json"

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 # older releases of Transformers keep them elsewhere, and know less: not the parts of parts that FSDP2 leaves
 try:

@@ -5,9 +5,10 @@ from typing import Any
 
 from modeling_peer.analysis.budgets import TOLERANCES, fit_to_budget
 from modeling_peer.analysis.costs import model_parts, sum_of_parts
+from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.errors import SettingsError, require, require_at_least_one
+from modeling_peer.console.tables import as_markdown
 from modeling_peer.training.models import load_preset
-from modeling_peer.training.presets import as_markdown
-from modeling_peer.training.recipes import SettingsError, parse_overrides, require, require_at_least_one
 
 
 @dataclass

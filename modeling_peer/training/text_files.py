@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from modeling_peer.training.recipes import SettingsError, nearest
+from modeling_peer.console.errors import SettingsError, nearest
 
 # looked for in a folder; a file named by itself may have any name
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"

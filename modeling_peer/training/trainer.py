@@ -9,11 +9,12 @@ import torch
 from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from modeling_peer.console.errors import SettingsError, require_numbers
 from modeling_peer.training.checkpoints import CompleteCheckpoints
 from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
 from modeling_peer.training.private_settings import PrivateArguments
-from modeling_peer.training.recipes import PeerTrainingArguments, SettingsError, require_numbers
+from modeling_peer.training.recipes import PeerTrainingArguments
 from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.training.row_sparse_gradients import (

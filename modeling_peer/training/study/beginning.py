@@ -4,8 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from modeling_peer.training.checkpoint_folders import read_json, write_json
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_json, write_json
 
 SHARED_FILE = "shared.json"  # settings that all runs of a study have in common
 

@@ -11,15 +11,11 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.analysis.budgets import fit_to_budget
 from modeling_peer.analysis.costs import model_cost
-from modeling_peer.training.checkpoint_folders import read_json, write_json
+from modeling_peer.console.command_line import as_command_line
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_json, write_json
 from modeling_peer.training.models import language_model_class, load_config
-from modeling_peer.training.recipes import (
-    Recipe,
-    SettingsError,
-    as_command_line,
-    drop_other_source,
-    parse_recipe,
-)
+from modeling_peer.training.recipes import Recipe, drop_other_source, parse_recipe
 from modeling_peer.training.study.recipe import Size, Study
 
 FITS_FILE = "fits.json"

@@ -13,8 +13,8 @@ from statistics import mean
 
 import torch
 
-from modeling_peer.training.checkpoint_folders import read_json
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_json
 from modeling_peer.training.study.beginning import describe_changes
 from modeling_peer.training.study.plan import PlannedRun, compared
 from modeling_peer.training.study.run import (

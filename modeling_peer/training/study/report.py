@@ -5,11 +5,10 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from modeling_peer.checkpoint_peer import write_text
-from modeling_peer.training.checkpoint_folders import read_json, write_json
-from modeling_peer.training.comparison import mean_and_deviation, with_deviation
-from modeling_peer.training.presets import as_markdown
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_json, write_json
+from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.files_peer import write_text
 from modeling_peer.training.study.beginning import SHARED_FILE
 from modeling_peer.training.study.data import DATA_FILE, FACTS
 from modeling_peer.training.study.plan import FITS_FILE, group_name

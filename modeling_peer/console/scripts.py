@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from modeling_peer.training.private_settings import without_secrets
-from modeling_peer.training.recipes import SettingsError
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.secrets import without_secrets
 
 
 def run_script(main: Callable[[], dict[str, Any]]) -> dict[str, Any]:

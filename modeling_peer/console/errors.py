@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Settings and files that cannot work: one error, one sentence, the numbers and the way out."""
+
+import difflib
+from typing import Any
+
+from modeling_peer.console.ranges import find_out_of_range
+
+
+class SettingsError(ValueError):
+    """The user's settings or files cannot work; the message has the numbers and the way out, no traceback needed."""
+
+
+def require(holds: bool, name: str, value: Any, words: str) -> None:
+    """Raise SettingsError unless `holds`: the field, its value, and in words what it must be."""
+    if not holds:
+        raise SettingsError(f"--{name} ({value}) must be {words}.")
+
+
+def require_numbers(arguments: Any, kind: type | None = None) -> None:
+    """Raise SettingsError when a field is not finite, or outside of its range (`RANGES`); `kind` as there."""
+    if problem := find_out_of_range(arguments, kind):
+        name, value, words = problem
+        raise SettingsError(f"--{name} ({value}) must be {words}.")
+
+
+def require_at_least_one(arguments: Any, *names: str) -> None:
+    """Raise SettingsError when one of these fields is set and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, name, value, "at least 1")
+
+
+def nearest(name: str, known) -> str:
+    """A sentence that names the known word most like `name`, or nothing when none is near."""
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

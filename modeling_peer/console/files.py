@@ -1,0 +1,54 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Files that commands read and write: found by name, checked, and written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling_peer.console.errors import SettingsError, nearest
+from modeling_peer.files_peer import write_text
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def find_file(name: str, folder: str, suffix: str) -> Path:
+    """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
+    candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
+    for path in candidates:
+        if os.path.isfile(path):  # False, not an error, for a name that no file can have
+            return path
+    known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
+    if not known:
+        raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
+    hint = nearest(Path(name).name.removesuffix(suffix), known)
+    raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe: one YAML mapping of fields to values."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets without end
+        raise SettingsError(f"{path} is not valid YAML: {error}.") from error
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
+    if not isinstance(recipe, dict):
+        raise SettingsError(f"{path} must be a mapping of fields to values; it holds a {type(recipe).__name__}.")
+    return recipe
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; an empty dict if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a file that is whole, and on the disk, or as it was."""
+    write_text(path, json.dumps(content, indent=1) + "\n")

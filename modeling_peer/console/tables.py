@@ -1,0 +1,31 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Numbers as tables show them."""
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+
+def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
+    """Mean and sample standard deviation; None where there are too few values."""
+    if not values:
+        return [None, None]
+    return [round(mean(values), 5), round(stdev(values), 5) if len(values) > 1 else None]
+
+
+def with_deviation(pair: Sequence[float | None], spec: str) -> str:
+    """What `mean_and_deviation` returns, as a table shows it."""
+    center, deviation = pair
+    if center is None:
+        return "-"
+    return f"{center:{spec}}" + (f" ± {deviation:{spec.lstrip('+')}}" if deviation is not None else "")
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table for the README."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+    for row in rows:
+        cells = (f"{value:,}" if isinstance(value, int) else str(value) for value in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
