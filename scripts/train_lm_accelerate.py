@@ -22,14 +22,8 @@ from transformers import get_scheduler
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training import (
-    RowSparseAdamW,
-    average_over_processes,
-    clip_gradients,
-    parameter_groups,
-    row_sparse_gradients,
-    schedule_tables,
-)
+from modeling_peer.optim import parameter_groups, row_sparse_gradients
+from modeling_peer.training import RowSparseAdamW, average_over_processes, clip_gradients, schedule_tables
 from modeling_peer.training.checkpoint_folders import list_checkpoints, staged_checkpoint
 from modeling_peer.training.data import load_corpus
 from modeling_peer.training.language_modeling import choose_block_size, pack_corpus

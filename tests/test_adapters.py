@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from modeling_peer import PeerForCausalLM
+from modeling_peer.optim.parameter_groups import expert_tables
 from modeling_peer.training import RowSparseAdamW
-from modeling_peer.training.parameter_groups import expert_tables
 
 TABLES = ["mlp.experts.down_embed", "mlp.experts.up_embed"]
 

@@ -9,9 +9,10 @@ from model_helpers import assert_equals_oracle
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer.optim import parameter_groups
+from modeling_peer.optim.parameter_groups import expert_tables
 from modeling_peer.product_key_memory_peer import PeerProductKeyMemory
-from modeling_peer.training import RowSparseAdamW, parameter_groups
-from modeling_peer.training.parameter_groups import expert_tables
+from modeling_peer.training import RowSparseAdamW
 
 MEMORY = {"sparse_mlp": "product_key_memory"}
 OPTIONS = {

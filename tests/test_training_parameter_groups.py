@@ -6,8 +6,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.training import parameter_groups, schedule_tables
-from modeling_peer.training.parameter_groups import EXPERT_TABLES
+from modeling_peer.optim import parameter_groups
+from modeling_peer.optim.parameter_groups import EXPERT_TABLES
+from modeling_peer.training import schedule_tables
 
 
 def by_group(model, **settings):

@@ -9,8 +9,9 @@ from rank_groups import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.training import RowSparseAdamW, clip_gradients, parameter_groups, row_sparse_gradients
-from modeling_peer.training.parameter_groups import expert_tables
+from modeling_peer.optim import parameter_groups, row_sparse_gradients
+from modeling_peer.optim.parameter_groups import expert_tables
+from modeling_peer.training import RowSparseAdamW, clip_gradients
 
 TOKENS = torch.arange(40).view(2, 20)
 

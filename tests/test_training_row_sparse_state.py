@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.state_dict import (
 from modeling_peer import PeerForCausalLM, backends_peer
 from modeling_peer.kernels.lazy_gradients import OuterProducts
 from modeling_peer.kernels.optimizer_arguments import check_adamw_rows
-from modeling_peer.training import RowSparseAdamW, parameter_groups
-from modeling_peer.training.row_sparse_adamw import adamw_rows_
+from modeling_peer.optim import parameter_groups
+from modeling_peer.optim.row_sparse_adamw import adamw_rows_
+from modeling_peer.training import RowSparseAdamW
 
 TOKENS = torch.arange(40).view(2, 20)
 ROWS = torch.tensor([1, 3])

@@ -30,7 +30,7 @@ def adamw_rows_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect.
+    """`optim.row_sparse_adamw.adamw_rows_`, the same arguments and effect.
 
     Raises:
         ValueError: shapes, rows or dtypes that the compiled loop can't take.

@@ -103,7 +103,7 @@ def narrow(typing_context, value, like):
 
 @intrinsic
 def chance(typing_context, row, column, step):
-    """A hash of three integers, from 0 to 2**16 - 1 (`training.row_sparse_adamw.round_by_chance`)."""
+    """A hash of three integers, from 0 to 2**16 - 1 (`optim.row_sparse_adamw.round_by_chance`)."""
 
     def generate(context, builder, signature, args):
         terms = [

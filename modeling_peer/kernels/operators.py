@@ -401,7 +401,7 @@ def _is_transformed() -> bool:
 
 
 def adamw_rows_(*args, implementation: str, **kwargs) -> None:
-    """`training.row_sparse_adamw.adamw_rows_`, the same arguments and effect. No operator: nothing traces it."""
+    """`optim.row_sparse_adamw.adamw_rows_`, the same arguments and effect. No operator: nothing traces it."""
     import_module(f"{__package__}.{implementation}_optimizer").adamw_rows_(*args, **kwargs)
 
 

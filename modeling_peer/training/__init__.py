@@ -10,15 +10,16 @@ if _MISSING:
         name=_MISSING[0],
     )
 
-from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
-from modeling_peer.training.parameter_groups import parameter_groups, schedule_tables  # noqa: E402
-from modeling_peer.training.recipes import PeerTrainingArguments  # noqa: E402
-from modeling_peer.training.row_sparse_adamw import RowSparseAdamW  # noqa: E402
-from modeling_peer.training.row_sparse_gradients import (  # noqa: E402
+from modeling_peer.optim import (  # noqa: E402
+    RowSparseAdamW,
     average_over_processes,
     clip_gradients,
+    parameter_groups,
     row_sparse_gradients,
+    schedule_tables,
 )
+from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
+from modeling_peer.training.recipes import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.trainer import PeerTrainer  # noqa: E402
 
 __all__ = [

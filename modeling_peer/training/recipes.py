@@ -12,8 +12,8 @@ from modeling_peer.console.command_line import as_command_line, make_parser, nam
 from modeling_peer.console.errors import SettingsError, nearest, require, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
 from modeling_peer.console.secrets import is_secret, without_secrets
-from modeling_peer.training.parameter_groups import TABLE_SCHEDULES
-from modeling_peer.training.row_sparse_adamw import ROW_STATES
+from modeling_peer.optim.parameter_groups import TABLE_SCHEDULES
+from modeling_peer.optim.row_sparse_adamw import ROW_STATES
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from modeling_peer.backends_peer import ADAMW_ROWS_FUNCTIONS, choose
 from modeling_peer.kernels.lazy_gradients import OuterProducts
 from modeling_peer.kernels.optimizer_arguments import check_adamw_rows
-from modeling_peer.training.row_sparse_gradients import local_rows, touched_rows
-from modeling_peer.training.row_sparse_state import (
+from modeling_peer.optim.row_sparse_gradients import local_rows, touched_rows
+from modeling_peer.optim.row_sparse_state import (
     LAST_STEP,
     ROW_STATES,
     asks_for_state,

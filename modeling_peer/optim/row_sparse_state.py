@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from modeling_peer.training.row_sparse_gradients import local_rows, sharded_as
+from modeling_peer.optim.row_sparse_gradients import local_rows, sharded_as
 
 # dtypes of the first and of the second moment, and whether a row shares one second moment
 ROW_STATES = {

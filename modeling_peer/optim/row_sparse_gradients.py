@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate.state import GradientState
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_peer.kernels.lazy_gradients import LazyRowGradient, OuterProducts
-from modeling_peer.training.parameter_groups import EXPERT_TABLE, expert_tables
+from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_tables
 
 
 def has_row_sparse_gradients(model: nn.Module) -> bool:
@@ -167,7 +166,7 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
 
 
 def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> None:
-    if not GradientState().sync_gradients:
+    if not _is_last_micro_batch():
         return
     if not table.grad.is_sparse:
         raise ValueError(
@@ -189,6 +188,15 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
     parts = _exchange((gradient._indices()[0], gradient._values() / num_processes), process_group)
     rows, values = map(torch.cat, zip(*parts, strict=True))
     table.grad = _row_sparse(rows.unsqueeze(0), values, table.shape, is_coalesced=False).coalesce()
+
+
+def _is_last_micro_batch() -> bool:
+    """What Accelerate says while it accumulates gradients; True in a loop without it."""
+    try:
+        from accelerate.state import GradientState
+    except ModuleNotFoundError:
+        return True
+    return GradientState().sync_gradients
 
 
 def _exchange(
