@@ -6,7 +6,7 @@ from modeling_peer.analysis.budgets import KNOBS, default_knobs, fit_to_budget
 from modeling_peer.analysis.costs import model_cost
 from modeling_peer.benchmarks.step_time import step_time_ratio
 from modeling_peer.configuration_peer import SPARSE_MLPS
-from modeling_peer.training.models import load_preset
+from modeling_peer.hub.loading import load_preset
 
 LENGTH = 128
 

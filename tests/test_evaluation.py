@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from modeling_peer import PeerConfig
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.analysis.unigram import unigram_bits_per_byte
-from modeling_peer.training.tokenizers import byte_tokenizer
+from modeling_peer.data.tokenizers import byte_tokenizer
 
 PEER_CONFIG = PeerConfig(**{name: value for name, value in TINY_PEER.items() if name != "model_type"})
 LLAMA_CONFIG = LlamaConfig(**{name: value for name, value in TINY_LLAMA.items() if name != "model_type"})

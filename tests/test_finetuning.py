@@ -16,7 +16,7 @@ from training_helpers import REPOSITORY, TINY_PEER, private_cache  # noqa: F401 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.training.tokenizers import byte_tokenizer
+from modeling_peer.data.tokenizers import byte_tokenizer
 
 DATA = REPOSITORY.parent / "shared" / "data"
 PAGE = (REPOSITORY / "docs" / "finetuning.md").read_text(encoding="utf-8")

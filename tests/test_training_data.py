@@ -13,10 +13,9 @@ import pytest
 from training_helpers import private_cache, some_text  # noqa: F401  a fixture
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training import text_files
-from modeling_peer.training.data import load_corpus
-from modeling_peer.training.python_sources import find_python_sources, is_validation
-from modeling_peer.training.recipes import DataArguments
+from modeling_peer.data import text_files
+from modeling_peer.data.corpus import DataArguments, load_corpus
+from modeling_peer.data.python_sources import find_python_sources, is_validation
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

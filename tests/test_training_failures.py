@@ -30,9 +30,10 @@ from training_helpers import (
 from transformers import TrainerCallback
 
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
 from modeling_peer.console.scripts import run_script
 from modeling_peer.training import language_modeling
-from modeling_peer.training.checkpoint_folders import UNFINISHED, find_damage, list_checkpoints
+from modeling_peer.training.checkpoint_folders import find_damage
 from modeling_peer.training.trainer import LanguageModelTrainer
 
 pytestmark = pytest.mark.usefixtures("private_cache")

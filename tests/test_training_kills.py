@@ -22,8 +22,8 @@ import torch
 from training_helpers import REPOSITORY, as_command_line, some_text, train, write_inputs
 from transformers import TrainerCallback
 
+from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
 from modeling_peer.training import language_modeling
-from modeling_peer.training.checkpoint_folders import UNFINISHED, list_checkpoints
 from modeling_peer.training.trainer import LanguageModelTrainer
 
 KILLS = 20

@@ -8,11 +8,10 @@ import pytest
 from training_helpers import private_cache, some_text  # noqa: F401  a fixture
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training import packing
-from modeling_peer.training.data import load_corpus
-from modeling_peer.training.packing import PackedBlocks, pack
-from modeling_peer.training.recipes import DataArguments
-from modeling_peer.training.tokenizers import byte_tokenizer, train_byte_level_bpe
+from modeling_peer.data import packing
+from modeling_peer.data.corpus import DataArguments, load_corpus
+from modeling_peer.data.packing import PackedBlocks, pack
+from modeling_peer.data.tokenizers import byte_tokenizer, train_byte_level_bpe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl
 
 from modeling_peer.configuration_peer import SPARSE_MLPS
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.hub import model_card
 from modeling_peer.top_k_moe_peer import ROUTERS
-from modeling_peer.training import language_modeling, model_card
+from modeling_peer.training import language_modeling
 from modeling_peer.training.trainer import TimeLimit
 
 pytestmark = pytest.mark.usefixtures("private_cache")

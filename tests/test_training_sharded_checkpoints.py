@@ -14,8 +14,9 @@ from transformers.distributed import DistributedConfig
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.run_files import list_checkpoints
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, sharded_checkpoints
-from modeling_peer.training.checkpoint_folders import find_damage, list_checkpoints
+from modeling_peer.training.checkpoint_folders import find_damage
 
 if "ep_size" not in DistributedConfig.__dataclass_fields__:
     pytest.skip("Transformers of this age saves no optimizer that can be resumed sharded", allow_module_level=True)

@@ -15,8 +15,8 @@ from training_helpers import REPOSITORY, TINY_PEER, as_command_line, run_script,
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
-from modeling_peer.training.checkpoint_folders import list_checkpoints
-from modeling_peer.training.models import load_config
+from modeling_peer.console.run_files import list_checkpoints
+from modeling_peer.hub.loading import load_config
 from modeling_peer.training.study import queue
 from modeling_peer.training.study.compare import compare_feed_forwards
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data

@@ -14,14 +14,14 @@ from modeling_peer.analysis import perplexity
 from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.analysis.unigram import unigram_bits_per_byte
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training.generation import GenerationArguments, continue_texts
-from modeling_peer.training.packing import tokenize
-from modeling_peer.training.tokenizers import (
+from modeling_peer.data.packing import tokenize
+from modeling_peer.data.tokenizers import (
     byte_tokenizer,
     encode_prompt,
     encode_texts,
     train_byte_level_bpe,
 )
+from modeling_peer.training.generation import GenerationArguments, continue_texts
 
 TEXTS = [
     "tokens such as <|endoftext|> close a document",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from modeling_peer.training.tokenizers import encode_texts
+from modeling_peer.data.tokenizers import encode_texts
 
 
 def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tokenizer) -> float:

@@ -16,7 +16,7 @@ from modeling_peer.benchmarks.settings import BenchmarkArguments, select
 from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
 from modeling_peer.console.command_line import parse_overrides
 from modeling_peer.console.errors import SettingsError, require_at_least_one
-from modeling_peer.training.models import load_preset
+from modeling_peer.hub.loading import load_preset
 
 TASKS = ("training", "prefill", "decode")
 PEER_EAGER, DENSE_TWIN = "PEER eager", "dense twin"

@@ -7,7 +7,7 @@ import torch
 from modeling_peer import PeerConfig
 from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
 from modeling_peer.benchmarks.timing import Clock, interleave
-from modeling_peer.training.models import language_model_class
+from modeling_peer.hub.loading import language_model_class
 
 
 def step_time_ratio(

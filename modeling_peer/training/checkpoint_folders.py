@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -15,17 +14,15 @@ from transformers.utils import logging
 from modeling_peer.checkpoint_peer import checksum, find_safetensors_damage
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
+from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
 from modeling_peer.files_peer import flush, flush_all, give_default_permissions, write_text
 
 logger = logging.get_logger(__name__)
 
-# Trainer uploads nothing of output_dir that begins with an underscore, and takes nothing in it for a checkpoint.
-UNFINISHED = "_unfinished"
 REPLACED = "replaced-"  # in there, before the name of a whole checkpoint that is to have another in its place
 # Names, sizes and checksums, written last: a copy that lost a file or a bit is told from a whole one, however the
 # model is sharded. Older releases wrote sizes alone.
 LIST_OF_FILES = "checkpoint_files.json"
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 ZIP_FILES = (".pt", ".pth", ".bin")
 # What Trainer needs to continue as if nothing had happened; FSDP and DeepSpeed have names of their own.
 PARTS = {
@@ -105,12 +102,6 @@ def _remove_unfinished(unfinished: Path):
 
 def _names(folder: Path) -> list[str]:
     return sorted(f"{folder.name}/{path.name}" for path in folder.glob("*"))
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The folders `checkpoint-N` of a run, by N."""
-    folders = [path for path in run_dir.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def delete_oldest(run_dir: Path, limit: int, kept: set[str]):

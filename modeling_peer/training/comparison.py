@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.names import no_such_folder
+from modeling_peer.console.run_files import RESULTS_FILE
 from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
 from modeling_peer.files_peer import write_text
-from modeling_peer.training.masking import NEXT_TOKEN
-from modeling_peer.training.names import no_such_folder
-from modeling_peer.training.run_folder import RESULTS_FILE
+from modeling_peer.hub.loading import NEXT_TOKEN
 
 # must agree, or the losses are not of the same task
 COMPARED = ("data", "objective", "steps", "tokens")

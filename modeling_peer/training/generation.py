@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.console.errors import SettingsError, require_numbers
-from modeling_peer.training.models import load_checkpoint
-from modeling_peer.training.tokenizers import encode_prompt
+from modeling_peer.data.tokenizers import encode_prompt
+from modeling_peer.hub.loading import load_checkpoint
 
 
 @dataclass

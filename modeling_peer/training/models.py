@@ -1,18 +1,8 @@
 """The network and the tokenizer a recipe asks for: new from a configuration, or loaded from a checkpoint."""
 
-import dataclasses
-import json
-import re
 from pathlib import Path
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -20,80 +10,24 @@ from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.console.command_line import parse_overrides
-from modeling_peer.console.errors import SettingsError, nearest
-from modeling_peer.console.files import find_file
-from modeling_peer.training.data import Corpus
-from modeling_peer.training.masking import predicts_masked_tokens
-from modeling_peer.training.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
-from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
-from modeling_peer.training.recipes import ModelArguments
-from modeling_peer.training.tokenizers import (
-    byte_tokenizer,
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.names import locate_model
+from modeling_peer.data.corpus import Corpus
+from modeling_peer.data.tokenizers import byte_tokenizer, train_byte_level_bpe
+from modeling_peer.hub.loading import (
+    LOADING_ERRORS,
+    TOO_LARGE,
+    ModelArguments,
+    cause_of,
+    check_dtype,
+    is_new_model,
+    language_model_class,
+    open_tokenizer,
+    predicts_masked_tokens,
     require_embeddings,
     require_own_vocabulary,
-    train_byte_level_bpe,
 )
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError, AttributeError)
-TOO_LARGE = re.compile(r"allocate memory|out of memory|[Oo]verflow|Storage size|MemoryError|too large")
-# fields of another type, or such that no number of them can be had
-CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError)
-CONFIG_ERRORS += (StrictDataclassError,)
-
-
-def language_model_class(config: PreTrainedConfig) -> type:
-    """The Auto class of the language model that a configuration describes."""
-    return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
-
-
-def is_new_model(model: str | None) -> bool:
-    """Whether `model` names a configuration rather than a checkpoint: a preset's name, or a .json file."""
-    return model is not None and (model in preset_files() or (model.endswith(".json") and not Path(model).is_dir()))
-
-
-def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
-    """Read a configuration from JSON (any `model_type` known to AutoConfig), with fields overridden.
-
-    Raises:
-        SettingsError: no such file or field, or fields that do not fit each other.
-    """
-    path = find_file(model, PRESETS_FOLDER, ".json")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
-        raise SettingsError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")
-    fields |= overrides or {}
-    model_type = fields.pop("model_type")
-    try:
-        default = AutoConfig.for_model(model_type)
-        _require_known_fields(fields, default)
-        return AutoConfig.for_model(model_type, **fields)
-    except SettingsError:
-        raise
-    except CONFIG_ERRORS as error:
-        raise SettingsError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
-
-
-def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The configuration of the new model or of the checkpoint, overrides applied."""
-    if arguments.model is None:
-        raise SettingsError(
-            "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
-        )
-    overrides = parse_overrides(arguments.model_overrides)
-    if is_new_model(arguments.model):
-        return load_preset(arguments.model, overrides)
-    try:
-        source = locate_model(arguments.model, trained=False)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-        _require_known_fields(overrides, config)
-        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **overrides)
-    except CONFIG_ERRORS as error:
-        raise SettingsError(f"cannot open {arguments.model!r}: {error}") from error
+from modeling_peer.training.parallelism import launched_sharding, new_sharded_model
 
 
 def load_tokenizer(
@@ -110,7 +44,7 @@ def load_tokenizer(
     """
     wanted = arguments.tokenizer or ("train" if is_new_model(arguments.model) else arguments.model)
     if checkpoint:
-        return _load_tokenizer(checkpoint, arguments.trust_remote_code), f"of the resumed run, {checkpoint}"
+        return open_tokenizer(checkpoint, arguments.trust_remote_code), f"of the resumed run, {checkpoint}"
     with_mask = predicts_masked_tokens(config)
     if wanted == "bytes":
         return byte_tokenizer(with_mask), "one token a byte"
@@ -122,14 +56,7 @@ def load_tokenizer(
         except ValueError as error:
             raise SettingsError(f"tokenizer_{error}") from error
         return tokenizer, f"byte-level BPE learned from the training text (at most {size} asked for)"
-    return _load_tokenizer(wanted, arguments.trust_remote_code), wanted
-
-
-def check_dtype(name: str) -> str:
-    """`name` if it is a type that weights can have, else SettingsError."""
-    if name not in DTYPES:
-        raise SettingsError(f"--dtype {name!r} is none of {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
-    return name
+    return open_tokenizer(wanted, arguments.trust_remote_code), wanted
 
 
 def build_model(
@@ -184,61 +111,8 @@ def build_model(
         if new and isinstance(error, RuntimeError | TypeError | KeyError | AttributeError):
             raise  # nothing was loaded: not the user's doing
         raise SettingsError(
-            f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: {_cause(error)}"
+            f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: {cause_of(error)}"
         ) from error
     if hasattr(network, "freeze_running_statistics"):
         network.freeze_running_statistics(False)  # pretraining goes on; loading froze them, for fine-tuning
     return network
-
-
-def _load_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(locate_tokenizer(source), trust_remote_code=trust_remote_code)
-    except Exception as error:  # what the tokenizers library raises has no class of its own
-        raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
-
-
-def _cause(error: Exception) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # advice for a program, not for a command line
-        return (
-            "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
-            "cannot change the size of a weight."
-        )
-    return str(error)
-
-
-def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
-    # a configuration keeps whatever it is given, so a misspelt field would silently do nothing
-    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
-    for name in fields:
-        if name not in known:
-            raise SettingsError(f"{type(config).__name__} has no field {name!r}.{nearest(name, known)}")
-
-
-def load_checkpoint(
-    model: str | None,
-    tokenizer: str | None = None,
-    dtype: str = "auto",
-    experts_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A trained model in evaluation mode, on the GPU if there is one, and its tokenizer.
-
-    Raises:
-        SettingsError: nothing there, or not a causal language model.
-    """
-    if not model:
-        raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
-    options = {"dtype": check_dtype(dtype), "trust_remote_code": trust_remote_code}
-    if experts_implementation:
-        options["experts_implementation"] = experts_implementation
-    try:
-        source = locate_model(model, trained=True)
-        network = AutoModelForCausalLM.from_pretrained(source, **options)
-    except LOADING_ERRORS as error:
-        raise SettingsError(f"cannot load {model!r}: {_cause(error)}") from error
-    words = _load_tokenizer(tokenizer or model, trust_remote_code)
-    if tokenizer:
-        require_own_vocabulary(words, tokenizer, source, trust_remote_code)
-    require_embeddings(words, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), words

@@ -4,7 +4,8 @@ from typing import Any
 
 from modeling_peer.analysis.costs import model_parts, sum_of_parts
 from modeling_peer.console.files import REPOSITORY
-from modeling_peer.training.models import PRESETS_FOLDER, load_preset
+from modeling_peer.hub.loading import load_preset
+from modeling_peer.console.names import PRESETS_FOLDER
 
 
 def preset_names() -> list[str]:

@@ -12,9 +12,8 @@ from transformers import TrainingArguments
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
+from modeling_peer.console.run_files import SETTINGS_FILE
 from modeling_peer.console.secrets import without_secrets
-
-SETTINGS_FILE = "run_settings.json"
 
 TAKEN = "taken"  # used from the next step on, and announced
 REFUSED = "refused"  # what the checkpoint holds would not fit

@@ -8,7 +8,7 @@ from modeling_peer.analysis.costs import model_parts, sum_of_parts
 from modeling_peer.console.command_line import parse_overrides
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.training.models import load_preset
+from modeling_peer.hub.loading import load_preset
 
 
 @dataclass

@@ -10,6 +10,7 @@ from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_peer.console.errors import SettingsError, require_numbers
+from modeling_peer.hub.model_card import write_model_card
 from modeling_peer.optim.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.optim.row_sparse_gradients import (
@@ -19,7 +20,6 @@ from modeling_peer.optim.row_sparse_gradients import (
     row_sparse_gradients,
 )
 from modeling_peer.training.checkpoints import CompleteCheckpoints
-from modeling_peer.training.model_card import write_model_card
 from modeling_peer.training.private_settings import PrivateArguments
 from modeling_peer.training.recipes import PeerTrainingArguments
 from modeling_peer.training.resumed_settings import ResumesAsAsked

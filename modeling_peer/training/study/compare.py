@@ -6,7 +6,7 @@ from typing import Any
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
-from modeling_peer.training.models import load_config
+from modeling_peer.hub.loading import load_config
 from modeling_peer.training.study.beginning import SHARED_FILE, require_unchanged
 from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.training.study.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings

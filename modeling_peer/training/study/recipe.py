@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from modeling_peer.console.command_line import named_fields, parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest, require, require_at_least_one
 from modeling_peer.console.files import find_file, read_yaml
-from modeling_peer.training.recipes import DataArguments
+from modeling_peer.data.corpus import DataArguments
 
 FOLDER = "configuration/training/compare"
 BUDGETS = ("flops", "parameters", "time", "none")

@@ -5,9 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from modeling_peer.console.errors import SettingsError
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
@@ -118,28 +116,6 @@ def _cut_within(text: str, tokens: Iterable[str]) -> list[str]:
     longest_first = sorted(tokens, key=len, reverse=True)
     ends = [match.start() + 1 for match in re.finditer("|".join(map(re.escape, longest_first)), text)]
     return [text[begin:end] for begin, end in zip([0, *ends], [*ends, len(text)], strict=True)]
-
-
-def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: str, trust_remote_code: bool) -> None:
-    """Raise SettingsError unless `tokenizer` has the tokens of the one saved with the checkpoint, if there is one."""
-    try:
-        own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab()
-    except (OSError, ValueError):
-        return
-    given = tokenizer.get_vocab()
-    if differing := sorted(token for token in own.keys() | given.keys() if own.get(token) != given.get(token)):
-        raise SettingsError(
-            f"tokenizer {name!r} has {len(given)} tokens, the one of {model!r} {len(own)}; {len(differing)} differ, "
-            f"such as {', '.join(map(repr, differing[:3]))}. Use the checkpoint's own: leave --tokenizer unset."
-        )
-
-
-def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, way_out: str) -> None:
-    """Raise SettingsError when some token has no embedding."""
-    if len(tokenizer) > num_embeddings:
-        raise SettingsError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings} embeddings. {way_out}"
-        )
 
 
 def _special_tokens(with_mask: bool) -> list[str]:

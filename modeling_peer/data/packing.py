@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training.data import ENDS_DOCUMENT
-from modeling_peer.training.tokenizers import encode_texts
+from modeling_peer.data.corpus import ENDS_DOCUMENT
+from modeling_peer.data.tokenizers import encode_texts
 
 # `datasets` keeps tokens by the arguments of `tokenize`, not by what it does: to be raised with every change of that
 TOKENIZATION = 2

@@ -1,21 +1,84 @@
 """Where the text comes from: Hub or local data set, files, or the interpreter's own sources, as one kind of corpus."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 
-from modeling_peer.console.errors import SettingsError, nearest
+from modeling_peer.console.errors import SettingsError, nearest, require_numbers
+from modeling_peer.console.names import locate_data_set
 from modeling_peer.console.secrets import without_secrets
-from modeling_peer.training.names import locate_data_set
-from modeling_peer.training.python_sources import PYTHON_STDLIB, find_python_sources
-from modeling_peer.training.recipes import DataArguments
-from modeling_peer.training.text_files import find_text_files, read_pieces, require_text
+from modeling_peer.data.python_sources import PYTHON_STDLIB, find_python_sources
+from modeling_peer.data.text_files import find_text_files, read_pieces, require_text
 
 ENDS_DOCUMENT = "ends_document"
 # our rows; data sets from elsewhere have their own columns and no ends_document
 FEATURES = datasets.Features({"text": datasets.Value("string"), ENDS_DOCUMENT: datasets.Value("bool")})
+
+
+@dataclass
+class DataArguments:
+    """Which text, how it is cut, what is held out."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub data set id or local data set folder. Unset, and no train_file: 'python_stdlib', the "
+            "running interpreter's own sources, which need no download."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, for those that have several."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split to evaluate on; if absent, validation_percent of the training rows is held out."},
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Text to train on: a UTF-8 file (.jsonl with a text column; .gz and .xz too) or a folder."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Text to evaluate on, same forms. Unset: validation_percent is held out."}
+    )
+    validation_percent: float = field(
+        default=5.0, metadata={"help": "Percentage of rows held out from the end when no validation text is named."}
+    )
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False,
+        metadata={"help": "Rows of the data set are lines of one running text, not documents (WikiText is so)."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training text while training, never storing it; needs max_steps."}
+    )
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Examples among which a stream is shuffled; 0 keeps its order."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per example. Unset: the model's max_position_embeddings, at most 1024."},
+    )
+    preprocessing_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. Unset: one (the tokenizer itself is threaded)."}
+    )
+    masking_probability: float = field(
+        default=0.15,
+        metadata={"help": "Share of the tokens that a model with is_causal=false is to predict, masked as in BERT."},
+    )
+    max_evaluation_examples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations while training use this many examples, evenly spread. Unset: all of them."},
+    )
+    max_evaluation_bytes: int | None = field(
+        default=None,
+        metadata={"help": "Final perplexity and bits per byte use this much validation text. Unset: all of it."},
+    )
+
+    def __post_init__(self):
+        require_numbers(self)
 
 
 @dataclass

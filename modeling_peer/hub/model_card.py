@@ -9,8 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import REPOSITORY
 from modeling_peer.files_peer import write_text
-from modeling_peer.training.masking import predicts_masked_tokens
-from modeling_peer.training.models import is_new_model
+from modeling_peer.hub.loading import is_new_model, predicts_masked_tokens
 
 TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}

@@ -9,14 +9,12 @@ import functools
 import json
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import REPOSITORY
-from modeling_peer.training.checkpoint_folders import list_checkpoints
-from modeling_peer.training.resumed_settings import SETTINGS_FILE
+from modeling_peer.console.run_files import SETTINGS_FILE, list_checkpoints
 
 PRESETS_FOLDER = "configuration/models"
 # folders of ours: no owner on the Hub is meant
@@ -85,6 +83,8 @@ def locate_data_set(name: str, others: tuple[str, ...] = ()) -> str:
     path = Path(name).expanduser()
     if exists(path):
         return str(path)
+    import datasets  # takes a second
+
     if exists(Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___"))):
         return name  # used before
     return _locate(name, "dataset", {other: other for other in others})

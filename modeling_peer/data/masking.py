@@ -3,23 +3,8 @@
 import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
-from transformers.configuration_utils import PreTrainedConfig
 
 from modeling_peer.console.errors import SettingsError
-
-NEXT_TOKEN = "the next token"
-
-
-def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
-    """Whether a language model of this configuration is a masked one: it is if it is not causal."""
-    return not getattr(config, "is_causal", True)
-
-
-def objective(config: PreTrainedConfig, masking_probability: float) -> str:
-    """What a language model of this configuration learns to predict, in words."""
-    if predicts_masked_tokens(config):
-        return f"masked tokens, {100 * masking_probability:g} % at a time"
-    return NEXT_TOKEN
 
 
 class MaskedBlocks(torch.utils.data.Dataset):

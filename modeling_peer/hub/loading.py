@@ -1,0 +1,229 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Models, configurations and tokenizers by preset, folder or Hub id, with errors that name the cause."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.configuration_utils import PreTrainedConfig
+
+import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.errors import SettingsError, nearest, require_numbers
+from modeling_peer.console.files import find_file
+from modeling_peer.console.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
+
+NEXT_TOKEN = "the next token"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError, AttributeError)
+TOO_LARGE = re.compile(r"allocate memory|out of memory|[Oo]verflow|Storage size|MemoryError|too large")
+# fields of another type, or such that no number of them can be had
+CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError)
+CONFIG_ERRORS += (StrictDataclassError,)
+
+
+@dataclass
+class ModelArguments:
+    """Which network and which tokenizer."""
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A configuration (.json file, or the name of one in configuration/models): new weights. "
+            "A checkpoint folder or Hub id: fine-tune it."
+        },
+    )
+    model_overrides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",  # several times on the command line, or in the recipe as well: they add up
+            "help": "Configuration fields to change, as key=value pairs or one JSON object: "
+            'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.',
+        },
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "'train': byte-level BPE learned from the training text. 'bytes': one token a byte. "
+            "Otherwise a tokenizer folder or Hub id. Unset: the checkpoint's own, or 'train' for a new model."
+        },
+    )
+    tokenizer_vocab_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens to learn with tokenizer 'train'. Unset: the configuration's vocab_size."},
+    )
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."},
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Type of the stored weights. Mixed precision (--bf16) wants float32 here."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+    )
+
+    def __post_init__(self):
+        require_numbers(self)
+
+
+def is_new_model(model: str | None) -> bool:
+    """Whether `model` names a configuration rather than a checkpoint: a preset's name, or a .json file."""
+    return model is not None and (model in preset_files() or (model.endswith(".json") and not Path(model).is_dir()))
+
+
+def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
+    """Read a configuration from JSON (any `model_type` known to AutoConfig), with fields overridden.
+
+    Raises:
+        SettingsError: no such file or field, or fields that do not fit each other.
+    """
+    path = find_file(model, PRESETS_FOLDER, ".json")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise SettingsError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")
+    fields |= overrides or {}
+    model_type = fields.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+        _require_known_fields(fields, default)
+        return AutoConfig.for_model(model_type, **fields)
+    except SettingsError:
+        raise
+    except CONFIG_ERRORS as error:
+        raise SettingsError(f"{path}{f' with {overrides}' if overrides else ''}: {error}") from error
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The configuration of the new model or of the checkpoint, overrides applied."""
+    if arguments.model is None:
+        raise SettingsError(
+            "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
+        )
+    overrides = parse_overrides(arguments.model_overrides)
+    if is_new_model(arguments.model):
+        return load_preset(arguments.model, overrides)
+    try:
+        source = locate_model(arguments.model, trained=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+        _require_known_fields(overrides, config)
+        return AutoConfig.from_pretrained(source, trust_remote_code=arguments.trust_remote_code, **overrides)
+    except CONFIG_ERRORS as error:
+        raise SettingsError(f"cannot open {arguments.model!r}: {error}") from error
+
+
+def check_dtype(name: str) -> str:
+    """`name` if it is a type that weights can have, else SettingsError."""
+    if name not in DTYPES:
+        raise SettingsError(f"--dtype {name!r} is none of {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
+    return name
+
+
+def load_checkpoint(
+    model: str | None,
+    tokenizer: str | None = None,
+    dtype: str = "auto",
+    experts_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained model in evaluation mode, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        SettingsError: nothing there, or not a causal language model.
+    """
+    if not model:
+        raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
+    options = {"dtype": check_dtype(dtype), "trust_remote_code": trust_remote_code}
+    if experts_implementation:
+        options["experts_implementation"] = experts_implementation
+    try:
+        source = locate_model(model, trained=True)
+        network = AutoModelForCausalLM.from_pretrained(source, **options)
+    except LOADING_ERRORS as error:
+        raise SettingsError(f"cannot load {model!r}: {cause_of(error)}") from error
+    words = open_tokenizer(tokenizer or model, trust_remote_code)
+    if tokenizer:
+        require_own_vocabulary(words, tokenizer, source, trust_remote_code)
+    require_embeddings(words, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), words
+
+
+def language_model_class(config: PreTrainedConfig) -> type:
+    """The Auto class of the language model that a configuration describes."""
+    return AutoModelForMaskedLM if predicts_masked_tokens(config) else AutoModelForCausalLM
+
+
+def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
+    """Whether a language model of this configuration is a masked one: it is if it is not causal."""
+    return not getattr(config, "is_causal", True)
+
+
+def objective(config: PreTrainedConfig, masking_probability: float) -> str:
+    """What a language model of this configuration learns to predict, in words."""
+    if predicts_masked_tokens(config):
+        return f"masked tokens, {100 * masking_probability:g} % at a time"
+    return NEXT_TOKEN
+
+
+def open_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(locate_tokenizer(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # what the tokenizers library raises has no class of its own
+        raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
+
+
+def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: str, trust_remote_code: bool) -> None:
+    """Raise SettingsError unless `tokenizer` has the tokens of the one saved with the checkpoint, if there is one."""
+    try:
+        own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab()
+    except (OSError, ValueError):
+        return
+    given = tokenizer.get_vocab()
+    if differing := sorted(token for token in own.keys() | given.keys() if own.get(token) != given.get(token)):
+        raise SettingsError(
+            f"tokenizer {name!r} has {len(given)} tokens, the one of {model!r} {len(own)}; {len(differing)} differ, "
+            f"such as {', '.join(map(repr, differing[:3]))}. Use the checkpoint's own: leave --tokenizer unset."
+        )
+
+
+def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, way_out: str) -> None:
+    """Raise SettingsError when some token has no embedding."""
+    if len(tokenizer) > num_embeddings:
+        raise SettingsError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings} embeddings. {way_out}"
+        )
+
+
+def cause_of(error: Exception) -> str:
+    if "ignore_mismatched_sizes" in str(error):  # advice for a program, not for a command line
+        return (
+            "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
+            "cannot change the size of a weight."
+        )
+    return str(error)
+
+
+def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
+    # a configuration keeps whatever it is given, so a misspelt field would silently do nothing
+    known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
+    for name in fields:
+        if name not in known:
+            raise SettingsError(f"{type(config).__name__} has no field {name!r}.{nearest(name, known)}")
