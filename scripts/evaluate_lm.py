@@ -6,7 +6,7 @@ python scripts/evaluate_lm.py --model runs/quickstart --file my_text.txt --conte
 
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.evaluation import EvaluationArguments, evaluate_checkpoint
+from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
 
 if __name__ == "__main__":
     run_script(lambda: evaluate_checkpoint(parse_arguments(EvaluationArguments)))

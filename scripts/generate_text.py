@@ -5,7 +5,7 @@ python scripts/generate_text.py --model runs/quickstart --prompt "def main(" "cl
 
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.generation import GenerationArguments, generate_from_checkpoint
+from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
 
 if __name__ == "__main__":
     run_script(lambda: generate_from_checkpoint(parse_arguments(GenerationArguments)))

@@ -5,7 +5,7 @@ python scripts/list_presets.py
 
 from modeling_peer.console.scripts import run_script
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.training.presets import describe_presets
+from modeling_peer.costs.presets import describe_presets
 
 
 def main():

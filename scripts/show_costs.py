@@ -6,7 +6,7 @@ python scripts/show_costs.py --model peer_tiny --model_overrides sparse_mlp=top_
 
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.show_costs import CostArguments, show_costs
+from modeling_peer.costs.show_costs import CostArguments, show_costs
 
 if __name__ == "__main__":
     run_script(lambda: show_costs(parse_arguments(CostArguments)))

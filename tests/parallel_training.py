@@ -12,11 +12,11 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS
+from modeling_peer.costs.memory import forget_peak_memory, memory_bytes, peak_memory_bytes
 from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.optim.row_sparse_gradients import average_over_processes, lazy_products
 from modeling_peer.parallel_peer import EXPERT_ROWS
 from modeling_peer.training import RowSparseAdamW, clip_gradients
-from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
 
 MAX_NORM = 0.1  # of gradients: small enough to clip every step
 # sequences of a batch for each rank of a data-parallel group: unequal, as batches may be

@@ -2,10 +2,10 @@
 
 import pytest
 
-from modeling_peer.analysis.budgets import KNOBS, default_knobs, fit_to_budget
-from modeling_peer.analysis.costs import model_cost
-from modeling_peer.benchmarks.step_time import step_time_ratio
 from modeling_peer.configuration_peer import SPARSE_MLPS
+from modeling_peer.costs.budgets import KNOBS, default_knobs, fit_to_budget
+from modeling_peer.costs.counting import model_cost
+from modeling_peer.costs.step_time import step_time_ratio
 from modeling_peer.hub.loading import load_preset
 
 LENGTH = 128

@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForMaskedLM
-from modeling_peer.analysis.costs import Cost, model_cost, model_parts
 from modeling_peer.configuration_peer import SPARSE_MLPS
+from modeling_peer.costs.counting import Cost, model_cost, model_parts
 
 LENGTH, BATCH = 16, 2
 MOE = {"num_moe_experts": 4, "moe_intermediate_size": 24}

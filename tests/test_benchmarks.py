@@ -9,19 +9,20 @@ import torch
 from training_helpers import REPOSITORY, TINY_PEER
 
 from modeling_peer import PeerLayer
-from modeling_peer.benchmarks import contestants, layer, memory, model, report, timing
+from modeling_peer.benchmarks import contestants, layer, memory, model, report
 from modeling_peer.benchmarks.calls import make_call, make_tokens
 from modeling_peer.benchmarks.contestants import all_names, build_contestants
-from modeling_peer.benchmarks.expert_usage import bench_expert_usage
 from modeling_peer.benchmarks.layer import bench_layer
 from modeling_peer.benchmarks.model import ModelArguments, bench_model
 from modeling_peer.benchmarks.preconditions import require_green_tests
 from modeling_peer.benchmarks.settings import TASKS, Case, LayerArguments, parse_cases, parse_settings
-from modeling_peer.benchmarks.timing import interleave, summarize
 from modeling_peer.benchmarks.traffic import bytes_to_move, count_rows, measure_traffic
+from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.provenance import describe_versions
+from modeling_peer.costs import timing
+from modeling_peer.costs.provenance import describe_versions
+from modeling_peer.costs.timing import interleave, summarize
 
 SIZES = {"hidden_size": 8, "num_retrieval_heads": 2, "num_experts_per_head": 2, "query_dim": 4}
 

@@ -10,9 +10,9 @@ from training_helpers import REPOSITORY, TINY_LLAMA, TINY_PEER
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_peer import PeerConfig
-from modeling_peer.analysis.perplexity import CausalPerplexity
-from modeling_peer.analysis.unigram import unigram_bits_per_byte
 from modeling_peer.data.tokenizers import byte_tokenizer
+from modeling_peer.evaluation.perplexity import CausalPerplexity
+from modeling_peer.evaluation.unigram import unigram_bits_per_byte
 
 PEER_CONFIG = PeerConfig(**{name: value for name, value in TINY_PEER.items() if name != "model_type"})
 LLAMA_CONFIG = LlamaConfig(**{name: value for name, value in TINY_LLAMA.items() if name != "model_type"})

@@ -13,7 +13,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.analysis.scaling import bytes_per_token, tables
+from modeling_peer.costs.many_processes import bytes_per_token, tables
 from modeling_peer.experts_peer import PeerExperts, expert_mixture, own_assignments
 from modeling_peer.parallel_peer import EXPERT_ROWS, require_dense_gradients
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.console.tables import as_markdown
+from modeling_peer.costs.presets import cost_of_preset, describe_presets, preset_names
 from modeling_peer.hub.loading import load_preset
-from modeling_peer.training.presets import cost_of_preset, describe_presets, preset_names
 
 # total, expert and active parameters, and FLOPs per token; whoever changes a preset changes what the README quotes
 COSTS = {

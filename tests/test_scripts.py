@@ -19,13 +19,13 @@ from training_helpers import (
 from modeling_peer.console import scripts as console
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.costs.show_costs import CostArguments, show_costs
 from modeling_peer.data.tokenizers import train_byte_level_bpe
+from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
+from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.training import quickstart
-from modeling_peer.training.evaluation import EvaluationArguments, evaluate_checkpoint
-from modeling_peer.training.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
 from modeling_peer.training.recipes import parse_recipe
-from modeling_peer.training.show_costs import CostArguments, show_costs
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 TRAINING_SCRIPTS = (

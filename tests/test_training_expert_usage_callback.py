@@ -8,7 +8,8 @@ from training_helpers import as_command_line, last_json, run_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_peer import PeerForCausalLM, PeerForSequenceClassification
-from modeling_peer.training.expert_usage_callback import ExpertUsageCallback, find_retrievals
+from modeling_peer.analysis.expert_usage import find_retrievals
+from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
 
 FIGURES = ["expert_usage", "top_1_usage", "unevenness", "dead_experts"]
 

@@ -20,10 +20,10 @@ from training_helpers import (
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 from modeling_peer import PeerForMaskedLM
-from modeling_peer.analysis.masked_perplexity import masked_perplexity
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.masking import MaskedBlocks
 from modeling_peer.data.tokenizers import END_OF_TEXT, MASK, byte_tokenizer, train_byte_level_bpe
+from modeling_peer.evaluation.masked_perplexity import masked_perplexity
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 TINY_SOFT_MOE = TINY_PEER | {"is_causal": False, "sparse_mlp": "soft_moe", "num_moe_experts": 4}

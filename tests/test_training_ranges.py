@@ -17,11 +17,11 @@ from training_helpers import (
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import DataArguments
+from modeling_peer.evaluation.checkpoints import EvaluationArguments
+from modeling_peer.evaluation.generation import GenerationArguments
 from modeling_peer.hub.loading import ModelArguments, load_preset
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES
 from modeling_peer.training.comparison import read_run
-from modeling_peer.training.evaluation import EvaluationArguments
-from modeling_peer.training.generation import GenerationArguments
 from modeling_peer.training.language_modeling import train_language_model
 from modeling_peer.training.recipes import RunArguments, parse_recipe
 

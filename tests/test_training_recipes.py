@@ -10,9 +10,9 @@ import modeling_peer.training
 from modeling_peer.console.command_line import parse_arguments, parse_overrides
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import DataArguments
+from modeling_peer.evaluation.checkpoints import EvaluationArguments
+from modeling_peer.evaluation.generation import GenerationArguments
 from modeling_peer.hub.loading import ModelArguments, load_preset
-from modeling_peer.training.evaluation import EvaluationArguments
-from modeling_peer.training.generation import GenerationArguments
 from modeling_peer.training.recipes import RunArguments, parse_recipe
 
 GROUPS = (ModelArguments, DataArguments, RunArguments, EvaluationArguments, GenerationArguments)

@@ -10,9 +10,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.analysis import perplexity
-from modeling_peer.analysis.perplexity import CausalPerplexity
-from modeling_peer.analysis.unigram import unigram_bits_per_byte
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.packing import tokenize
 from modeling_peer.data.tokenizers import (
@@ -21,7 +18,10 @@ from modeling_peer.data.tokenizers import (
     encode_texts,
     train_byte_level_bpe,
 )
-from modeling_peer.training.generation import GenerationArguments, continue_texts
+from modeling_peer.evaluation import perplexity
+from modeling_peer.evaluation.generation import GenerationArguments, continue_texts
+from modeling_peer.evaluation.perplexity import CausalPerplexity
+from modeling_peer.evaluation.unigram import unigram_bits_per_byte
 
 TEXTS = [
     "tokens such as <|endoftext|> close a document",

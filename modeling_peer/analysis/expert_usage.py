@@ -1,6 +1,7 @@
 """How tokens use the experts of a layer: how many were retrieved, how evenly, and which never."""
 
 import math
+import re
 
 import torch
 
@@ -70,3 +71,16 @@ class ExpertUsage:
     def reset(self) -> None:
         """Forget what was added."""
         self.sums.zero_()
+
+
+def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The modules that retrieve experts, each with a name such as `layer_5`.
+
+    By the names of their classes: a model loaded with a checkpoint's own code has other classes.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if any(cls.__name__ == "PeerRetrieval" for cls in type(module).__mro__):
+            layer = re.search(r"\blayers\.(\d+)\.", path)
+            found.append((f"layer_{layer[1]}" if layer else path.replace(".", "_"), module))
+    return found

@@ -20,7 +20,7 @@ import torch
 from modeling_peer.benchmarks.preconditions import announce
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training.provenance import describe_versions
+from modeling_peer.costs.provenance import describe_versions
 
 # Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 REGISTERS_OF_QUARTER = 16384

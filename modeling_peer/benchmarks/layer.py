@@ -20,12 +20,13 @@ from modeling_peer.benchmarks.contestants import (
     weights_owner,
     why_missing,
 )
-from modeling_peer.benchmarks.memory import available_bytes, call_bytes, fit, in_new_process, peak_bytes, weight_bytes
+from modeling_peer.benchmarks.memory import call_bytes, fit, in_new_process, weight_bytes
 from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.report import publish, save, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
-from modeling_peer.benchmarks.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads
 from modeling_peer.benchmarks.traffic import count_rows, measure_traffic
+from modeling_peer.costs.memory import available_bytes, peak_bytes
+from modeling_peer.costs.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads
 
 
 def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Peak memory of a call, what would not fit, and processes of their own to measure in."""
 
-import ctypes
-import gc
 import importlib
 import json
 import os
@@ -10,31 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-import torch
-
 from modeling_peer.benchmarks.contestants import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
 from modeling_peer.benchmarks.settings import Case, LayerArguments
 from modeling_peer.console.files import REPOSITORY
-from modeling_peer.training.measurements import forget_peak_memory, memory_bytes, peak_memory_bytes
 
 # of what is free; the rest is for other programs and for what the estimate does not know
 USABLE = 0.85
-
-
-def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str | None]:
-    """Most memory that `call` holds beyond what was there before it; or None, and why that cannot be told.
-
-    Pages that were freed but not yet returned to the system are returned first.
-    """
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    if why := forget_peak_memory(device):
-        return None, why
-    before = memory_bytes(device)
-    call()
-    return max(0, peak_memory_bytes(device) - before), None
 
 
 def in_new_process(function: str, *arguments: Any) -> Any:
@@ -53,14 +32,6 @@ def in_new_process(function: str, *arguments: Any) -> Any:
     if process.returncode:
         return {"why": f"its process ended with status {process.returncode}"}
     return json.loads(process.stdout.strip().splitlines()[-1])
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
-    return psutil.virtual_memory().available
 
 
 def weight_bytes(name: str, case: Case, settings: LayerArguments) -> int:

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
 from modeling_peer.benchmarks.contestants import FAST, share_weights, why_missing
-from modeling_peer.benchmarks.memory import in_new_process, peak_bytes
+from modeling_peer.benchmarks.memory import in_new_process
 from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
-from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
 from modeling_peer.console.command_line import parse_overrides
 from modeling_peer.console.errors import SettingsError, require_at_least_one
+from modeling_peer.costs.memory import peak_bytes
+from modeling_peer.costs.timing import Clock, interleave, set_threads
+from modeling_peer.costs.training_steps import make_token_ids, make_training_step
 from modeling_peer.hub.loading import load_preset
 
 TASKS = ("training", "prefill", "decode")

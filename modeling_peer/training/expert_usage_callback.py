@@ -1,6 +1,5 @@
 """How experts are used, logged while a model trains and when it is evaluated."""
 
-import re
 import sys
 from collections.abc import Callable
 
@@ -8,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from modeling_peer.analysis.expert_usage import ExpertUsage
+from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
 from modeling_peer.retrieval_peer import is_recomputation
 
 
@@ -103,16 +102,3 @@ class ExpertUsageCallback(TrainerCallback):
                 handler.callbacks.insert(0, self)
                 return
             frame = frame.f_back
-
-
-def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The modules that retrieve experts, each with a name such as `layer_5`.
-
-    By the names of their classes: a model loaded with a checkpoint's own code has other classes.
-    """
-    found = []
-    for path, module in model.named_modules():
-        if any(cls.__name__ == "PeerRetrieval" for cls in type(module).__mro__):
-            layer = re.search(r"\blayers\.(\d+)\.", path)
-            found.append((f"layer_{layer[1]}" if layer else path.replace(".", "_"), module))
-    return found

@@ -14,8 +14,6 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
-from modeling_peer.analysis.masked_perplexity import masked_perplexity
-from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.checkpoint_peer import staged_save
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
@@ -23,14 +21,16 @@ from modeling_peer.console.run_files import RESULTS_FILE, SETTINGS_FILE
 from modeling_peer.data.corpus import Corpus, load_corpus
 from modeling_peer.data.masking import MaskedBlocks, NewMasksEveryEpoch
 from modeling_peer.data.packing import PackedBlocks, pack, tokenize
+from modeling_peer.evaluation.masked_perplexity import masked_perplexity
+from modeling_peer.evaluation.perplexity import CausalPerplexity
 from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
-from modeling_peer.training.measurements import CostOfSteps
 from modeling_peer.training.models import build_model, load_tokenizer
 from modeling_peer.training.recipes import Recipe, RunArguments
 from modeling_peer.training.resumed_settings import announce_changes, refuse_changes, stored_arguments
 from modeling_peer.training.run_folder import clear_output_dir, prepare_output_dir, require_same_architecture
+from modeling_peer.training.step_costs import CostOfSteps
 from modeling_peer.training.trainer import LanguageModelTrainer, TimeLimit
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, set_seed
 
-from modeling_peer.analysis.perplexity import CausalPerplexity
-from modeling_peer.analysis.unigram import unigram_bits_per_byte
 from modeling_peer.console.files import REPOSITORY
-from modeling_peer.training.generation import GenerationArguments, continue_texts
+from modeling_peer.evaluation.generation import GenerationArguments, continue_texts
+from modeling_peer.evaluation.perplexity import CausalPerplexity
+from modeling_peer.evaluation.unigram import unigram_bits_per_byte
 from modeling_peer.training.language_modeling import TrainingResult, train_language_model
 from modeling_peer.training.recipes import Recipe, parse_recipe
 

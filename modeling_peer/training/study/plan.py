@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.analysis.budgets import fit_to_budget
-from modeling_peer.analysis.costs import model_cost
 from modeling_peer.console.command_line import as_command_line
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json, write_json
+from modeling_peer.costs.budgets import fit_to_budget
+from modeling_peer.costs.counting import model_cost
 from modeling_peer.hub.loading import language_model_class, load_config
 from modeling_peer.training.recipes import Recipe, drop_other_source, parse_recipe
 from modeling_peer.training.study.recipe import Size, Study

@@ -61,7 +61,7 @@ class StudyRecipe:
         budget: what a contender is given as much of as the reference: forward "flops" per token, "parameters",
             "time" of a training step, or "none".
         fit: fields of the configuration that are moved to meet the budget, in that order; unset, those that
-            `modeling_peer.analysis.budgets` names for its feed-forward. A contender may have its own, or [] to stay as
+            `modeling_peer.costs.budgets` names for its feed-forward. A contender may have its own, or [] to stay as
             it is.
         seeds: one run of every contender for each.
         sizes: models smaller or larger than the base, by name, with fields of train_lm.py if need be.

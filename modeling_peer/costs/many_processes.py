@@ -1,7 +1,7 @@
 """What many processes send and hold: bytes per token for each way to shard expert tables, memory per rank.
 
-python -m modeling_peer.analysis.scaling
-python -m modeling_peer.analysis.scaling --hidden_size 256 --num_active 64
+python -m modeling_peer.costs.many_processes
+python -m modeling_peer.costs.many_processes --hidden_size 256 --num_active 64
 """
 
 import argparse

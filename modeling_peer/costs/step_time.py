@@ -5,8 +5,8 @@ import copy
 import torch
 
 from modeling_peer import PeerConfig
-from modeling_peer.benchmarks.calls import make_token_ids, make_training_step
-from modeling_peer.benchmarks.timing import Clock, interleave
+from modeling_peer.costs.timing import Clock, interleave
+from modeling_peer.costs.training_steps import make_token_ids, make_training_step
 from modeling_peer.hub.loading import language_model_class
 
 

@@ -31,8 +31,8 @@ from functools import cache, partial
 from typing import Any
 
 from modeling_peer import PeerConfig
-from modeling_peer.analysis.costs import model_cost
 from modeling_peer.configuration_peer import PRODUCT_KEY_MLPS
+from modeling_peer.costs.counting import model_cost
 
 TOLERANCES = {"flops": 0.01, "parameters": 0.01, "time": 0.05}
 # Knobs and their steps; the last one turned takes the second where multiples of the first are too coarse.
@@ -87,7 +87,7 @@ def fit_to_budget(
         sequence_length: tokens of a sequence; default: the reference's max_position_embeddings.
         tolerance: how far from 1 the ratio may be; default: see above.
         time_ratio: seconds of a training step of its first argument over those of its second; default:
-            `modeling_peer.benchmarks.step_time.step_time_ratio` with sequences of `sequence_length`.
+            `modeling_peer.costs.step_time.step_time_ratio` with sequences of `sequence_length`.
 
     Raises:
         ValueError: the budget is not met within `tolerance`, and how near it is; or a knob that there is not, or that
@@ -109,7 +109,7 @@ def fit_to_budget(
         return time_ratio(candidate, reference)
 
     if budget == "time" and time_ratio is None:
-        from modeling_peer.benchmarks.step_time import step_time_ratio  # needs what training needs
+        from modeling_peer.costs.step_time import step_time_ratio  # needs what training needs
 
         time_ratio = partial(step_time_ratio, sequence_length=length)
     _require_knobs(config, knobs, budget, counted_ratio)

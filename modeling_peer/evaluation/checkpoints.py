@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
-from modeling_peer.analysis.perplexity import CausalPerplexity
 from modeling_peer.console.errors import SettingsError, require_numbers
 from modeling_peer.data.corpus import DataArguments, load_corpus
 from modeling_peer.data.python_sources import PYTHON_STDLIB
+from modeling_peer.evaluation.perplexity import CausalPerplexity
 from modeling_peer.files_peer import write_text
 from modeling_peer.hub.loading import load_checkpoint
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from modeling_peer.analysis.costs import model_parts, sum_of_parts
 from modeling_peer.console.files import REPOSITORY
-from modeling_peer.hub.loading import load_preset
 from modeling_peer.console.names import PRESETS_FOLDER
+from modeling_peer.costs.counting import model_parts, sum_of_parts
+from modeling_peer.hub.loading import load_preset
 
 
 def preset_names() -> list[str]:
@@ -33,7 +33,7 @@ def describe_presets() -> list[dict[str, Any]]:
 
 
 def cost_of_preset(name: str) -> dict[str, int]:
-    """As [`modeling_peer.analysis.costs`] counts, in sequences as long as the model takes."""
+    """As [`modeling_peer.costs.counting`] counts, in sequences as long as the model takes."""
     config = load_preset(name)
     parts = model_parts(config, config.max_position_embeddings)
     cost = sum_of_parts(parts)

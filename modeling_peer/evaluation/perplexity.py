@@ -1,11 +1,11 @@
 """Perplexity and bits per byte of a causal language model, as an `evaluate` measurement.
 
-    from modeling_peer.analysis.perplexity import CausalPerplexity
+    from modeling_peer.evaluation.perplexity import CausalPerplexity
     CausalPerplexity().compute(data=texts, model="path/or/id")
 
 or, since `evaluate` loads a file by its path and needs no network for it,
 
-    evaluate.load("modeling_peer/analysis/perplexity.py").compute(data=texts, model=model, tokenizer=tokenizer)
+    evaluate.load("modeling_peer/evaluation/perplexity.py").compute(data=texts, model=model, tokenizer=tokenizer)
 
 Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere: import nothing of the package here.
 """

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from modeling_peer.analysis.expert_usage import ExpertUsage
+from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
 from modeling_peer.benchmarks.model import ModelArguments, build_models, make_call, make_input, row_sparse
-from modeling_peer.benchmarks.timing import Clock, interleave, set_threads
-from modeling_peer.training.expert_usage_callback import find_retrievals
-from modeling_peer.training.provenance import describe_machine, describe_versions
+from modeling_peer.costs.provenance import describe_machine, describe_versions
+from modeling_peer.costs.timing import Clock, interleave, set_threads
 
 LOGGING_STEPS = 10  # the default of scripts/train_lm.py
 BALANCE_LOSSES = ("switch", "uniformity")

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modeling_peer.analysis.budgets import TOLERANCES, fit_to_budget
-from modeling_peer.analysis.costs import model_parts, sum_of_parts
 from modeling_peer.console.command_line import parse_overrides
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
 from modeling_peer.console.tables import as_markdown
+from modeling_peer.costs.budgets import TOLERANCES, fit_to_budget
+from modeling_peer.costs.counting import model_parts, sum_of_parts
 from modeling_peer.hub.loading import load_preset
 
 
@@ -25,9 +25,7 @@ class CostArguments:
     )
     fit: str | None = field(
         default=None,
-        metadata={
-            "help": "Size it first to its dense twin: 'flops', 'parameters' or 'time' (see analysis/budgets.py)."
-        },
+        metadata={"help": "Size it first to its dense twin: 'flops', 'parameters' or 'time' (see costs/budgets.py)."},
     )
     knobs: list[str] = field(default_factory=list, metadata={"help": "Fields to size with, in this order."})
 

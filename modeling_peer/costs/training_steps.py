@@ -1,0 +1,37 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Whole steps of training a language model, to be timed or measured."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_peer.optim import RowSparseAdamW
+
+# so small that a benchmark's steps leave the routing as it is
+LEARNING_RATE = 1e-7
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], row_sparse_gradients: bool) -> torch.optim.Optimizer:
+    """AdamW as anyone would use it, or the one that takes row-sparse gradients."""
+    options = {"lr": LEARNING_RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    return (RowSparseAdamW if row_sparse_gradients else torch.optim.AdamW)(parameters, **options)
+
+
+def make_training_step(model: PreTrainedModel, row_sparse_gradients: bool) -> Callable[[torch.Tensor], None]:
+    """A whole step of training a language model, its update included, as a function of token ids."""
+    optimizer = build_optimizer(model.parameters(), row_sparse_gradients)
+
+    def train(input_ids):
+        model.train()
+        model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def make_token_ids(vocab_size: int, shape: tuple[int, int], seed: int, number: int, device: str) -> torch.Tensor:
+    """Random token ids `(batch_size, length)`, others for each number."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+    return torch.randint(vocab_size, shape, generator=generator, device=generator.device).to(device)
