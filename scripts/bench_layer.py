@@ -1,7 +1,7 @@
 """Time and peak memory of one PEER layer against eager, torch.compile, PEER-pytorch and dense MLPs.
 
-python scripts/bench_layer.py cpu --output_file benchmarks/layer_cpu.json --plot_file benchmarks/layer_cpu.png
-python scripts/bench_layer.py h200 --cases "decode num_sub_keys=128,1024" --contestants triton PEER-pytorch
+python scripts/bench_layer.py cpu --output_file results/layer_cpu.json --plot_file results/layer_cpu.png
+python scripts/bench_layer.py h200 --cases "decode num_sub_keys=128,1024" --contenders triton PEER-pytorch
 python scripts/bench_layer.py smoke
 """
 

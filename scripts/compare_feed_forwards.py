@@ -1,7 +1,7 @@
 """Train PEER and its rivals from the same seeds at an equal budget, and say who learned more, with tables and plots.
 
 python scripts/compare_feed_forwards.py smoke
-python scripts/compare_feed_forwards.py configuration/training/compare/cpu.yaml --train_file train.txt \\
+python scripts/compare_feed_forwards.py configuration/studies/cpu.yaml --train_file train.txt \\
     --validation_file valid.txt --output_dir runs/wikitext2 --num_workers 2
 python scripts/compare_feed_forwards.py cpu --contenders peer dense --seeds 0 1 --max_minutes 9
 python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report_only
@@ -10,7 +10,7 @@ python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report
 import sys
 
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.study.compare import compare_feed_forwards
+from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
 
 if __name__ == "__main__":
     result = run_script(compare_feed_forwards)

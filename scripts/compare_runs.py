@@ -5,7 +5,7 @@ python scripts/compare_runs.py --runs dense=runs/dense-* row-sparse=runs/row_spa
 
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.scripts import run_script
-from modeling_peer.training.comparison import ComparisonArguments, compare_runs
+from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 
 if __name__ == "__main__":
     run_script(lambda: compare_runs(parse_arguments(ComparisonArguments)))

@@ -209,7 +209,7 @@ def test_an_error_that_the_compiler_did_not_raise_is_raised(tiny_config, monkeyp
 
 def test_no_page_advises_to_install_a_package_that_is_not_published():
     repository = Path(__file__).resolve().parents[1]
-    folders = ("modeling_peer", "scripts", "tests", "docs", "configuration", "benchmarks", "model_cards", ".ci")
+    folders = ("modeling_peer", "scripts", "tests", "docs", "configuration", "results", "model_cards", ".ci")
     pages = [path for folder in folders for path in (repository / folder).rglob("*")] + list(repository.iterdir())
     pages = [
         path for path in pages if path.suffix in (".md", ".py", ".sh", ".yaml", ".yml") or path.name == "Makefile"

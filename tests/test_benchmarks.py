@@ -9,11 +9,11 @@ import torch
 from training_helpers import REPOSITORY, TINY_PEER
 
 from modeling_peer import PeerLayer
-from modeling_peer.benchmarks import contestants, layer, memory, model, report
+from modeling_peer.benchmarks import contenders, layer, memory, model, report
 from modeling_peer.benchmarks.calls import make_call, make_tokens
-from modeling_peer.benchmarks.contestants import all_names, build_contestants
+from modeling_peer.benchmarks.contenders import all_names, build_contenders
 from modeling_peer.benchmarks.layer import bench_layer
-from modeling_peer.benchmarks.model import ModelArguments, bench_model
+from modeling_peer.benchmarks.model import ModelBenchmark, bench_model
 from modeling_peer.benchmarks.preconditions import require_green_tests
 from modeling_peer.benchmarks.settings import TASKS, Case, LayerArguments, parse_cases, parse_settings
 from modeling_peer.benchmarks.traffic import bytes_to_move, count_rows, measure_traffic
@@ -67,18 +67,18 @@ def test_bytes_that_must_move_are_those_counted_by_hand():
 @pytest.mark.parametrize("name", ["eager", "PEER-pytorch"])
 def test_rows_are_counted_on_the_retrieval_of_the_layer_itself(name):
     settings, case = tiny_layer(), Case("forward", num_tokens=50, num_sub_keys=3, hidden_size=8)
-    contestant = build_contestants([name], case, settings)[name]
+    contender = build_contenders([name], case, settings)[name]
     tokens = make_tokens(case, settings, 0)
-    rows = count_rows(contestant, tokens)
+    rows = count_rows(contender, tokens)
     assert rows.requested == 2 * 50 * 2 * 2  # two tables, tokens, heads, experts per head
     assert 0 < rows.distinct <= 2 * 9  # all that there are
-    one = count_rows(contestant, tokens[:, :1])
+    one = count_rows(contender, tokens[:, :1])
     assert 2 * 2 <= one.distinct <= one.requested == 2 * 2 * 2  # the experts of one head differ
 
 
 def test_traffic_is_relative_to_the_copy_bandwidth():
     settings, case = tiny_layer(), Case("forward", num_tokens=5, num_sub_keys=3, hidden_size=8)
-    dense = build_contestants(["dense h·k"], case, settings)["dense h·k"]
+    dense = build_contenders(["dense h·k"], case, settings)["dense h·k"]
     traffic = measure_traffic(dense, case, count_rows(dense, make_tokens(case, settings, 0)), 1.0, 1e6)
     must_move = 4 * (2 * 8 * 4 + 2 * 5 * 8)  # float32: two matrices of 8 by h * k = 4, five tokens in and out
     assert traffic["must_move_bytes"] == traffic["requested_bytes"] == must_move
@@ -103,7 +103,7 @@ def measure(durations, repeats, max_seconds, **options):
     return called, interleave(calls, lambda number: number, clock, repeats, max_seconds, **options)
 
 
-def test_contestants_take_turns_and_never_see_an_input_twice():
+def test_contenders_take_turns_and_never_see_an_input_twice():
     called, summaries = measure({"a": 0.1, "b": 0.2, "c": 0.3}, repeats=2, max_seconds=100)
     names = [name for name, _ in called]
     assert names == ["a", "a", "b", "b", "c", "c", *"abc", *"abc"]  # two calls each to warm up, which do not count
@@ -112,7 +112,7 @@ def test_contestants_take_turns_and_never_see_an_input_twice():
     assert summaries["c"].median_ms == pytest.approx(300)
 
 
-def test_a_slow_contestant_gets_fewer_repeats_spread_over_all_rounds():
+def test_a_slow_contender_gets_fewer_repeats_spread_over_all_rounds():
     called, summaries = measure({"fast": 0.001, "slow": 1.0, "slower": 5.0}, repeats=12, max_seconds=18)
     assert {name: summary.repeats for name, summary in summaries.items()} == {"fast": 12, "slow": 6, "slower": 3}
     names = [name for name, _ in called][6:]
@@ -159,7 +159,7 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
     pytest.importorskip("matplotlib")
     names = [name for name in all_names("cpu") if name != "compiled eager"]
     settings = tiny_layer(
-        contestants=names,
+        contenders=names,
         cases=[
             "decode num_sub_keys=2,4",
             "forward_backward num_tokens=6 num_sub_keys=4",
@@ -189,8 +189,8 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
         there = [
             n for n in names if n not in result["missing"] and (case["task"] != "decode" or "row-sparse" not in n)
         ]
-        assert list(case["contestants"]) == there
-        measured = case["contestants"]["eager"]
+        assert list(case["contenders"]) == there
+        measured = case["contenders"]["eager"]
         assert measured["lower_quartile_ms"] <= measured["median_ms"] <= measured["upper_quartile_ms"]
         assert measured["vs_eager"] == 1
     assert printed == report.layer_markdown(result).splitlines()
@@ -204,10 +204,10 @@ def test_cases_whose_process_dies_take_no_others_with_them(test_file, monkeypatc
         return layer.measure_cases(arguments, cases, *others)
 
     monkeypatch.setattr(layer, "in_new_process", in_new_process)
-    settings = tiny_layer(contestants=["eager"], cases=["decode num_sub_keys=2,4"])
+    settings = tiny_layer(contenders=["eager"], cases=["decode num_sub_keys=2,4"])
     first, second = bench_layer(settings, [test_file("def test_it():\n    pass\n")])["cases"]
-    assert (first["contestants"], first["skipped"]) == ({}, {"eager": "its process ended with status -9"})
-    assert (list(second["contestants"]), second["skipped"]) == (["eager"], {})
+    assert (first["contenders"], first["skipped"]) == ({}, {"eager": "its process ended with status -9"})
+    assert (list(second["contenders"]), second["skipped"]) == (["eager"], {})
     assert "status -9" in capsys.readouterr().err
 
 
@@ -219,11 +219,11 @@ def test_what_was_measured_is_written_before_something_fails(test_file, tmp_path
 
     monkeypatch.setattr(layer, "in_new_process", in_new_process)
     output = tmp_path / "layer.json"
-    settings = tiny_layer(contestants=["eager"], cases=["decode num_sub_keys=2,4"], output_file=str(output))
+    settings = tiny_layer(contenders=["eager"], cases=["decode num_sub_keys=2,4"], output_file=str(output))
     with pytest.raises(RuntimeError, match="failed in its process"):
         bench_layer(settings, [test_file("def test_it():\n    pass\n")])
     (case,) = json.loads(output.read_text())["cases"]
-    assert (case["num_sub_keys"], list(case["contestants"])) == (2, ["eager"])
+    assert (case["num_sub_keys"], list(case["contenders"])) == (2, ["eager"])
 
 
 def test_calls_that_run_out_of_memory_leave_no_gradient_to_others_and_are_tried_beside_all_that_is_held():
@@ -242,7 +242,7 @@ def test_calls_that_run_out_of_memory_leave_no_gradient_to_others_and_are_tried_
         raise torch.OutOfMemoryError
 
     calls = {"first": first, "second": second, "third": third}
-    sharing = {name: contestants.Contestant(name, shared) for name in calls}
+    sharing = {name: contenders.Contender(name, shared) for name in calls}
     reasons = layer._drop_out_of_memory(calls, sharing, torch.ones(1, 2))
     assert reasons == dict.fromkeys(["third", "first"], "ran out of GPU memory")
     assert list(calls) == ["second"]
@@ -252,11 +252,11 @@ def test_calls_that_run_out_of_memory_leave_no_gradient_to_others_and_are_tried_
 def test_growth_is_cost_per_token_at_the_largest_size_over_the_smallest():
     def case(task, num_tokens, num_experts, milliseconds):
         sizes = {"task": task, "num_tokens": num_tokens, "num_experts": num_experts, "hidden_size": 8}
-        return sizes | {"contestants": {"eager": {"median_ms": milliseconds}, "dense h·k": {"median_ms": 1.0}}}
+        return sizes | {"contenders": {"eager": {"median_ms": milliseconds}, "dense h·k": {"median_ms": 1.0}}}
 
     cases = [case("forward", 10, 64, 6.0), case("decode", 1, 16, 1.0), case("forward", 10, 16, 2.0)]
     cases += [case("step", 10, 256, 99.0)]  # not a forward
-    growth = {(entry["along"], entry["contestant"]): entry for entry in report.scaling_of(cases)}
+    growth = {(entry["along"], entry["contender"]): entry for entry in report.scaling_of(cases)}
     assert set(growth) == {("num_experts", "eager"), ("num_tokens", "eager"), ("num_tokens", "dense h·k")}
     experts, tokens = growth["num_experts", "eager"], growth["num_tokens", "eager"]
     assert (experts["num_tokens"], experts["sizes"], experts["ratio"]) == (10, [16, 64], 3.0)
@@ -265,15 +265,15 @@ def test_growth_is_cost_per_token_at_the_largest_size_over_the_smallest():
 
 def test_peers_implementations_share_their_weights_and_change_each_step():
     settings, case = tiny_layer(), Case("step", num_tokens=6, num_sub_keys=4, hidden_size=8)
-    first, second = build_contestants(["eager"], case, settings)["eager"].module, PeerLayer(peer_config())
-    contestants.share_weights(second, first)
+    first, second = build_contenders(["eager"], case, settings)["eager"].module, PeerLayer(peer_config())
+    contenders.share_weights(second, first)
     assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert second.retrieval.query_norm.running_mean is first.retrieval.query_norm.running_mean
     tokens = make_tokens(case, settings, 0)
     torch.testing.assert_close(first.eval()(tokens), second.eval()(tokens))
 
     before = first.experts.down_embed.clone()
-    eager = contestants.Contestant("eager", first)
+    eager = contenders.Contender("eager", first)
     make_call(eager, Case("forward_backward", 6, 4, 8), settings, {})(tokens)
     assert torch.equal(first.experts.down_embed, before)
     make_call(eager, case, settings, {})(tokens)
@@ -282,12 +282,12 @@ def test_peers_implementations_share_their_weights_and_change_each_step():
 
 
 def peer_config():
-    return build_contestants(["eager"], Case("decode", 1, 4, 8), tiny_layer())["eager"].module.experts.config
+    return build_contenders(["eager"], Case("decode", 1, 4, 8), tiny_layer())["eager"].module.experts.config
 
 
 def test_peer_pytorch_runs_in_the_papers_mode():
     settings, case = tiny_layer(), Case("forward", num_tokens=5, num_sub_keys=4, hidden_size=8)
-    rival = build_contestants(["PEER-pytorch"], case, settings)["PEER-pytorch"]
+    rival = build_contenders(["PEER-pytorch"], case, settings)["PEER-pytorch"]
     expert_ids = rival.find_experts(make_tokens(case, settings, 0))
     assert expert_ids.shape == (1, 5, 2, 2)  # not one expert a head, its default
     assert isinstance(rival.module.score_activation, torch.nn.Softmax)
@@ -323,10 +323,10 @@ def test_a_process_that_dies_says_so(monkeypatch):
     assert memory.in_new_process("any.module:function") == {"why": "its process ended with status -9"}
 
 
-def test_contestants_that_do_not_fit_in_memory_are_left_out_with_numbers():
+def test_contenders_that_do_not_fit_in_memory_are_left_out_with_numbers():
     gib = 2**30
     needs = {"eager": (2 * gib, 1 * gib), "cpu": (2 * gib, 0), "PEER-pytorch": (8 * gib, 0), "dense": (0, 0)}
-    fitting, reasons = memory.fit(list(needs), needs.get, 10 * gib, contestants.weights_owner)
+    fitting, reasons = memory.fit(list(needs), needs.get, 10 * gib, contenders.weights_owner)
     assert fitting == ["eager", "cpu", "dense"]  # the first two hold the same two GiB
     assert reasons == {"PEER-pytorch": "would need 11.0 GiB with the others, of 10.0 GiB available"}
 
@@ -375,28 +375,28 @@ def test_every_file_of_sizes_is_understood_and_the_command_line_wins(name):
     layer = parse_settings(LayerArguments, "layer", [name, "--device", "cpu", "--repeats", "4"])
     assert (layer.repeats, layer.command) == (4, f"python scripts/bench_layer.py {name} --device cpu --repeats 4")
     assert {case.task for case in parse_cases(layer.cases, layer.hidden_size)} == set(TASKS)
-    network = parse_settings(ModelArguments, "model", [name, "--device", "cpu"])
+    network = parse_settings(ModelBenchmark, "model", [name, "--device", "cpu"])
     assert network.length("training") > 0
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):
     for words, message in {
         ("--repeats", "3"): "name the sizes to measure first: cpu, h200, smoke",
-        ("smoke", "--contestant", "x"): "Did you mean 'contestants'",
+        ("smoke", "--contender", "x"): "Did you mean 'contenders'",
         ("smoke", "--dtype", "float23"): "'float23' is none of",
         ("smoke", "--output_file", str(tmp_path / "no" / "such")): "no such folder",
     }.items():
         with pytest.raises(SettingsError, match=message):
             parse_settings(LayerArguments, "layer", words)
-    with pytest.raises(SettingsError, match=r"contestant 'eagre' is none of.*Did you mean 'eager'"):
-        bench_layer(tiny_layer(contestants=["eagre"]))
+    with pytest.raises(SettingsError, match=r"contender 'eagre' is none of.*Did you mean 'eager'"):
+        bench_layer(tiny_layer(contenders=["eagre"]))
 
 
 def test_a_model_benchmark_counts_tokens_and_its_twin_is_dense(tmp_path, test_file, monkeypatch, capsys):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_PEER))
-    settings = ModelArguments(
+    settings = ModelBenchmark(
         model=str(tmp_path / "tiny.json"),
-        contestants=["PEER eager", "dense twin"],
+        contenders=["PEER eager", "dense twin"],
         threads=1,
         repeats=2,
         batch_size=2,
@@ -412,7 +412,7 @@ def test_a_model_benchmark_counts_tokens_and_its_twin_is_dense(tmp_path, test_fi
     assert printed == report.model_markdown(result).splitlines()
     tokens = {"training": 2 * 5, "prefill": 2 * 7, "decode": 2 * 4}
     for task in result["tasks"]:
-        for measured in task["contestants"].values():
+        for measured in task["contenders"].values():
             expected = 1000 * tokens[task["task"]] / measured["median_ms"]
             assert measured["tokens_per_second"] == pytest.approx(expected, rel=1e-3)
     models = model.build_models(["PEER eager", "dense twin"], settings)
@@ -424,7 +424,7 @@ def test_a_model_benchmark_counts_tokens_and_its_twin_is_dense(tmp_path, test_fi
 def test_decode_writes_as_many_tokens_as_it_says(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_PEER))
     sizes = {"training_tokens": 8, "prefill_tokens": 8, "prompt_tokens": 3, "new_tokens": 4}
-    settings = ModelArguments(model=str(tmp_path / "tiny.json"), batch_size=2, **sizes)
+    settings = ModelBenchmark(model=str(tmp_path / "tiny.json"), batch_size=2, **sizes)
     network = model.build_models(["PEER eager"], settings)["PEER eager"]
     written = []
     generate = network.generate
@@ -435,7 +435,7 @@ def test_decode_writes_as_many_tokens_as_it_says(tmp_path):
 
 def test_a_model_too_short_for_the_benchmark_is_refused(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_PEER))
-    settings = ModelArguments(model=str(tmp_path / "tiny.json"), prompt_tokens=60, new_tokens=5, training_tokens=8)
+    settings = ModelBenchmark(model=str(tmp_path / "tiny.json"), prompt_tokens=60, new_tokens=5, training_tokens=8)
     with pytest.raises(SettingsError, match="256 tokens exceed the model's 64 positions"):
         model.build_models(["PEER eager"], settings)
 
@@ -449,7 +449,7 @@ def test_the_costs_of_watching_and_of_balancing_are_shares_of_a_step(tmp_path):
     pytest.importorskip("numba")
     (tmp_path / "tiny.json").write_text(json.dumps(TINY_PEER))
     sizes = {"training_tokens": 8, "prefill_tokens": 8, "prompt_tokens": 3, "new_tokens": 4, "repeats": 2}
-    result = bench_expert_usage(ModelArguments(model=str(tmp_path / "tiny.json"), batch_size=2, **sizes))
+    result = bench_expert_usage(ModelBenchmark(model=str(tmp_path / "tiny.json"), batch_size=2, **sizes))
     took = result["milliseconds"]
     per_step = 100 * (took["count"] + took["figures"] / 10) / took["step"]
     assert result["percent_of_a_step"]["usage"] == pytest.approx(per_step, abs=0.01)

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
-COMPARING = (REPOSITORY / "docs" / "comparing.md").read_text(encoding="utf-8")
+COMPARING = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
 
 
@@ -76,7 +76,7 @@ def test_every_script_and_recipe_that_the_readme_names_exists():
 
 
 # Of the tuning the page has perplexities only.
-TABLES = sorted((REPOSITORY / "benchmarks" / "compare").glob("*/table.md"))
+TABLES = sorted((REPOSITORY / "results" / "studies").glob("*/table.md"))
 STUDIES = [path for path in TABLES if not path.parent.name.startswith("tune")]
 
 
@@ -85,7 +85,7 @@ def test_the_figures_of_a_study_are_those_in_its_folder(table):
     rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert len(rows) > 3
     assert not [row for row in rows if row not in RESULTS]
-    assert f"benchmarks/compare/{table.parent.name}/" in RESULTS
+    assert f"results/studies/{table.parent.name}/" in RESULTS
 
 
 def test_the_version_is_the_same_wherever_it_is_told():
@@ -101,7 +101,7 @@ def rows_of_table(heading: str) -> list[list[str]]:
 
 
 def results_of(name: str) -> dict:
-    return json.loads((REPOSITORY / "benchmarks" / name).read_text(encoding="utf-8"))
+    return json.loads((REPOSITORY / "results" / name).read_text(encoding="utf-8"))
 
 
 def assert_is_rounded(cell: str, value: float | None):
@@ -133,11 +133,11 @@ def test_times_of_a_layer_are_those_that_were_measured():
     rows = rows_of_table("| milliseconds |")
     assert len(rows) == 7
     for label, num_experts, *cells, ratio, dense in rows:
-        contestants = case_of(result["cases"], label, num_experts)["contestants"]
+        contenders = case_of(result["cases"], label, num_experts)["contenders"]
         names = ("PEER-pytorch", "eager", "cpu", "cpu, row-sparse", "dense 4·d")
         for name, cell in zip(names, (*cells, dense), strict=True):
-            assert_is_rounded(cell, contestants.get(name, {}).get("median_ms"))
-        assert_is_rounded(ratio, contestants.get("cpu, row-sparse", contestants["cpu"])["vs_peer_pytorch"])
+            assert_is_rounded(cell, contenders.get(name, {}).get("median_ms"))
+        assert_is_rounded(ratio, contenders.get("cpu, row-sparse", contenders["cpu"])["vs_peer_pytorch"])
 
 
 def test_memory_of_a_layer_is_what_was_measured():
@@ -151,7 +151,7 @@ def test_memory_of_a_layer_is_what_was_measured():
 
 
 def test_speeds_of_whole_models_are_those_that_were_measured():
-    tasks = {task["task"]: task["contestants"] for task in results_of("model_cpu.json")["tasks"]}
+    tasks = {task["task"]: task["contenders"] for task in results_of("model_cpu.json")["tasks"]}
     rows = rows_of_table("| | training")
     assert len(rows) == 4
     for name, *cells in rows:

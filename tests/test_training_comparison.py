@@ -13,7 +13,7 @@ from training_helpers import (
 )
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.training.comparison import ComparisonArguments, compare_runs
+from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 
 
 def write_run(folder, eval_loss, losses=(3.0, 2.0), **summary):

@@ -19,9 +19,9 @@ from modeling_peer.data.text_files import find_text_files
 from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
 from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.hub.loading import load_checkpoint
-from modeling_peer.training.comparison import ComparisonArguments, compare_runs
+from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
+from modeling_peer.studies.study_recipe import parse_study
 from modeling_peer.training.recipes import parse_recipe
-from modeling_peer.training.study.recipe import parse_study
 
 
 @pytest.fixture

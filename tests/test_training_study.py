@@ -17,13 +17,13 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
 from modeling_peer.console.run_files import list_checkpoints
 from modeling_peer.hub.loading import load_config
-from modeling_peer.training.study import queue
-from modeling_peer.training.study.compare import compare_feed_forwards
-from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study.plan import plan_runs, shared_recipe
-from modeling_peer.training.study.recipe import FOLDER, parse_study
-from modeling_peer.training.study.report import as_tables, make_rows, restore, write_report
-from modeling_peer.training.study.run import MODEL_FOLDER, PAUSED, run_in_process
+from modeling_peer.studies import queue
+from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
+from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
+from modeling_peer.studies.plan import plan_runs, shared_recipe
+from modeling_peer.studies.report import as_tables, make_rows, restore, write_report
+from modeling_peer.studies.run import MODEL_FOLDER, PAUSED, run_in_process
+from modeling_peer.studies.study_recipe import FOLDER, parse_study
 
 DATA = {"vocab_size": 257, "block_size": 32}
 RECIPES = sorted(path.stem for path in (REPOSITORY / FOLDER).glob("*.yaml"))
@@ -49,7 +49,7 @@ def processes_that_start_fast(tmp_path_factory):
         patch.setenv("HF_DATASETS_CACHE", str(cache))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(queue, "START_METHOD", "forkserver")
-        multiprocessing.set_forkserver_preload(["modeling_peer.training.study.run"])
+        multiprocessing.set_forkserver_preload(["modeling_peer.studies.run"])
         yield
 
 

@@ -1,10 +1,10 @@
-"""What is measured of a contestant: on which tokens, doing what."""
+"""What is measured of a contender: on which tokens, doing what."""
 
 from collections.abc import Callable
 
 import torch
 
-from modeling_peer.benchmarks.contestants import Contestant, row_sparse, state_owner
+from modeling_peer.benchmarks.contenders import Contender, row_sparse, state_owner
 from modeling_peer.benchmarks.settings import Case, LayerArguments
 from modeling_peer.costs.training_steps import build_optimizer
 
@@ -17,7 +17,7 @@ def make_tokens(case: Case, settings: LayerArguments, number: int) -> torch.Tens
 
 
 def make_call(
-    contestant: Contestant, case: Case, settings: LayerArguments, optimizers: dict
+    contender: Contender, case: Case, settings: LayerArguments, optimizers: dict
 ) -> Callable[[torch.Tensor], None]:
     """What is measured: a function of the tokens.
 
@@ -25,14 +25,14 @@ def make_call(
     freeing them, as every step of a training does. step: with the optimizer's update.
 
     Args:
-        optimizers: those made so far; contestants that share weights and kind of gradient share one; by `state_owner`.
+        optimizers: those made so far; contenders that share weights and kind of gradient share one; by `state_owner`.
     """
-    module = contestant.module
+    module = contender.module
     step = None
     if case.task == "step":
-        owner = state_owner(contestant.name)
+        owner = state_owner(contender.name)
         if owner not in optimizers:
-            optimizers[owner] = build_optimizer(module.parameters(), contestant.name == row_sparse(settings.device))
+            optimizers[owner] = build_optimizer(module.parameters(), contender.name == row_sparse(settings.device))
         step = optimizers[owner].step
 
     def call(tokens):

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from modeling_peer.benchmarks.calls import make_call, make_tokens
-from modeling_peer.benchmarks.contestants import (
+from modeling_peer.benchmarks.contenders import (
     COMPILED,
     EAGER,
     PEER_PYTORCH,
-    Contestant,
+    Contender,
     all_names,
-    build_contestants,
+    build_contenders,
     state_owner,
     takes_part,
     weights_owner,
@@ -35,7 +35,7 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
     Raises:
         SettingsError: red kernel tests, among others.
     """
-    names = select(settings.contestants, all_names(settings.device))
+    names = select(settings.contenders, all_names(settings.device))
     missing = {name: why for name in names if (why := why_missing(name, settings))}
     for name, why in missing.items():
         announce(f"{name} is left out: {why}")
@@ -81,7 +81,7 @@ def _in_new_process(
     if "why" in answer:
         announce(f"{', '.join(map(str, cases))}: {answer['why']}")
         skipped = [{name: answer["why"] for name in names if takes_part(name, case, settings)} for case in cases]
-        return [_describe(case, contestants={}, skipped=why) for case, why in zip(cases, skipped, strict=True)]
+        return [_describe(case, contenders={}, skipped=why) for case, why in zip(cases, skipped, strict=True)]
     return answer["cases"]
 
 
@@ -94,8 +94,8 @@ def measure_cases(
     names = [name for name in names if any(takes_part(name, case, settings) for case in cases)]
     available = available_bytes(settings.torch_device)
     names, too_large = fit(names, lambda name: (weight_bytes(name, cases[0], settings), 0), available, weights_owner)
-    contestants = build_contestants(names, cases[0], settings)
-    return {"cases": [_measure_case(case, contestants, too_large, settings, bandwidth) for case in cases]}
+    contenders = build_contenders(names, cases[0], settings)
+    return {"cases": [_measure_case(case, contenders, too_large, settings, bandwidth) for case in cases]}
 
 
 def _describe(case: Case, **results: Any) -> dict[str, Any]:
@@ -103,21 +103,21 @@ def _describe(case: Case, **results: Any) -> dict[str, Any]:
 
 
 def _measure_case(
-    case: Case, contestants: dict[str, Contestant], too_large: dict, settings: LayerArguments, bandwidth: float
+    case: Case, contenders: dict[str, Contender], too_large: dict, settings: LayerArguments, bandwidth: float
 ) -> dict[str, Any]:
     device = settings.torch_device
-    names = [name for name in contestants if takes_part(name, case, settings)]
+    names = [name for name in contenders if takes_part(name, case, settings)]
     names, skipped = fit(names, lambda name: call_bytes(name, case, settings), available_bytes(device), state_owner)
     skipped |= too_large
     optimizers = {}
-    calls = {name: make_call(contestants[name], case, settings, optimizers) for name in names}
+    calls = {name: make_call(contenders[name], case, settings, optimizers) for name in names}
     torch.compiler.reset()  # after eight shapes PyTorch would stop compiling, and say so nowhere
 
     def new_input(number):
         return make_tokens(case, settings, number)
 
     if device.type == "cuda":
-        skipped |= _drop_out_of_memory(calls, contestants, new_input(0))
+        skipped |= _drop_out_of_memory(calls, contenders, new_input(0))
 
     for name, why in skipped.items():
         announce(f"{case}: without {name}, which {why}")
@@ -125,20 +125,20 @@ def _measure_case(
     summaries = interleave(calls, new_input, Clock(device), *budget)
     measured = {}
     for name, summary in summaries.items():
-        rows = count_rows(contestants[name], new_input(0))
+        rows = count_rows(contenders[name], new_input(0))
         measured[name] = summary.as_dict() | {
             "vs_peer_pytorch": _ratio(summaries, PEER_PYTORCH, name),
             "vs_eager": _ratio(summaries, EAGER, name),
-            **measure_traffic(contestants[name], case, rows, summary.median_ms, bandwidth),
+            **measure_traffic(contenders[name], case, rows, summary.median_ms, bandwidth),
         }
         if device.type == "cuda":
             measured[name]["peak_bytes"] = peak_bytes(lambda name=name: calls[name](new_input(0)), device)[0]
     announce(f"{case}: " + ", ".join(f"{name} {summary.median_ms:.3g} ms" for name, summary in summaries.items()))
-    return _describe(case, contestants=measured, skipped=skipped)
+    return _describe(case, contenders=measured, skipped=skipped)
 
 
 def _drop_out_of_memory(
-    calls: dict[str, Callable], contestants: dict[str, Contestant], tokens: torch.Tensor
+    calls: dict[str, Callable], contenders: dict[str, Contender], tokens: torch.Tensor
 ) -> dict[str, str]:
     """Take out the calls that the estimate let in and the GPU does not; the reasons.
 
@@ -152,7 +152,7 @@ def _drop_out_of_memory(
         except torch.OutOfMemoryError:
             del calls[name]
             reasons[name] = "ran out of GPU memory"
-            for parameter in contestants[name].module.parameters():  # others may share them
+            for parameter in contenders[name].module.parameters():  # others may share them
                 parameter.grad = None
             torch.cuda.empty_cache()
     return reasons
@@ -191,14 +191,14 @@ def _memory_in_new_processes(names: list[str], settings: LayerArguments) -> list
 
 
 def probe_memory(arguments: dict[str, Any], case: dict[str, Any], name: str) -> dict[str, Any]:
-    """Peak memory of one contestant in one case, measured in this process, which should be a fresh one.
+    """Peak memory of one contender in one case, measured in this process, which should be a fresh one.
 
     Its parameters, its optimizer's state, and whatever a first call with a single token loads are there before.
     """
     settings, case = LayerArguments(**arguments), Case(**case)
     set_threads(settings.threads)
-    contestant = build_contestants([name], case, settings)[name]
-    call = make_call(contestant, case, settings, {})
+    contender = build_contenders([name], case, settings)[name]
+    call = make_call(contender, case, settings, {})
     call(make_tokens(case, settings, 0)[:, :1])
     tokens = make_tokens(case, settings, 1)
     peak, why = peak_bytes(lambda: call(tokens), settings.torch_device)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from modeling_peer.benchmarks.contestants import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
+from modeling_peer.benchmarks.contenders import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
 from modeling_peer.benchmarks.settings import Case, LayerArguments
 from modeling_peer.console.files import REPOSITORY
 
@@ -35,7 +35,7 @@ def in_new_process(function: str, *arguments: Any) -> Any:
 
 
 def weight_bytes(name: str, case: Case, settings: LayerArguments) -> int:
-    """Of a contestant's expert tables; PEER's own implementations share those of the first."""
+    """Of a contender's expert tables; PEER's own implementations share those of the first."""
     if name in (DENSE_ACTIVE, DENSE_WIDE):
         return 0
     return 2 * case.num_experts * case.hidden_size * settings.torch_dtype.itemsize
@@ -66,12 +66,12 @@ def call_bytes(name: str, case: Case, settings: LayerArguments) -> tuple[int, in
 def fit(
     names: list[str], needs: Callable[[str], tuple[int, int]], available: int, shares: Callable[[str], Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """Choose, in order, the contestants that fit in memory together, and say why the others do not.
+    """Choose, in order, the contenders that fit in memory together, and say why the others do not.
 
     Args:
-        needs: bytes held between the calls of a contestant, and during one.
+        needs: bytes held between the calls of a contender, and during one.
         available: bytes.
-        shares: contestants with the same value hold one thing together.
+        shares: contenders with the same value hold one thing together.
     """
     held, largest_call = {}, 0
     fitting, reasons = [], {}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modeling_peer.benchmarks.contestants import FAST, share_weights, why_missing
+from modeling_peer.benchmarks.contenders import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.memory import in_new_process
 from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
 from modeling_peer.benchmarks.report import publish
@@ -24,7 +24,7 @@ PEER_EAGER, DENSE_TWIN = "PEER eager", "dense twin"
 
 
 @dataclass
-class ModelArguments(BenchmarkArguments):
+class ModelBenchmark(BenchmarkArguments):
     """Which model, and how many tokens at a time."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
@@ -35,7 +35,7 @@ class ModelArguments(BenchmarkArguments):
             "help": "Configuration fields to change, as key=value pairs or a JSON object.",
         },
     )
-    contestants: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
     batch_size: int = field(default=4, metadata={"help": "Sequences."})
     training_tokens: int = field(default=256, metadata={"help": "Length of a sequence in training."})
     prefill_tokens: int = field(default=256, metadata={"help": "Length of a prompt that is read in one pass."})
@@ -70,14 +70,14 @@ def row_sparse(device: str) -> str:
     return f"PEER {FAST[device]}, row-sparse"
 
 
-def takes_part(name: str, task: str, settings: ModelArguments) -> bool:
-    """Whether a contestant differs from the others in this task: kinds of gradients only do in training."""
+def takes_part(name: str, task: str, settings: ModelBenchmark) -> bool:
+    """Whether a contender differs from the others in this task: kinds of gradients only do in training."""
     return task == "training" or name != row_sparse(settings.device)
 
 
-def bench_model(settings: ModelArguments, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:
+def bench_model(settings: ModelBenchmark, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:
     """Test the kernels, measure every task, print the table, and write the file asked for."""
-    names = select(settings.contestants, all_names(settings.device))
+    names = select(settings.contenders, all_names(settings.device))
     reason = why_missing(FAST[settings.device], settings)
     missing = {name: reason for name in names if reason and name not in (PEER_EAGER, DENSE_TWIN)}
     for name, why in missing.items():
@@ -105,7 +105,7 @@ def bench_model(settings: ModelArguments, kernel_tests: Sequence[str] = KERNEL_T
     return result
 
 
-def build_models(names: list[str], settings: ModelArguments) -> dict[str, PreTrainedModel]:
+def build_models(names: list[str], settings: ModelBenchmark) -> dict[str, PreTrainedModel]:
     """The PEER model in each implementation, all of one set of weights, and the same network with dense MLPs only."""
     torch.manual_seed(settings.seed)
     overrides = parse_overrides(settings.model_overrides)
@@ -138,7 +138,7 @@ def build_models(names: list[str], settings: ModelArguments) -> dict[str, PreTra
 
 
 def make_call(
-    name: str, model: PreTrainedModel, task: str, settings: ModelArguments
+    name: str, model: PreTrainedModel, task: str, settings: ModelBenchmark
 ) -> Callable[[torch.Tensor], None]:
     """What is measured, a function of token ids: a whole training step; reading a prompt; writing `new_tokens`."""
     if task == "training":
@@ -157,13 +157,13 @@ def make_call(
     return read if task == "prefill" else write
 
 
-def make_input(vocab_size: int, task: str, settings: ModelArguments, number: int) -> torch.Tensor:
+def make_input(vocab_size: int, task: str, settings: ModelBenchmark, number: int) -> torch.Tensor:
     """Random token ids `(batch_size, length)`, others for each number."""
     shape = (settings.batch_size, settings.length(task))
     return make_token_ids(vocab_size, shape, settings.seed, number, settings.device)
 
 
-def _measure_tasks(models: dict[str, PreTrainedModel], settings: ModelArguments) -> list[dict[str, Any]]:
+def _measure_tasks(models: dict[str, PreTrainedModel], settings: ModelBenchmark) -> list[dict[str, Any]]:
     clock = Clock(settings.torch_device)
     vocab_size = next(iter(models.values())).config.vocab_size
     results = []
@@ -187,26 +187,26 @@ def _measure_tasks(models: dict[str, PreTrainedModel], settings: ModelArguments)
                     lambda call=calls[name], task_input=new_input: call(task_input(0)), settings.torch_device
                 )[0]
         announce(f"{task}: " + ", ".join(f"{n} {m['tokens_per_second']:,.0f} tokens/s" for n, m in measured.items()))
-        results.append({"task": task, "shape": settings.shape(task), "contestants": measured})
+        results.append({"task": task, "shape": settings.shape(task), "contenders": measured})
     return results
 
 
-def _add_peaks_of_processes(tasks: list[dict[str, Any]], names: list[str], settings: ModelArguments) -> None:
+def _add_peaks_of_processes(tasks: list[dict[str, Any]], names: list[str], settings: ModelBenchmark) -> None:
     for name in names:
         answer = in_new_process("modeling_peer.benchmarks.model:probe_memory", settings.as_arguments(), name)
         if answer.get("why"):
             announce(f"memory of {name}: {answer['why']}")
         for task in tasks:
             if takes_part(name, task["task"], settings):
-                task["contestants"][name]["peak_bytes"] = answer.get(task["task"])
+                task["contenders"][name]["peak_bytes"] = answer.get(task["task"])
 
 
 def probe_memory(arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Peak memory of each task for one contestant in this process, which should be a fresh one.
+    """Peak memory of each task for one contender in this process, which should be a fresh one.
 
     Its parameters, its optimizer's state, and whatever a first call on single tokens loads are there before.
     """
-    settings = ModelArguments(**arguments)
+    settings = ModelBenchmark(**arguments)
     set_threads(settings.threads)
     model = build_models([name], settings)[name]
     answer = {"why": None}

@@ -19,12 +19,12 @@ def plot_scaling(result: dict[str, Any], path: str) -> None:
 def _draw(axes, scaling: list[dict[str, Any]], along: str, fixed: str, words: str, fixed_words: str) -> None:
     entries = [entry for entry in scaling if entry["along"] == along]
     if entries:
-        # one series a contestant: most sizes, then most tokens or experts
+        # one series a contender: most sizes, then most tokens or experts
         longest = max(entries, key=lambda entry: (len(entry["sizes"]), entry[fixed]))
         entries = [e for e in entries if all(e[name] == longest[name] for name in (fixed, "hidden_size"))]
         axes.set_title(f"{longest[fixed]:,} {fixed_words}, width {longest['hidden_size']:,}")
     for entry in entries:
-        axes.plot(entry["sizes"], entry["microseconds_per_token"], marker="o", label=entry["contestant"])
+        axes.plot(entry["sizes"], entry["microseconds_per_token"], marker="o", label=entry["contender"])
     axes.set(xscale="log", yscale="log", xlabel=words, ylabel="microseconds per token")
     if entries:
         axes.legend()

@@ -1,6 +1,6 @@
 """Tables of a result, to paste into a README.
 
-python -m modeling_peer.benchmarks.report benchmarks/layer_cpu.json
+python -m modeling_peer.benchmarks.report results/layer_cpu.json
 """
 
 import json
@@ -35,7 +35,7 @@ def layer_markdown(result: dict[str, Any]) -> str:
     cases = sorted(result["cases"], key=lambda case: TASKS.index(case["task"]))
     parts = [headline(result), "**medians**, milliseconds", medians_table(cases)]
     for task, group in groupby(cases, key=lambda case: case["task"]):
-        rows = [_sizes(case) | {n: _time(m) for n, m in case["contestants"].items()} for case in group]
+        rows = [_sizes(case) | {n: _time(m) for n, m in case["contenders"].items()} for case in group]
         parts.append(f"**{task}**, milliseconds (lower to upper quartile), how many times as fast as PEER-pytorch")
         parts.append(table(rows))
     rows = [
@@ -51,10 +51,10 @@ def layer_markdown(result: dict[str, Any]) -> str:
 
 
 def medians_table(cases: list[dict[str, Any]]) -> str:
-    """The table for a README: a row for each case, a column for each contestant, medians in milliseconds."""
+    """The table for a README: a row for each case, a column for each contender, medians in milliseconds."""
     rows = []
     for case in cases:
-        medians = {name: f"{measured['median_ms']:.3g}" for name, measured in case["contestants"].items()}
+        medians = {name: f"{measured['median_ms']:.3g}" for name, measured in case["contenders"].items()}
         rows.append({"task": case["task"], **_sizes(case), **medians})
     return table(rows)
 
@@ -63,7 +63,7 @@ def model_markdown(result: dict[str, Any]) -> str:
     """Tokens per second and peak memory of one model benchmark."""
     rows = []
     for task in result["tasks"]:
-        for name, measured in task["contestants"].items():
+        for name, measured in task["contenders"].items():
             peak = measured.get("peak_bytes")
             rows.append(
                 {
@@ -126,7 +126,7 @@ def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How the cost of a forward pass, per token, grows with experts (tokens fixed) and with tokens (experts fixed).
 
     Returns:
-        One entry per contestant and series of at least two sizes: `along` ("num_experts" or "num_tokens"), its
+        One entry per contender and series of at least two sizes: `along` ("num_experts" or "num_tokens"), its
         sizes, microseconds per token at each, and `ratio`, cost at the largest size over cost at the smallest.
     """
     points = {}
@@ -134,7 +134,7 @@ def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if case["task"] not in ("decode", "forward"):
             continue
         for along, fixed in (("num_experts", "num_tokens"), ("num_tokens", "num_experts")):
-            for name, measured in case["contestants"].items():
+            for name, measured in case["contenders"].items():
                 if along == "num_experts" and name.startswith("dense"):
                     continue  # has no experts
                 series = points.setdefault((along, fixed, case[fixed], case["hidden_size"], name), {})
@@ -149,7 +149,7 @@ def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "along": along,
                     fixed: size,
                     "hidden_size": hidden_size,
-                    "contestant": name,
+                    "contender": name,
                     "sizes": list(series),
                     "microseconds_per_token": [round(cost, 4) for cost in costs],
                     "ratio": round(costs[-1] / costs[0], 4),
@@ -172,7 +172,7 @@ def _time(measured: dict[str, Any]) -> str:
 
 
 def _peers(case: dict[str, Any]) -> list[tuple[str, dict]]:
-    return [(name, m) for name, m in case["contestants"].items() if not name.startswith("dense")]
+    return [(name, m) for name, m in case["contenders"].items() if not name.startswith("dense")]
 
 
 def _traffic(measured: dict[str, Any]) -> dict[str, str]:
@@ -187,7 +187,7 @@ def _traffic(measured: dict[str, Any]) -> dict[str, str]:
 def _memory_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     measured = [(case, case["peak_bytes"]) for case in result["memory"]]
     for case in result["cases"]:
-        peaks = {name: m["peak_bytes"] for name, m in case["contestants"].items() if "peak_bytes" in m}
+        peaks = {name: m["peak_bytes"] for name, m in case["contenders"].items() if "peak_bytes" in m}
         measured += [(case, peaks)] if peaks else []
     return [
         {"task": case["task"], **_sizes(case)}
@@ -210,7 +210,7 @@ def _growth(scaling: list[dict[str, Any]]) -> list[str]:
 def _series(entry: dict[str, Any]) -> dict[str, Any]:
     costs = zip(entry["sizes"], entry["microseconds_per_token"], strict=True)
     cells = {f"{size:,}": f"{cost:.3g}" for size, cost in costs}
-    return {"": entry["contestant"], "width": entry["hidden_size"]} | cells | {"last / first": f"{entry['ratio']:.3g}"}
+    return {"": entry["contender"], "width": entry["hidden_size"]} | cells | {"last / first": f"{entry['ratio']:.3g}"}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ TASKS = ("decode", "forward", "forward_backward", "step")
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, for every contestant."""
+    """One thing to measure, for every contender."""
 
     task: str
     num_tokens: int
@@ -49,10 +49,10 @@ class BenchmarkArguments:
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "Type of weights and activations."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Unset: PyTorch's own choice."})
-    repeats: int = field(default=15, metadata={"help": "Rounds; in each, every contestant is measured once."})
+    repeats: int = field(default=15, metadata={"help": "Rounds; in each, every contender is measured once."})
     max_seconds: float = field(
         default=20.0,
-        metadata={"help": "Time for one case, all contestants together. Slow ones get fewer repeats, but at least 3."},
+        metadata={"help": "Time for one case, all contenders together. Slow ones get fewer repeats, but at least 3."},
     )
     seed: int = field(default=0, metadata={"help": "Of the weights and of the tokens."})
     commit: str | None = field(
@@ -107,7 +107,7 @@ class LayerArguments(BenchmarkArguments):
     compile_tasks: list[str] = field(
         default_factory=list, metadata={"help": "Tasks in which eager under torch.compile takes part."}
     )
-    contestants: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
     plot_file: str | None = field(default=None, metadata={"help": "Draw how cost grows, as a PNG (needs matplotlib)."})
 
     def __post_init__(self):
@@ -168,10 +168,10 @@ def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:
 
 
 def select(asked_for: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The contestants asked for, or all of them, in the order in which they are known."""
+    """The contenders asked for, or all of them, in the order in which they are known."""
     for name in asked_for:
         if name not in known:
-            raise SettingsError(f"contestant {name!r} is none of: {', '.join(known)}.{nearest(name, known)}")
+            raise SettingsError(f"contender {name!r} is none of: {', '.join(known)}.{nearest(name, known)}")
     return [name for name in known if name in (asked_for or known)]
 
 

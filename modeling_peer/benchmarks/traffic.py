@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_peer.benchmarks.contestants import Contestant
+from modeling_peer.benchmarks.contenders import Contender
 from modeling_peer.benchmarks.settings import Case
 
 
@@ -16,13 +16,13 @@ class Rows:
     distinct: int  # those of them that differ
 
 
-def count_rows(contestant: Contestant, tokens: torch.Tensor) -> Rows:
-    """Count on the contestant's own retrieval of `tokens` `(1, num_tokens, hidden_size)`; zero for a dense MLP."""
-    if contestant.find_experts is None:
+def count_rows(contender: Contender, tokens: torch.Tensor) -> Rows:
+    """Count on the contender's own retrieval of `tokens` `(1, num_tokens, hidden_size)`; zero for a dense MLP."""
+    if contender.find_experts is None:
         return Rows(0, 0)
     with torch.no_grad():
-        expert_ids = contestant.find_experts(tokens)
-    num_tables = len(contestant.tables)
+        expert_ids = contender.find_experts(tokens)
+    num_tables = len(contender.tables)
     return Rows(num_tables * expert_ids.numel(), num_tables * expert_ids.unique().numel())
 
 
@@ -38,7 +38,7 @@ def bytes_to_move(
                            parameter touched
 
     With `rows_read = rows_touched = distinct rows` it is the least that an implementation moves whose gradients of
-    rows are in memory. Lazy ones (`kernels.lazy_gradients`) are not, and are counted alike, so that contestants
+    rows are in memory. Lazy ones (`kernels.lazy_gradients`) are not, and are counted alike, so that contenders
     compare. With requested rows it is what one moves that reuses no row. Queries, scores, ids and gates are not
     counted, nor are dense gradients and dense updates of whole tables: these are what an implementation adds.
 
@@ -58,12 +58,12 @@ def bytes_to_move(
 
 
 def measure_traffic(
-    contestant: Contestant, case: Case, rows: Rows, median_ms: float, copy_bytes_per_second: float
+    contender: Contender, case: Case, rows: Rows, median_ms: float, copy_bytes_per_second: float
 ) -> dict[str, float]:
-    """Bytes, GB/s and the percentage of the machine's copy bandwidth of one measured contestant."""
-    itemsize = next(contestant.module.parameters()).element_size()
-    tables = {id(table) for table in contestant.tables}
-    weight_bytes = sum(p.nbytes for p in contestant.module.parameters() if id(p) not in tables)
+    """Bytes, GB/s and the percentage of the machine's copy bandwidth of one measured contender."""
+    itemsize = next(contender.module.parameters()).element_size()
+    tables = {id(table) for table in contender.tables}
+    weight_bytes = sum(p.nbytes for p in contender.module.parameters() if id(p) not in tables)
     sizes = (case.hidden_size * itemsize, case.num_tokens * case.hidden_size * itemsize, weight_bytes)
     must_move = bytes_to_move(case.task, rows.distinct, rows.distinct, *sizes)
     requested = bytes_to_move(case.task, rows.requested, rows.distinct, *sizes)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
-from modeling_peer.benchmarks.model import ModelArguments, build_models, make_call, make_input, row_sparse
+from modeling_peer.benchmarks.model import ModelBenchmark, build_models, make_call, make_input, row_sparse
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.costs.timing import Clock, interleave, set_threads
 
@@ -11,7 +11,7 @@ LOGGING_STEPS = 10  # the default of scripts/train_lm.py
 BALANCE_LOSSES = ("switch", "uniformity")
 
 
-def bench_expert_usage(settings: ModelArguments) -> dict[str, Any]:
+def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
     """Time a training step, what `ExpertUsageCallback` adds in each and in one of `LOGGING_STEPS`, and the same
     step with a balance loss. Row-sparse gradients: the shortest step, of which the costs are the largest share."""
     set_threads(settings.threads)

@@ -20,7 +20,7 @@ MAX_CALLS_IN_A_ROW = 64
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one contestant's times, in milliseconds."""
+    """Of one contender's times, in milliseconds."""
 
     median_ms: float
     lower_quartile_ms: float
@@ -46,15 +46,15 @@ def interleave(
     max_seconds: float,
     min_seconds: float = 0.0,
 ) -> dict[str, Summary]:
-    """Measure each contestant in turn, round after round, so that a slower minute slows them all.
+    """Measure each contender in turn, round after round, so that a slower minute slows them all.
 
-    Every call has an input of its own, drawn alike for all: on the input of another contestant it would find the rows
-    of the tables they share in the cache. The first calls of each are not counted. Each contestant may use an equal
+    Every call has an input of its own, drawn alike for all: on the input of another contender it would find the rows
+    of the tables they share in the cache. The first calls of each are not counted. Each contender may use an equal
     share of `max_seconds`; one that would need more is left out of some rounds, spread evenly, but measured
     `MIN_REPEATS` times at least (or `repeats`, if fewer).
 
     Args:
-        calls: by contestant; each takes an input.
+        calls: by contender; each takes an input.
         new_input: makes an input from its number, 0, 1, 2, ...
         clock: seconds that a call takes.
         min_seconds: calls shorter than this are measured several in a row, and their mean counts once.
@@ -99,7 +99,7 @@ class Clock:
     def __call__(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
             return self._seconds_on_cuda(call)
-        # OpenMP's threads spin for a while after the contestant before, and would take this call's core.
+        # OpenMP's threads spin for a while after the contender before, and would take this call's core.
         time.sleep(0.002)
         start = time.perf_counter()
         call()

@@ -16,11 +16,11 @@ from modeling_peer.experts_peer import expert_mixture
 
 EAGER, COMPILED, PEER_PYTORCH = "eager", "compiled eager", "PEER-pytorch"
 DENSE_ACTIVE, DENSE_WIDE = "dense h·k", "dense 4·d"
-FAST = {"cpu": "cpu", "cuda": "triton"}  # implementation by device; also the contestant's name
+FAST = {"cpu": "cpu", "cuda": "triton"}  # implementation by device; also the contender's name
 
 
 @dataclass
-class Contestant:
+class Contender:
     """A layer to measure, and what its traffic is counted from."""
 
     name: str
@@ -40,14 +40,14 @@ def all_names(device: str) -> list[str]:
 
 
 def takes_part(name: str, case: Case, settings: LayerArguments) -> bool:
-    """Whether a contestant differs from the others in this case."""
+    """Whether a contender differs from the others in this case."""
     if name == row_sparse(settings.device):
         return case.trains  # its forward is that of the fast implementation
     return name != COMPILED or case.task in settings.compile_tasks
 
 
 def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
-    """Why a contestant cannot run on this machine, in words; None if it can."""
+    """Why a contender cannot run on this machine, in words; None if it can."""
     device = settings.device
     if name == PEER_PYTORCH and importlib.util.find_spec("PEER_pytorch") is None:
         return "PEER-pytorch is not installed"
@@ -65,7 +65,7 @@ def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
 
 
 def weights_owner(name: str) -> str:
-    """Whose weights a contestant uses: PEER's own implementations have those of eager."""
+    """Whose weights a contender uses: PEER's own implementations have those of eager."""
     return name if name in (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE) else EAGER
 
 
@@ -74,24 +74,24 @@ def state_owner(name: str) -> str:
     return name if name in map(row_sparse, FAST) else weights_owner(name)
 
 
-def build_contestants(names: list[str], case: Case, settings: LayerArguments) -> dict[str, Contestant]:
+def build_contenders(names: list[str], case: Case, settings: LayerArguments) -> dict[str, Contender]:
     """Build layers of the case's sizes. PEER's own implementations share one set of weights: a million experts once.
 
     Nothing is shared with PEER-pytorch, whose sub-keys have another shape, but the values are drawn alike.
     """
     torch.manual_seed(settings.seed)
-    contestants, layer = {}, None
+    contenders, layer = {}, None
     for name in names:
         if name == PEER_PYTORCH:
-            contestants[name] = _peer_pytorch(case, settings)
+            contenders[name] = _peer_pytorch(case, settings)
         elif name in (DENSE_ACTIVE, DENSE_WIDE):
             active = settings.num_retrieval_heads * settings.num_experts_per_head
             width = active if name == DENSE_ACTIVE else 4 * case.hidden_size
-            contestants[name] = Contestant(name, _dense(case.hidden_size, width, settings))
+            contenders[name] = Contender(name, _dense(case.hidden_size, width, settings))
         else:
             layer = _peer_layer(name, case, settings, layer)
-            contestants[name] = _peer_contestant(name, layer)
-    return contestants
+            contenders[name] = _peer_contender(name, layer)
+    return contenders
 
 
 def _peer_layer(name: str, case: Case, settings: LayerArguments, weights_of: PeerLayer | None) -> PeerLayer:
@@ -121,13 +121,13 @@ def share_weights(module: nn.Module, other: nn.Module) -> None:
     module.load_state_dict(other.state_dict(keep_vars=True), assign=True)
 
 
-def _peer_contestant(name: str, layer: PeerLayer) -> Contestant:
+def _peer_contender(name: str, layer: PeerLayer) -> Contender:
     module = torch.compile(layer, dynamic=False, fullgraph=True) if name == COMPILED else layer
     tables = tuple(layer.experts.parameters())
-    return Contestant(name, module, tables, lambda tokens: layer.retrieval(tokens)[1])
+    return Contender(name, module, tables, lambda tokens: layer.retrieval(tokens)[1])
 
 
-def _peer_pytorch(case: Case, settings: LayerArguments) -> Contestant:
+def _peer_pytorch(case: Case, settings: LayerArguments) -> Contender:
     """PEER-pytorch in the paper's mode: its defaults retrieve one expert a head, gated by ReLU."""
     from PEER_pytorch import PEER
 
@@ -154,7 +154,7 @@ def _peer_pytorch(case: Case, settings: LayerArguments) -> Contestant:
         hook.remove()
         return seen[0]
 
-    return Contestant(PEER_PYTORCH, module, tables, find_experts)
+    return Contender(PEER_PYTORCH, module, tables, find_experts)
 
 
 def _dense(hidden_size: int, width: int, settings: LayerArguments) -> nn.Module:

@@ -59,7 +59,7 @@ def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
     if arguments.output_file:
         write_text(arguments.output_file, json.dumps(result, indent=1) + "\n")
     if arguments.plot_file:
-        from modeling_peer.training.loss_curves import plot_losses  # matplotlib is optional
+        from modeling_peer.studies.loss_curves import plot_losses  # matplotlib is optional
 
         plot_losses(groups, arguments.plot_file)
     return result

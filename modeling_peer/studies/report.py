@@ -9,12 +9,12 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json, write_json
 from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
 from modeling_peer.files_peer import write_text
-from modeling_peer.training.study.beginning import SHARED_FILE
-from modeling_peer.training.study.data import DATA_FILE, FACTS
-from modeling_peer.training.study.plan import FITS_FILE, group_name
-from modeling_peer.training.study.plots import plot_study
-from modeling_peer.training.study.recipe import Study
-from modeling_peer.training.study.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, USAGE
+from modeling_peer.studies.data import DATA_FILE, FACTS
+from modeling_peer.studies.plan import FITS_FILE, group_name
+from modeling_peer.studies.plots import plot_study
+from modeling_peer.studies.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, USAGE
+from modeling_peer.studies.study_recipe import Study
+from modeling_peer.studies.unchanged import SHARED_FILE
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"

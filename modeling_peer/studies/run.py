@@ -22,11 +22,11 @@ from modeling_peer.console.files import read_json, write_json
 from modeling_peer.console.run_files import list_checkpoints
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.experts_peer import PeerExperts
+from modeling_peer.studies.plan import PlannedRun
 from modeling_peer.training.checkpoint_folders import newest_checkpoint
 from modeling_peer.training.language_modeling import train_language_model
 from modeling_peer.training.recipes import parse_recipe
 from modeling_peer.training.step_costs import CostOfSteps
-from modeling_peer.training.study.plan import PlannedRun
 
 RUN_FILE = "run.json"
 RUN_RESULTS_FILE = "results.json"

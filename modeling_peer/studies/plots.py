@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from modeling_peer.training.loss_curves import draw_group
+from modeling_peer.studies.loss_curves import draw_group
 
 MAX_NAMES_INSIDE = 12  # a longer legend stands beside the axes
 AXES = {"training_flops": "training FLOPs", "seconds": "seconds of training"}

@@ -1,4 +1,4 @@
-"""What a study compares: a file of configuration/training/compare, and which of it the command line asks for."""
+"""What a study compares: a file of configuration/studies, and which of it the command line asks for."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from modeling_peer.console.errors import SettingsError, nearest, require, requir
 from modeling_peer.console.files import find_file, read_yaml
 from modeling_peer.data.corpus import DataArguments
 
-FOLDER = "configuration/training/compare"
+FOLDER = "configuration/studies"
 BUDGETS = ("flops", "parameters", "time", "none")
 # What a study decides for each of its runs.
 OF_THE_STUDY = {
@@ -108,7 +108,7 @@ class StudyArguments:
     """Where a study is made, and how much of it now."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the study, continued if it is there. Unset: runs/compare/<recipe>."}
+        default=None, metadata={"help": "Folder of the study, continued if it is there. Unset: runs/studies/<recipe>."}
     )
     contenders: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
     sizes: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
@@ -165,7 +165,7 @@ def parse_study(words: Sequence[str] | None = None) -> Study:
         for name in names:
             _require_known(name, getattr(recipe, kind), f"--{kind}")
     recipe.seeds = arguments.seeds or recipe.seeds
-    return Study(recipe, arguments, words, Path(arguments.output_dir or f"runs/compare/{path.stem}"))
+    return Study(recipe, arguments, words, Path(arguments.output_dir or f"runs/studies/{path.stem}"))
 
 
 def _read(kind: type, values: Any, place: str = "") -> Any:

@@ -7,12 +7,12 @@ from typing import Any
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
 from modeling_peer.hub.loading import load_config
-from modeling_peer.training.study.beginning import SHARED_FILE, require_unchanged
-from modeling_peer.training.study.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.training.study.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
-from modeling_peer.training.study.queue import Tally, has_begun, require_same_settings, select_runs, work_off
-from modeling_peer.training.study.recipe import Study, parse_study
-from modeling_peer.training.study.report import STUDY_FILE, collect, read_study, restore, write_report
+from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
+from modeling_peer.studies.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
+from modeling_peer.studies.report import STUDY_FILE, collect, read_study, restore, write_report
+from modeling_peer.studies.study_recipe import Study, parse_study
+from modeling_peer.studies.unchanged import SHARED_FILE, require_unchanged
+from modeling_peer.studies.work_queue import Tally, has_begun, require_same_settings, select_runs, work_off
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:

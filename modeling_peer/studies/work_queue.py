@@ -15,9 +15,8 @@ import torch
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
-from modeling_peer.training.study.beginning import describe_changes
-from modeling_peer.training.study.plan import PlannedRun, compared
-from modeling_peer.training.study.run import (
+from modeling_peer.studies.plan import PlannedRun, compared
+from modeling_peer.studies.run import (
     FAILURE_FILE,
     PAUSED,
     RUN_FILE,
@@ -25,6 +24,7 @@ from modeling_peer.training.study.run import (
     run_in_process,
     write_failure,
 )
+from modeling_peer.studies.unchanged import describe_changes
 
 # A new interpreter for each run: its memory is measured from scratch, CUDA and OpenMP do not survive a fork, and a run
 # that is killed takes nobody with it.
