@@ -14,20 +14,20 @@ try:
         IMPLEMENTATION_OF_DEVICE,
         after_failure,
         defect,
-        few_tokens,
+        dispatch,
         give_up_after,
         gradient_takers,
         lazy_gradients,
-        observers,
         obstacle,
+        one_call,
         operators,
     )
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
     IMPLEMENTATION_OF_DEVICE, after_failure = {}, []
-    defect = few_tokens = give_up_after = gradient_takers = lazy_gradients = None
-    obstacle = observers = operators = None
+    defect = dispatch = give_up_after = gradient_takers = lazy_gradients = None
+    obstacle = one_call = operators = None
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +52,7 @@ for _name in IMPLEMENTATION_OF_DEVICE.values():
     EXPERT_MIXTURE_FUNCTIONS[_name] = partial(operators.expert_mixture, implementation=_name)
 _OWN_PARTS = {name: (RETRIEVAL_FUNCTIONS[name], EXPERT_MIXTURE_FUNCTIONS[name]) for name in RETRIEVAL_FUNCTIONS}
 if operators is not None:
-    LAYER_OF_FEW_FUNCTIONS["cpu"] = few_tokens.run_few
+    LAYER_OF_FEW_FUNCTIONS["cpu"] = one_call.run_few
     ADAMW_ROWS_FUNCTIONS["cpu"] = partial(operators.adamw_rows_, implementation="cpu")
 
 
@@ -105,15 +105,15 @@ def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | Non
 
 def remember_forwards(*classes: type[torch.nn.Module]) -> None:
     """Whose modules a layer in one call takes the place of, while nobody replaces their `forward`."""
-    if observers is not None:
-        observers.remember_forwards(*classes)
+    if dispatch is not None:
+        dispatch.remember_forwards(*classes)
 
 
 def implementation_for(name: str | None, table: torch.Tensor) -> str:
     """`name`, or of `None` the best implementation for `table`; arguments and errors as `choose`."""
     if name is None and is_traced():
         return "eager"
-    if observers is not None and not torch.compiler.is_compiling() and not observers.is_plain(table):
+    if dispatch is not None and not torch.compiler.is_compiling() and not dispatch.is_plain(table):
         if name is None:
             return "eager"
         if name in IMPLEMENTATION_OF_DEVICE.values():

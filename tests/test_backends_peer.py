@@ -150,7 +150,7 @@ def test_compilation_that_is_switched_off_is_refused_where_kernels_were_asked_fo
 @pytest.fixture
 def failing_kernel(monkeypatch):
     """The kernels were found to work, and the compiler fails at one of them."""
-    cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu_experts")
+    cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu.experts")
     assert kernels.defect("cpu") is None
 
     def fail(*args, **kwargs):
@@ -181,7 +181,7 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_where_it_was_asked_for(fai
 
 
 def test_a_backward_that_cannot_be_compiled_says_so_and_the_next_forward_is_eager(tiny_config, monkeypatch):
-    cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu_experts")
+    cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu.experts")
 
     def fail(*args, **kwargs):
         exec(
@@ -202,7 +202,7 @@ def test_an_error_that_the_compiler_did_not_raise_is_raised(tiny_config, monkeyp
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("modeling_peer.kernels.cpu_experts._read", fail)
+    monkeypatch.setattr("modeling_peer.kernels.cpu.experts._read", fail)
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         PeerLayer(tiny_config())(torch.randn(300, 32))
 

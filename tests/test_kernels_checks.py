@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_peer.kernels import operators
-from modeling_peer.kernels.cpu_optimizer import adamw_rows_
+from modeling_peer.kernels.cpu.optimizer import adamw_rows_
 from modeling_peer.kernels.lazy_gradients import OuterProducts
 
 pytest.importorskip("numba")

@@ -15,7 +15,7 @@ from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_FUNC
 
 pytest.importorskip("numba")
 
-from modeling_peer.kernels import cpu_memory
+from modeling_peer.kernels.cpu import memory as cpu_memory
 
 
 @pytest.fixture

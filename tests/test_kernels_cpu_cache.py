@@ -14,7 +14,7 @@ from modeling_peer import kernels
 
 # A kernel of one file that calls those of others.
 CODE = """
-from modeling_peer.kernels.cpu_probe import probe, _probe
+from modeling_peer.kernels.cpu.probe import probe, _probe
 try:
     probe()
     print("as ever")
@@ -47,7 +47,7 @@ def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
     chosen = {} if folder == "beside the package" else {"NUMBA_CACHE_DIR": str(package / "compiled")}
     assert run(package, **chosen) == (["as ever", "0 kept"], [])
     assert run(package, **chosen) == (["as ever", "1 kept"], [])
-    changed = package / "modeling_peer" / "kernels" / "cpu_experts.py"
+    changed = package / "modeling_peer" / "kernels" / "cpu" / "experts.py"
     text = changed.read_text(encoding="utf-8")
     assert "total += token[i] * widen(row[i])" in text
     changed.write_text(text.replace("total += token[i] *", "total += 3 * token[i] *"), encoding="utf-8")

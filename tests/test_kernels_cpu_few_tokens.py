@@ -17,7 +17,8 @@ from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm
 
 pytest.importorskip("numba")
 
-from modeling_peer.kernels import cpu_few_tokens, cpu_threads
+from modeling_peer.kernels.cpu import few_tokens as cpu_few_tokens
+from modeling_peer.kernels.cpu import threads as cpu_threads
 
 SIZES = {
     "vocab_size": 16,

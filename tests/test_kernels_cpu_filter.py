@@ -7,10 +7,10 @@ from modeling_peer.backends_peer import RETRIEVAL_FUNCTIONS
 
 pytest.importorskip("numba")
 
-from modeling_peer.kernels import cpu_filter
-from modeling_peer.kernels.cpu_memory import array
-from modeling_peer.kernels.cpu_products import BLOCK_KEYS, HAS_VNNI
-from modeling_peer.kernels.cpu_top_k import scratch_for
+from modeling_peer.kernels.cpu import filter as cpu_filter
+from modeling_peer.kernels.cpu.memory import array
+from modeling_peer.kernels.cpu.products import BLOCK_KEYS, HAS_VNNI
+from modeling_peer.kernels.cpu.top_k import scratch_for
 
 pytestmark = pytest.mark.skipif(not HAS_VNNI, reason="this CPU multiplies integers no faster than float32")
 

@@ -10,7 +10,7 @@ pytest.importorskip("numba")
 
 from modeling_peer import PeerLayer, backends_peer
 from modeling_peer.experts_peer import PeerExperts
-from modeling_peer.kernels import observers
+from modeling_peer.kernels import dispatch
 from modeling_peer.product_key_memory_peer import PeerMemoryValues, PeerProductKeyMemory
 from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm, PeerRetrieval, PeerRMSNorm
 
@@ -145,10 +145,10 @@ def test_a_forward_that_was_replaced_before_it_was_noted_counts_as_observed():
         def forward(self, x):
             return x
 
-    observers.remember_forwards(Wrapped)
-    assert observers.is_unobserved(Wrapped())
+    dispatch.remember_forwards(Wrapped)
+    assert dispatch.is_unobserved(Wrapped())
     replaced = lambda self, x: 2 * x  # noqa: E731
     replaced.__module__ = "a.tool.that.looks"
     Wrapped.forward = replaced
-    observers.remember_forwards(Wrapped)
-    assert not observers.is_unobserved(Wrapped())
+    dispatch.remember_forwards(Wrapped)
+    assert not dispatch.is_unobserved(Wrapped())

@@ -10,15 +10,16 @@ from kernel_helpers import assert_sums_close
 
 pytest.importorskip("triton")
 
-from modeling_peer.kernels import triton_experts, triton_retrieval
-from modeling_peer.kernels.triton_experts import (
+from modeling_peer.kernels.triton import experts as triton_experts
+from modeling_peer.kernels.triton import retrieval as triton_retrieval
+from modeling_peer.kernels.triton.experts import (
     group_by_expert,
     read_experts,
     row_gradients,
     write_experts,
     write_experts_gradients,
 )
-from modeling_peer.kernels.triton_retrieval import product_key_top_k, product_key_top_k_backward
+from modeling_peer.kernels.triton.retrieval import product_key_top_k, product_key_top_k_backward
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -91,7 +91,7 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
 
     # Asked before kernels are imported: what is interpreted then stays so in this process.
     if not knobs.runtime.interpret:
-        from modeling_peer.kernels.triton_experts import read_experts_kernel
+        from modeling_peer.kernels.triton.experts import read_experts_kernel
     if knobs.runtime.interpret or not isinstance(read_experts_kernel, JITFunction):
         raise SettingsError("TRITON_INTERPRET=1 compiles nothing: unset it.")
     kernels = []
@@ -155,7 +155,8 @@ def _recorded(architecture: int) -> Iterator[list]:
 
 def _launch_all(shape: Shape) -> None:
     """Every kernel as the operators call it. Tensors of the CPU do: only types, sizes and alignment count."""
-    from modeling_peer.kernels import triton_experts, triton_retrieval
+    from modeling_peer.kernels.triton import experts as triton_experts
+    from modeling_peer.kernels.triton import retrieval as triton_retrieval
 
     num_active = shape.num_heads * shape.top_k
     tokens = torch.zeros(shape.num_tokens, shape.width, dtype=shape.dtype)

@@ -1,17 +1,16 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Fast implementations of retrieval and expert mixture: tensors in, tensors out; nothing here knows the model.
 
-operators.py                        the operators of PyTorch, their backward, and the public functions
-checks.py                           whether an operator's arguments fit, so that nothing is read beyond memory
-observers.py                        whether operators, hooks or gradients have to be seen
-lazy_gradients.py                   row-sparse gradients of tables, multiplied out row by row in an optimizer's step
-gradient_takers.py                  which optimizers are refused row-sparse gradients
-optimizer_arguments.py              what an update of some rows may be given
-cpu_retrieval.py, cpu_experts.py    compiled by Numba: what the name "cpu" runs
-few_tokens.py, cpu_few_tokens.py    the same for a token or a few without gradients, a layer in one call: when, and how
-triton_retrieval.py, triton_experts.py   compiled by Triton: "triton"
-cpu_cache.py                        compiled CPU kernels on disk, kept by the contents of all files here
-cpu_probe.py, triton_probe.py       whether that works here
+operators.py             the operators of PyTorch, their backward, and the public functions
+checks.py                whether an operator's arguments fit, so that nothing is read beyond memory
+dispatch.py              whether operators, hooks or gradients have to be seen
+lazy_gradients.py        row-sparse gradients of tables, multiplied out row by row in an optimizer's step
+gradient_takers.py       which optimizers are refused row-sparse gradients
+optimizer_arguments.py   what an update of some rows may be given
+one_call.py              when a token or a few, without gradients, go through a layer in one call
+cpu/                     compiled by Numba: experts, retrieval, optimizer, a layer in one call (few_tokens)
+triton/                  compiled by Triton: experts, retrieval
+cpu/probe.py, triton/probe.py   whether that works here
 """
 
 import os
@@ -68,7 +67,7 @@ def defect(implementation: str) -> str | None:
 @cache
 def _find_defect(implementation: str) -> str | None:
     try:
-        import_module(f"{__package__}.{implementation}_probe").probe()
+        import_module(f"{__package__}.{implementation}.probe").probe()
     except Exception as error:
         return _describe(implementation, error)
     return None

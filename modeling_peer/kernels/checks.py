@@ -3,8 +3,8 @@
 them without the public functions, which check for users.
 
 Sizes, dtypes and devices are looked at here, at a cost that no size changes. Ids and `order` are values: kernels for
-CPU check them where they pass over them anyway (`cpu_experts`), and kernels for GPU read no row that does not exist
-(`triton_experts`): an error there would have the host wait. In Triton's interpreter they are checked here.
+CPU check them where they pass over them anyway (`cpu.experts`), and kernels for GPU read no row that does not exist
+(`triton.experts`): an error there would have the host wait. In Triton's interpreter they are checked here.
 """
 
 from functools import cache

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Row-sparse gradients of expert tables as the products that they are made of. On CPU so far (`cpu_experts`).
+"""Row-sparse gradients of expert tables as the products that they are made of. On CPU so far (`cpu.experts`).
 
 A token adds a multiple of itself to the gradients of its hundred experts: one row of memory instead of a hundred.
 An optimizer that knows these gradients multiplies out one row at a time, just before it updates that row.
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 @cache
 def _kernels():
-    return import_module(f"{__package__}.cpu_experts")  # compiled by what may not be installed
+    return import_module(f"{__package__}.cpu.experts")  # compiled by what may not be installed
 
 
 class OuterProducts(NamedTuple):
@@ -41,7 +41,7 @@ class OuterProducts(NamedTuple):
         num_experts: int,
     ) -> "OuterProducts":
         """Of assignments `expert_ids` (t, a) with `weights` (t, a), whose positions `order` (t * a,) sorts by expert;
-        raises as `cpu_experts.segments` where it does not, or an expert does not exist.
+        raises as `cpu.experts.segments` where it does not, or an expert does not exist.
         Copies: what a layer was given, its caller may overwrite before the optimizer's step."""
         rows, starts = _kernels().segments(expert_ids, order, num_experts)
         token_ids = order // max(1, expert_ids.shape[1])

@@ -29,8 +29,8 @@ from .checks import (
     check_retrieved,
     check_top_k,
 )
+from .dispatch import somebody_looks
 from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
-from .observers import somebody_looks
 from .sub_key_ids import sub_key_ids_of
 
 # What each operator does, by name and part: "run" it, "fake" its results, and, of one with gradients, "save" what its
@@ -124,13 +124,13 @@ _DIFFERENTIABLE = (
 @cache
 def _retrieval(implementation: str):
     check_name(implementation)
-    return import_module(f"{__package__}.{implementation}_retrieval")
+    return import_module(f"{__package__}.{implementation}.retrieval")
 
 
 @cache
 def _experts(implementation: str):
     check_name(implementation)
-    return import_module(f"{__package__}.{implementation}_experts")
+    return import_module(f"{__package__}.{implementation}.experts")
 
 
 @_operator(
@@ -402,7 +402,7 @@ def _is_transformed() -> bool:
 
 def adamw_rows_(*args, implementation: str, **kwargs) -> None:
     """`optim.row_sparse_adamw.adamw_rows_`, the same arguments and effect. No operator: nothing traces it."""
-    import_module(f"{__package__}.{implementation}_optimizer").adamw_rows_(*args, **kwargs)
+    import_module(f"{__package__}.{implementation}.optimizer").adamw_rows_(*args, **kwargs)
 
 
 def product_key_top_k(

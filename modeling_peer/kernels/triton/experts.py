@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_ids_exist
+from ..checks import check_ids_exist
 
 # Elements of table rows that a program of 4 warps loads at a time: 64 a thread, in bfloat16 eight loads of 16 bytes in
 # flight. Reading wants long pieces of few rows, so that sums over the width stay few; writing the reverse. Smaller

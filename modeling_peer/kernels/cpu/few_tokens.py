@@ -12,15 +12,15 @@ import math
 import numpy as np
 import torch
 
-from . import cpu_threads
-from .cpu_experts import PREFETCHED_ROWS, add_row, dot_row, rows_of
-from .cpu_memory import as_float32, borrowed
-from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
-from .cpu_simd import GROUPS, compiled, narrow, prefetch_row, widen
-from .cpu_threads import in_parallel
-from .cpu_top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
+from . import threads
+from .experts import PREFETCHED_ROWS, add_row, dot_row, rows_of
+from .memory import as_float32, borrowed
+from .products import FEW_KEYS, FEW_ROWS, score_few_block
+from .simd import GROUPS, compiled, narrow, prefetch_row, widen
+from .threads import in_parallel
+from .top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
 
-# From so many queries for the same sub-keys on it pays to lay these out in blocks (`cpu_retrieval`).
+# From so many queries for the same sub-keys on it pays to lay these out in blocks (`cpu.retrieval`).
 MIN_BLOCKED_ROWS = 64
 MAX_ASSIGNMENTS = 1024  # beyond, PyTorch's activation of many numbers at once saves more than one pass over the rows
 CHUNKS_PER_THREAD = 2
@@ -44,7 +44,7 @@ def run_layer(
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
 ) -> torch.Tensor:
-    """Outputs (t, d), float32. Arguments as of `few_tokens.run_few`, which has checked them; `activation` by name."""
+    """Outputs (t, d), float32. Arguments as of `one_call.run_few`, which has checked them; `activation` by name."""
     weight, bias, norm, eps = query_network
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     num_sub_keys, half = sub_keys.shape[-2:]
@@ -66,7 +66,7 @@ def run_layer(
         gate,
         ACTIVATIONS[activation],
         borrowed(output),
-        cpu_threads.team_for(num_bytes),
+        threads.team_for(num_bytes),
     )
     return output
 
@@ -150,7 +150,7 @@ def _mean_square(values, center):
 def search_few(queries: np.ndarray, codebooks: np.ndarray, scores: np.ndarray, expert_ids: np.ndarray) -> None:
     """Write `scores` and `expert_ids`, (rows, k) each, of queries (rows, 2, q / 2): row r searches codebook
     `r % searches` of (searches, 2, n, q / 2)."""
-    _search(queries, codebooks, scores, expert_ids, SCORES, cpu_threads.team_for(codebooks.nbytes))
+    _search(queries, codebooks, scores, expert_ids, SCORES, threads.team_for(codebooks.nbytes))
 
 
 @compiled

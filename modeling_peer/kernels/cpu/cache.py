@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Compiled kernels on disk, where Numba keeps them: beside the package, or else in a folder of the user.
 
-Numba asks whether a kernel's own file changed. Kernels call those of other files, so here the whole folder is asked
+Numba asks whether a kernel's own file changed. Kernels call those of other files, so here all of them are asked
 about. Where no folder can be written, or what lies there is damaged, kernels are compiled again by every process.
 """
 
@@ -18,9 +18,11 @@ logger = logging.get_logger(__name__)
 
 @cache
 def fingerprint() -> str:
-    """A digest of all files of this folder and of the compiler's version (Numba compares its own)."""
+    """A digest of all kernel files and of the compiler's version (Numba compares its own)."""
     digest = hashlib.sha256(llvmlite.__version__.encode())
-    for file in sorted(files(__package__).iterdir(), key=lambda file: file.name):
+    kernels = __package__.rpartition(".")[0]
+    found = [*files(kernels).iterdir(), *files(__package__).iterdir()]
+    for file in sorted(found, key=str):
         if file.name.endswith((".py", ".pyc")):
             contents = file.read_bytes()
             digest.update(f"{file.name} {len(contents)} ".encode())

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import torch
 
-from . import cpu_threads
-from .cpu_experts import sum_products
-from .cpu_memory import array, move_to_huge_pages
-from .cpu_simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
-from .lazy_gradients import OuterProducts
-from .optimizer_arguments import check_adamw_rows
+from ..lazy_gradients import OuterProducts
+from ..optimizer_arguments import check_adamw_rows
+from . import threads
+from .experts import sum_products
+from .memory import array, move_to_huge_pages
+from .simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
 
 PREFETCHED_ROWS = 2
 MIN_ROWS_PER_THREAD = 256
@@ -53,7 +53,7 @@ def adamw_rows_(
         values, products = array(gradients.contiguous()), None
     tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows.contiguous())]
     arguments = (*tensors, values, products, array(asleep.float().contiguous()), factors, step)
-    cpu_threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
+    threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
     for owner, tensor in zip(owners, (table, exp_avg, exp_avg_sq), strict=True):
         if not owner.is_contiguous():
             owner.copy_(tensor)

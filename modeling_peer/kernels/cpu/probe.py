@@ -3,11 +3,11 @@
 
 import numpy as np
 
-from . import cpu_optimizer, cpu_retrieval  # noqa: F401 (their imports are a part of the question)
-from .cpu_experts import dot_row
-from .cpu_products import FEW_KEYS, FEW_ROWS, score_few_block
-from .cpu_simd import compiled, prefetch_row
-from .cpu_threads import in_parallel
+from . import optimizer, retrieval  # noqa: F401 (their imports are a part of the question)
+from .experts import dot_row
+from .products import FEW_KEYS, FEW_ROWS, score_few_block
+from .simd import compiled, prefetch_row
+from .threads import in_parallel
 
 WIDTH = 8
 

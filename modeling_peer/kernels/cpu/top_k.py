@@ -12,7 +12,7 @@ Of equal scores the first wins.
 
 import numpy as np
 
-from .cpu_simd import GROUPS, at_least, compiled, count_bits, lowest_bit
+from .simd import GROUPS, at_least, compiled, count_bits, lowest_bit
 
 PADDING = np.float32(np.finfo(np.float32).min)  # finite: PADDING * 0 must not look like an overflow
 MAX_COUNTED = GROUPS

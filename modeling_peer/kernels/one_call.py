@@ -1,6 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """When a token or a few, without gradients, go through a whole layer in one call: where that is faster and nobody can
-tell. On CPU so far (`cpu_few_tokens`)."""
+tell. On CPU so far (`cpu.few_tokens`)."""
 
 from collections.abc import Callable
 from functools import cache
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import GELUActivation, SiLUActivation
 
-from .observers import are_ordinary, is_unobserved, remember_forwards, somebody_looks
+from .dispatch import are_ordinary, is_unobserved, remember_forwards, somebody_looks
 
 _ACTIVATION_NAMES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", SiLUActivation: "silu"}
 _GELU = F.gelu
@@ -21,7 +21,7 @@ remember_forwards(GELUActivation, *_ACTIVATION_NAMES, nn.Linear)
 
 @cache
 def _kernels():
-    return import_module(f"{__package__}.cpu_few_tokens")  # compiled by what may not be installed
+    return import_module(f"{__package__}.cpu.few_tokens")  # compiled by what may not be installed
 
 
 def run_few(

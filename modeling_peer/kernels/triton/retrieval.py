@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .sub_key_ids import for_both_halves, sub_key_ids_of
-from .triton_experts import FUSED, group_by_expert, row_gradients, write_experts
+from ..sub_key_ids import for_both_halves, sub_key_ids_of
+from .experts import FUSED, group_by_expert, row_gradients, write_experts
 
 # Rows (a token's query of one head) and sub-keys of a tile of scores; 16 rows a warp, so that a row's best code is
 # found within one. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cpu_simd import compiled
+from .simd import compiled
 
 # What `#pragma omp parallel` compiles to, of the GNU OpenMP that PyTorch loads on Linux: every thread runs a function.
 _HAS_OPENMP = os.name == "posix" and torch.backends.openmp.is_available()

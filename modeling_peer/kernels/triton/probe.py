@@ -6,8 +6,8 @@ import os
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import triton_retrieval  # noqa: F401 (its import is a part of the question)
-from .triton_experts import read_experts
+from . import retrieval  # noqa: F401 (its import is a part of the question)
+from .experts import read_experts
 
 WIDTH = 16
 

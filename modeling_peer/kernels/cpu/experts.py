@@ -14,15 +14,15 @@ one thread in a fixed order: results are bit-identical from run to run, whatever
 import numpy as np
 import torch
 
-from . import cpu_threads
-from .checks import check_ids_exist, raise_unsorted
-from .cpu_memory import array, borrowed, floats, move_to_huge_pages
-from .cpu_simd import compiled, narrow, prefetch_row, widen
-from .lazy_gradients import OuterProducts
+from ..checks import check_ids_exist, raise_unsorted
+from ..lazy_gradients import OuterProducts
+from . import threads
+from .memory import array, borrowed, floats, move_to_huge_pages
+from .simd import compiled, narrow, prefetch_row, widen
 
 # Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
 PREFETCHED_ROWS = 8
-# Rows of 1 KiB come at about 0.1 us each: see `cpu_threads.run`.
+# Rows of 1 KiB come at about 0.1 us each: see `cpu.threads.run`.
 MIN_ASSIGNMENTS_PER_THREAD = 1024
 RADIX_BITS = 11
 
@@ -299,7 +299,7 @@ def all_below(expert_ids, num_experts):
 
 
 def _for_assignments(kernel, num_assignments, *arguments):
-    cpu_threads.run(kernel, num_assignments, MIN_ASSIGNMENTS_PER_THREAD, *arguments)
+    threads.run(kernel, num_assignments, MIN_ASSIGNMENTS_PER_THREAD, *arguments)
 
 
 @compiled

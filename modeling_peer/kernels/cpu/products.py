@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from .cpu_simd import element, in_every_lane
+from .simd import element, in_every_lane
 
 _FEATURES = llvm.get_host_cpu_features()
 HAS_AVX512 = bool(_FEATURES.get("avx512f", False))

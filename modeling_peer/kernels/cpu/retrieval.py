@@ -2,9 +2,9 @@
 """Exact product-key retrieval on CPU: scores and top-k together, one tile of queries at a time, in cache.
 
     scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache; of many queries in integers
-                          first, then in float32 of the few sub-keys that can win (`cpu_filter`); of a few queries, see
-                          `cpu_few_tokens`
-    best k of each row    and of the pairs of a row's and a column's scores (`cpu_top_k`)
+                          first, then in float32 of the few sub-keys that can win (`cpu.filter`); of a few queries, see
+                          `cpu.few_tokens`
+    best k of each row    and of the pairs of a row's and a column's scores (`cpu.top_k`)
 
 A query is summed in the same order whatever its neighbours, their number and that of threads: results are
 bit-identical from run to run.
@@ -13,15 +13,16 @@ bit-identical from run to run.
 import numpy as np
 import torch
 
-from . import cpu_filter, cpu_threads
-from .checks import check_ids_exist
-from .cpu_experts import all_below
-from .cpu_few_tokens import MIN_BLOCKED_ROWS, search_few
-from .cpu_filter import filtered_top_k
-from .cpu_memory import array, borrowed
-from .cpu_products import BLOCK_KEYS, BLOCK_ROWS, score_block
-from .cpu_simd import GROUPS, compiled
-from .cpu_top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
+from ..checks import check_ids_exist
+from . import filter as integer_filter
+from . import threads
+from .experts import all_below
+from .few_tokens import MIN_BLOCKED_ROWS, search_few
+from .filter import filtered_top_k
+from .memory import array, borrowed
+from .products import BLOCK_KEYS, BLOCK_ROWS, score_block
+from .simd import GROUPS, compiled
+from .top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
 
 # A multiple of every BLOCK_ROWS; best of 12 to 384 on two Zen 4 cores, 2026-11-22; 24 to 192 are equal on Zen 3.
 TILE_ROWS = 192
@@ -45,9 +46,9 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
         search_few(*arguments, *results)
     else:
         blocks, finite = _blocks(arguments[1])
-        filtered = cpu_filter.pays_off(num_rows // num_searches, num_sub_keys, half, top_k)
-        rounded = cpu_filter.round_sub_keys(arguments[1]) if filtered else None
-        cpu_threads.run(_search, num_rows, TILE_ROWS, *arguments, blocks, rounded, finite, *results)
+        filtered = integer_filter.pays_off(num_rows // num_searches, num_sub_keys, half, top_k)
+        rounded = integer_filter.round_sub_keys(arguments[1]) if filtered else None
+        threads.run(_search, num_rows, TILE_ROWS, *arguments, blocks, rounded, finite, *results)
     return scores, expert_ids
 
 
@@ -71,7 +72,7 @@ def _blocks(codebooks):
 @compiled
 def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_ids, chunk, num_chunks):
     """Queries (rows, 2, q / 2) against codebooks (searches, 2, n, q / 2), tile by tile. `blocks` has their sub-keys as
-    `_blocks` puts them, `rounded` as `cpu_filter.round_sub_keys` does, or is None."""
+    `_blocks` puts them, `rounded` as `cpu.filter.round_sub_keys` does, or is None."""
     num_searches, _, num_sub_keys, half = codebooks.shape
     num_blocks = blocks.shape[2]
     top_k = out_scores.shape[1]
@@ -131,7 +132,7 @@ def product_key_top_k_backward(
     grad_query = torch.empty(num_tokens, num_heads, 2 * half, dtype=torch.float32, device="cpu")
     # Threads add up gradients of sub-keys apart, which stays small: as many values as sub-keys.
     grad_sub_keys = torch.zeros(torch.get_num_threads(), *codebooks.shape, dtype=torch.float32, device="cpu")
-    cpu_threads.run(
+    threads.run(
         _search_backward,
         num_tokens * num_heads,
         MIN_ROWS_PER_THREAD,

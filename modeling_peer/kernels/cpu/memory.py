@@ -32,7 +32,7 @@ class _Memory:
         }
 
 
-# NumPy has no bfloat16: its bits, that `cpu_simd.widen` and `narrow` understand.
+# NumPy has no bfloat16: its bits, that `cpu.simd.widen` and `narrow` understand.
 _TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8"}
 
 

@@ -8,7 +8,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .cpu_cache import keep_compiled
+from .cache import keep_compiled
 
 # Sums may be reordered and fused, so that they vectorise; unlike `fastmath=True`, NaN and infinity stay what they are.
 ARITHMETIC = {"reassoc", "contract", "arcp", "nsz"}
@@ -23,7 +23,7 @@ def compiled(function: Callable) -> Callable:
     return dispatcher
 
 
-GROUPS = 64  # bits of a mask of scores, and a multiple of every `cpu_products.BLOCK_KEYS`
+GROUPS = 64  # bits of a mask of scores, and a multiple of every `cpu.products.BLOCK_KEYS`
 
 CACHE_LINE = 64  # bytes
 MAX_PREFETCHED_LINES = 16  # of one row; the hardware's own prefetcher follows from there

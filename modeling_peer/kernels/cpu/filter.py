@@ -11,7 +11,7 @@ k = 16, is scored in float32, with the same bits as everywhere: the result is ex
 
 import numpy as np
 
-from .cpu_products import (
+from .products import (
     BLOCK_KEYS,
     BLOCK_ROWS,
     HAS_VNNI,
@@ -20,8 +20,8 @@ from .cpu_products import (
     score_integer_block,
     score_listed,
 )
-from .cpu_simd import GROUPS, compiled
-from .cpu_top_k import MAX_COUNTED, PADDING, find_candidates, keep_best
+from .simd import GROUPS, compiled
+from .top_k import MAX_COUNTED, PADDING, find_candidates, keep_best
 
 # With fewer it costs more than it saves: break-even at 32 (n = 512, k = 16) to 42 (1024, 24) sub-keys per expert, at
 # 256 to 1,024 queries, and at a width of 16 to 32, on a Zen 4 core, 2026-11-22.
