@@ -59,7 +59,7 @@ def test_keys_are_per_head_and_values_start_as_in_the_paper(tiny_config):
 
 @pytest.mark.parametrize("row_sparse", [False, True])
 def test_memory_gives_the_same_with_the_fast_implementation(tiny_config, row_sparse):
-    """What each implementation does without readers is in test_kernels.py."""
+    """What each implementation does without readers is in kernels/test_operators.py."""
     pytest.importorskip("numba")
     config = tiny_config(**MEMORY, query_norm="rms_norm", row_sparse_gradients=row_sparse, gated_memory=True)
     layer, x = PeerProductKeyMemory(config), torch.randn(9, 32)

@@ -1,6 +1,6 @@
 """README.md and docs/: their Python runs as printed, what they name exists, and figures are those that were measured.
 
-The programs of docs/finetuning.md want data of their own: tests/test_finetuning.py runs them.
+The programs of docs/finetuning.md want data of their own: tests/integrations/test_finetuning.py runs them.
 """
 
 import json

@@ -104,10 +104,15 @@ def run_script(name: str, *words: str, num_processes: int = 1) -> subprocess.Com
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 
+def path_of_tests() -> str:
+    """For PYTHONPATH: the package, and every folder of tests, whose modules import each other."""
+    tests = REPOSITORY / "tests"
+    return os.pathsep.join(map(str, [REPOSITORY, tests, *(path for path in tests.iterdir() if path.is_dir())]))
+
+
 def run_processes(num_processes: int, script: str, *words: str) -> subprocess.CompletedProcess:
     """Run Python text in new processes that form a group; it finds the modules of the tests."""
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path_of_tests(), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(script)

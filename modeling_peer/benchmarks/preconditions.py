@@ -14,7 +14,7 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import REPOSITORY
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 
-KERNEL_TESTS = ("tests/test_kernels*.py", "tests/test_experts_peer.py", "tests/test_product_keys_peer.py")
+KERNEL_TESTS = ("tests/kernels/test_*.py", "tests/test_experts_peer.py", "tests/test_product_keys_peer.py")
 UNRECORDED = ("command", "commit", "output_file", "plot_file")  # recorded apart, or of no use elsewhere
 
 

@@ -58,7 +58,7 @@ def launch(name: str, num_processes: int, sizes: dict[str, int], words: list[str
     [
         ("one_machine", 1, {}, False),
         ("ddp", 2, {}, False),
-        ("fsdp2", 2, {}, True),  # by Accelerate's engine; the others by ours, see test_training_sharded_checkpoints.py
+        ("fsdp2", 2, {}, True),  # by Accelerate's engine; the others by ours, see test_sharded_checkpoints.py
         ("experts_and_data", 2, {"dp_shard_size": 2}, False),
         ("experts_and_data", 2, {"dp_shard_size": 1, "tp_size": 2}, False),
         ("experts_and_data", 4, {"dp_shard_size": 2, "tp_size": 2}, True),

@@ -19,10 +19,10 @@ import torch
 import transformers
 from packaging.version import Version
 from training_helpers import (
-    REPOSITORY,
     as_command_line,
     last_json,
     logged_losses,
+    path_of_tests,
     private_cache,  # noqa: F401  a fixture
     train,
     write_inputs,
@@ -173,8 +173,8 @@ def of_a_small_disk(folder):
 
 
 def run_this_file(function, folder, *prefix):
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
-    code = f"import pathlib, test_training_failures as t; t.{function.__name__}(pathlib.Path({str(folder)!r}))"
+    environment = {**os.environ, "PYTHONPATH": path_of_tests(), "OMP_NUM_THREADS": "1"}
+    code = f"import pathlib, test_failures as t; t.{function.__name__}(pathlib.Path({str(folder)!r}))"
     command = [*prefix, sys.executable, "-c", code]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

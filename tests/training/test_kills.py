@@ -1,6 +1,6 @@
 """Kill -9 at twenty moments of a training, half of them while it saves: it ends as if nothing had happened.
 
-python tests/test_training_kills.py          # prints where each kill hit and what it cost
+python tests/training/test_kills.py          # prints where each kill hit and what it cost
 
 Weights, optimizer, schedule, random numbers and every logged number equal those of a run that nobody killed, bit by
 bit: with dense gradients and AdamW, and with row-sparse ones and RowSparseAdamW.
@@ -19,7 +19,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from training_helpers import REPOSITORY, as_command_line, some_text, train, write_inputs
+from training_helpers import as_command_line, path_of_tests, some_text, train, write_inputs
 from transformers import TrainerCallback
 
 from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
@@ -166,7 +166,7 @@ def kill_and_compare(folder: Path, optimizer_name: str) -> dict:
 @pytest.fixture(scope="module")
 def tallies(tmp_path_factory):
     """From a process that has computed nothing before it forks: threads of kernels do not survive a fork."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": path_of_tests(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path_factory.mktemp("kills"))]
     process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     print(process.stdout)

@@ -17,7 +17,7 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
 from modeling_peer.console.run_files import list_checkpoints
 from modeling_peer.hub.loading import load_config
-from modeling_peer.studies import queue
+from modeling_peer.studies import work_queue as queue
 from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
 from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.studies.plan import plan_runs, shared_recipe

@@ -180,7 +180,7 @@ def test_a_model_of_a_checkpoints_own_code_is_watched_by_its_class_names():
 SCRIPT = """
 import json, sys
 import torch
-from test_training_expert_usage_callback import some_rows
+from test_expert_usage_callback import some_rows
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from modeling_peer import PeerForCausalLM
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback

@@ -342,7 +342,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, inputs):
 
 
 def test_wikitext_2_trains_from_its_local_files(tmp_path):
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "wikitext-2"
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2"
     if not folder.is_dir():
         pytest.skip("no WikiText-2 beside the repository (../shared/data/wikitext-2)")
     words = write_inputs(tmp_path)
