@@ -7,14 +7,15 @@ BIN = $(VENV)/bin
 # The oldest supported Transformers is stated in setup.cfg, and only there.
 OLDEST = $(shell sed -n 's/^ *transformers>=\([0-9.]*\),.*/\1/p' setup.cfg)
 
-.PHONY: help quickstart test lint upstream test-oldest test-releases clean
+.PHONY: help quickstart test test-slow lint upstream test-oldest test-releases clean
 
 help:
 	@echo "make quickstart   train, evaluate, save, reload and sample a tiny PEER model (minutes on 2 cores)"
-	@echo "make test         the CPU test suite"
+	@echo "make test         the CPU test suite (ten minutes on 2 cores)"
+	@echo "make test-slow    what is slow by its nature: kills, whole studies, groups of processes, compilations"
 	@echo "make lint         ruff: errors and formatting"
 	@echo "make upstream     Transformers' own common model tests, PEER beside Llama"
-	@echo "make test-oldest  the suite on the oldest supported Transformers ($(OLDEST))"
+	@echo "make test-oldest  both on the oldest supported Transformers ($(OLDEST))"
 	@echo "make test-releases  a smoke test on every minor release of Transformers from $(OLDEST) on"
 	@echo "make clean        remove virtual environments and what the targets built"
 
@@ -22,7 +23,10 @@ quickstart: $(VENV)/installed
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
+
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -32,7 +36,7 @@ upstream: $(VENV)/installed
 	$(BIN)/python tests/upstream/run.py
 
 test-oldest: constraints-oldest.txt
-	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test test-slow VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 test-releases: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/releases/run.py

@@ -12,6 +12,18 @@ if not torch.cuda.is_available():
 from modeling_peer import PeerConfig
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items):
+    """Of a test marked `slow_but_first`, mark all cases but the first as slow."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("slow_but_first"):
+            name = item.nodeid.partition("[")[0]
+            if name in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(name)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -131,6 +131,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("way", BROKEN)
 def test_a_compiler_that_does_not_work_means_eager_and_one_warning(tmp_path, way):
     expected = run_layer(tmp_path, name="eager")[0]

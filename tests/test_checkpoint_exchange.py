@@ -119,6 +119,7 @@ def save_and_die(folder, files, moment):
     os._exit(0)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_save_killed_at_any_moment_leaves_old_files_new_files_or_what_does_not_load(pair, folders):
     old, new = pair
@@ -348,6 +349,7 @@ LOADS = {
 }
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("installed", [True, False], ids=["with-the-package", "without-it"])
 @pytest.mark.parametrize("load", LOADS)
 def test_a_checkpoint_loads_where_its_folder_is_the_working_directory(tiny_config, tmp_path, load, installed):

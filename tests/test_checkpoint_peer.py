@@ -175,6 +175,7 @@ def save_two_models_in_turn(folder, ready):
         ready.set()  # from now on, every save replaces another
 
 
+@pytest.mark.slow
 def test_a_killed_save_never_leaves_a_mixture_of_two_models(tmp_path):
     """Kill -9 at random moments of saves that alternate between two models: what loads is one of them, whole."""
     context = multiprocessing.get_context("forkserver")
@@ -359,6 +360,7 @@ def run_remote(script, *args, cache):
     )
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "fields",
     [

@@ -47,6 +47,7 @@ def weights(folder, dtype=torch.float64):
 
 # float64, so that no score is near enough to another for a different order of summation to retrieve another expert
 # (after which two runs have nothing in common). Losses are computed in float32.
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("num_ranks", "sizes", "fields"),
     [
@@ -79,6 +80,7 @@ def test_twenty_steps_of_ranks_equal_those_of_one_process(tmp_path, checkpoint, 
     )  # measured 5e-14
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("num_ranks", "sizes", "fields", "implementation"),
     [
@@ -104,6 +106,7 @@ def test_ranks_equal_one_process_in_float32(tmp_path, checkpoint, num_ranks, siz
     torch.testing.assert_close(many, one, rtol=0, atol=2e-6)  # measured below 1e-6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(tmp_path, checkpoint):
     start = checkpoint(**SHARED)
     run_ranks(4, tmp_path, partial(train, start, {"tp_size": 4}, steps=1, save_to=tmp_path / "saved"))
@@ -122,6 +125,7 @@ def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(tmp_path, checkpoi
             torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read as Linux gives it")
 @pytest.mark.parametrize("new", [False, True], ids=["a checkpoint", "a new model"])
 @pytest.mark.parametrize("sizes", [{"tp_size": 4}, {"fsdp_size": 4, "ep_size": 4}], ids=str)
@@ -142,6 +146,7 @@ def test_no_rank_holds_a_whole_table_while_it_loads(tmp_path, tiny_config, sizes
                 assert (other[name] == table).float().mean() < 1e-3, "another rank drew the same numbers"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("shared", [True, False], ids=["tokens shared", "tokens own"])
 def test_ranks_send_what_the_arithmetic_says(tmp_path, tiny_config, num_ranks, shared):

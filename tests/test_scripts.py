@@ -164,6 +164,7 @@ def test_costs_are_printed_by_part_and_the_budget_is_that_of_the_dense_twin(caps
         parse_arguments(CostArguments, ["--fit", "energy"])
 
 
+@pytest.mark.slow
 def test_the_plain_loop_learns_and_says_what_it_cannot_resume(tmp_path):
     words = [*write_inputs(tmp_path), "--row_sparse_gradients", "true", "--output_dir", str(tmp_path / "out")]
     process = run_script("train_lm_accelerate.py", *words, "--max_steps", "40", "--logging_steps", "20")

@@ -208,10 +208,10 @@ def test_generation_with_a_cache_gives_the_argmax_of_growing_prompts(new_model, 
     assert torch.equal(generated, expected)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=grouped_gradients_compile) if n.startswith("top_k_moe") else n for n in FIELDS]
 )
-@pytest.mark.slow
 def test_training_compiles_to_one_graph(new_model, tokens, name):
     torch._dynamo.reset()
     model = trained(new_model(name, num_hidden_layers=1), tokens).train()

@@ -179,7 +179,10 @@ def finished(tmp_path_factory):
     return folder / "out", words
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "3", '"x"', '{"a": ', "", "{}"])
+SLOW_TEXTS = [pytest.param(text, marks=pytest.mark.slow) for text in ("[]", "3", '"x"', "")]
+
+
+@pytest.mark.parametrize("text", ["null", '{"a": ', "{}", *SLOW_TEXTS])
 @pytest.mark.parametrize("file", JSON_FILES)
 def test_a_checkpoint_whose_json_is_of_another_type_is_passed_over(tmp_path, finished, capsys, file, text):
     out = tmp_path / "out"
@@ -221,6 +224,7 @@ def test_damaged_results_are_not_compared(tmp_path, finished, file, text):
         read_run(out)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "words", [["--gradient_accumulation_steps", "0"], ["--learning_rate", "nan"], ["--max_steps", "x"]], ids=str
 )

@@ -42,6 +42,7 @@ def run(package, **environment):
     return ran.stdout.split("\n")[:2], [line for line in ran.stderr.splitlines() if "PEER" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["beside the package", "of the user"])
 def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
     chosen = {} if folder == "beside the package" else {"NUMBA_CACHE_DIR": str(package / "compiled")}
@@ -56,6 +57,7 @@ def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
     assert run(package, **chosen) == (["as ever", "0 kept"], [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".nbi", ".nbc"])
 def test_damaged_files_are_written_again(package, ending):
     compiled = package / "compiled"
@@ -70,6 +72,7 @@ def test_damaged_files_are_written_again(package, ending):
     assert run(package, NUMBA_CACHE_DIR=str(compiled)) == (["as ever", "1 kept"], [])
 
 
+@pytest.mark.slow
 def test_kernels_run_where_no_folder_can_be_written(package):
     in_the_way = package / "file"  # root may write to any folder, but to none of this name
     in_the_way.touch()

@@ -108,6 +108,7 @@ def test_float16_with_a_gradient_scaler_unscales_rows_and_skips_steps_that_overf
     assert loss < 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_experts", "who_looks", "lazy"),
     [(1000, None, True), (1000, 1, False), (60, None, False)],

@@ -198,6 +198,7 @@ def set_reference_width(recipe):
     recipe["contenders"]["dense"]["model_overrides"]["intermediate_size"] = 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "change", "message"),
     [
@@ -226,6 +227,7 @@ def test_a_study_goes_on_with_the_data_that_it_began_with(finished, tmp_path):
         compare_feed_forwards([*finished.words, f"--validation_file={tmp_path / 'other.txt'}"])
 
 
+@pytest.mark.slow
 def test_a_study_that_was_refused_or_failed_can_be_begun_with_other_settings(tmp_path):
     words = [*write_study(tmp_path, training_tokens=None, seeds=[0]), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SettingsError, match="how long is a run"):
@@ -236,6 +238,7 @@ def test_a_study_that_was_refused_or_failed_can_be_begun_with_other_settings(tmp
     assert compare_feed_forwards([*words, "--max_steps=2", "--num_workers", "2"])["done"] == ["dense-0", "peer-0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "asked to stop"])
 def test_a_run_that_was_interrupted_continues_as_if_nothing_had_happened(finished, tmp_path, how):
     words = [*write_study(tmp_path), "--contenders", "peer", "--seeds", "0"]
@@ -263,6 +266,7 @@ def test_a_run_that_was_interrupted_continues_as_if_nothing_had_happened(finishe
     assert continued["train_seconds"] > continued["curve"][0]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_one_contender_that_fails_is_reported_and_the_others_finish(tmp_path):
     contenders = {"broken": {"training": {"learning_rate": 1e30}}, **STUDY["contenders"]}
     words = write_study(tmp_path, contenders=contenders, seeds=[0])
@@ -298,6 +302,7 @@ def test_models_of_all_sizes_get_the_same_training_flops(tmp_path):
     assert runs[0].cost["steps"] > 2 * runs[2].cost["steps"]
 
 
+@pytest.mark.slow
 def test_bidirectional_contenders_predict_masked_tokens(tmp_path):
     contenders = {
         "dense": {"model_overrides": {"mlp_layer_types": "dense"}},

@@ -28,6 +28,7 @@ def history(folder):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [

@@ -227,6 +227,7 @@ def of_two_processes(folder):
     print(json.dumps([codes, seconds, error]))
 
 
+@pytest.mark.slow
 def test_when_one_of_two_processes_is_killed_the_other_ends_with_an_error_and_both_can_resume(tmp_path):
     codes, seconds, error = last_json(run_this_file(of_two_processes, tmp_path))
     assert codes == [2, -signal.SIGKILL]
@@ -237,6 +238,7 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_an_error_and_bo
 MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("unshare")
     or subprocess.run([*MOUNTS, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode != 0,

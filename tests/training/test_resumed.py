@@ -61,6 +61,7 @@ def arguments(folder, kind=PeerTrainingArguments, **settings):
     return kind(str(folder), **(defaults | settings))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "length",
     [
@@ -109,6 +110,7 @@ def test_a_program_that_resumes_a_finished_run_trains_no_step_more(tmp_path, mod
         assert all(torch.equal(value, expected[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_the_plain_loop_resumes_as_trainer_does(tmp_path, inputs):
     out = tmp_path / "out"
     words = [*inputs, *as_command_line(output_dir=out, max_steps=4, save_steps=2, row_sparse_gradients=True)]
@@ -127,6 +129,7 @@ def test_the_plain_loop_resumes_as_trainer_does(tmp_path, inputs):
 
 
 # of each setting that is taken: what is logged at the first step after resuming, or what the groups then have
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("changed", "name", "expected"),
     [
@@ -180,6 +183,7 @@ def test_a_rate_without_a_formula_goes_on_by_the_ratio_of_the_old_and_the_new(tm
         trained(True, learning_rate=0.001, max_steps=6)
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

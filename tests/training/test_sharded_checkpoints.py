@@ -70,6 +70,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return PeerForCausalLM.from_pretrained(folder).state_dict()
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     ("sizes", "fields"),
     [
@@ -93,6 +94,7 @@ def test_a_resumed_run_of_two_processes_is_the_undisturbed_one(tmp_path, start, 
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -138,6 +140,7 @@ def fail_to_save(start: Path, out: Path, sizes: dict) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path, start):
     folder, out = start(), tmp_path / "out"
     for told in run_ranks(2, tmp_path, fail_to_save, folder, out, OWN_TOKENS):
