@@ -173,9 +173,12 @@ def _warn(message: str) -> None:
 
 
 class _OrEager(partial):
-    """A function of our own kernels, and what runs in its place when the compiler fails at its first call."""
+    """A function of our own kernels, and what runs in its place under a transform (`torch.func`, forward-mode
+    differentiation) or when the compiler fails at its first call."""
 
     def __call__(self, *args, **kwargs):
+        if operators.is_transformed():
+            return self._run_eager(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
         except Exception as error:
@@ -185,6 +188,9 @@ class _OrEager(partial):
             if self.asked_for is not None:
                 raise ValueError(_refusal(self.asked_for, cause)) from error
             _warn(f'PEER runs experts_implementation="eager": "{self.implementation}", which is faster here, {cause}.')
+        return self._run_eager(*args, **kwargs)
+
+    def _run_eager(self, *args, **kwargs):
         return None if self.eager is None else self.eager(*args, **kwargs)
 
 

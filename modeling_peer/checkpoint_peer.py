@@ -25,7 +25,7 @@ from transformers.utils.hub import create_and_tag_model_card
 from .auto_classes_peer import AUTO_MAP
 from .files_peer import flush, flush_all, give_default_permissions, write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
-from .retrieval_peer import freeze_running_statistics
+from .query_norms_peer import freeze_running_statistics
 
 try:
     import fcntl

@@ -12,7 +12,8 @@ from transformers.utils.generic import maybe_autocast
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
 from .moe_experts_peer import PeerMoeExperts
-from .retrieval_peer import RunningStatistics, is_recomputation, real_tokens
+from .query_norms_peer import RunningStatistics, is_recomputation
+from .retrieval_peer import real_tokens
 
 
 class PeerScoreThresholds(RunningStatistics):

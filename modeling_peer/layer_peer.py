@@ -9,7 +9,8 @@ from .auxiliary_losses_peer import AuxiliaryLosses
 from .backends_peer import choose_layer_of_few, remember_forwards
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
-from .retrieval_peer import PeerBatchNorm, PeerLayerNorm, PeerRetrieval, PeerRMSNorm
+from .query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm
+from .retrieval_peer import PeerRetrieval
 
 # A layer in one call takes the place of these.
 remember_forwards(PeerRetrieval, PeerExperts, PeerBatchNorm, PeerLayerNorm, PeerRMSNorm)

@@ -57,13 +57,13 @@ from .outputs_peer import (
     PeerTokenClassifierOutput,
 )
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
-from .retrieval_peer import (
+from .query_norms_peer import (
     Float32Module,
-    PeerRetrieval,
     cached_steps_teach_nothing,
     freeze_running_statistics,
     statistics_at_rest,
 )
+from .retrieval_peer import PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 

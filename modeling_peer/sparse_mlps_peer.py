@@ -11,7 +11,8 @@ from .layer_peer import PeerLayer
 from .moe_experts_peer import PeerMoeExperts
 from .multilinear_moe_peer import PeerCPLinear, PeerMultilinearMoe, PeerTensorRingLinear
 from .product_key_memory_peer import PeerGateLinear, PeerProductKeyMemory
-from .retrieval_peer import PeerBatchNorm, PeerRetrieval
+from .query_norms_peer import PeerBatchNorm
+from .retrieval_peer import PeerRetrieval
 from .soft_moe_peer import PeerSoftMoe
 from .top_k_moe_peer import PeerNoisyTopKRouter, PeerSwitchRouter, PeerTopKMoe
 

@@ -17,7 +17,8 @@ from modeling_peer import (
     PeerLayer,
     retrieval_peer,
 )
-from modeling_peer.auxiliary_losses_peer import MAX_TILE_SCORES, AuxiliaryLosses, balance_loss, mean_probabilities
+from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
+from modeling_peer.balance_loss_peer import MAX_TILE_SCORES, balance_loss, mean_probabilities
 from modeling_peer.product_keys_peer import product_key_top_k
 
 KINDS = ["switch", "uniformity"]

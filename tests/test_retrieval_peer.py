@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_peer.retrieval_peer import PeerBatchNorm, PeerRetrieval
+from modeling_peer.query_norms_peer import PeerBatchNorm
+from modeling_peer.retrieval_peer import PeerRetrieval
 
 
 def masked_batch_norm_reference(query, mask, norm):

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from transformers import DynamicCache
 
 from modeling_peer import PeerForCausalLM, PeerForTokenClassification
-from modeling_peer.retrieval_peer import PeerBatchNorm, RunningStatistics
+from modeling_peer.query_norms_peer import PeerBatchNorm, RunningStatistics
 from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
 
 # Every kind of statistics that a layer may have.

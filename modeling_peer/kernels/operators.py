@@ -392,12 +392,19 @@ for _name, _backward, _save in (
     _PARTS[_name].update(backward=_backward, save=_save)
 
 
-def _is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation wants more than numbers and gradients of them: the readable
-    functions beside the modules give it to them, in plain PyTorch."""
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is active: they need formulas in plain PyTorch."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _refuse_transforms(implementation: str) -> None:
+    if is_transformed():
+        raise NotImplementedError(
+            f'experts_implementation="{implementation}" has no rules for torch.func and forward-mode differentiation: '
+            'use "eager".'
+        )
 
 
 def adamw_rows_(*args, implementation: str, **kwargs) -> None:
@@ -409,8 +416,7 @@ def product_key_top_k(
     query: torch.Tensor, sub_keys: torch.Tensor, top_k: int, *, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`product_keys_peer.product_key_top_k`, the same arguments and results, computed by `implementation`."""
-    if _is_transformed():
-        return import_module("modeling_peer.product_keys_peer").product_key_top_k(query, sub_keys, top_k)
+    _refuse_transforms(implementation)
     half = sub_keys.shape[-1]
     if query.shape[-1] != 2 * half:
         raise ValueError(f"query has {query.shape[-1]} features, sub_keys two halves of {half}: they must agree.")
@@ -433,9 +439,7 @@ def expert_mixture(
     implementation: str,
 ) -> torch.Tensor:
     """`experts_peer.expert_mixture`, the same arguments and results, computed by `implementation`."""
-    if _is_transformed():
-        arguments = (hidden_states, expert_ids, gates, down_embed, up_embed, gate_embed, activation)
-        return import_module("modeling_peer.experts_peer").expert_mixture(*arguments)
+    _refuse_transforms(implementation)
     tables = [table for table in (down_embed, up_embed, gate_embed) if table is not None]
     for table in tables:
         if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
-from modeling_peer.retrieval_peer import is_recomputation
+from modeling_peer.query_norms_peer import is_recomputation
 
 
 class ExpertUsageCallback(TrainerCallback):

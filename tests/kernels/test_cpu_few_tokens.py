@@ -13,7 +13,7 @@ from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.backends_peer import LAYER_OF_FEW_FUNCTIONS
 from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.product_key_memory_peer import PeerProductKeyMemory
-from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm
+from modeling_peer.query_norms_peer import PeerBatchNorm, PeerLayerNorm
 
 pytest.importorskip("numba")
 

@@ -11,6 +11,7 @@ from kernel_helpers import mixture_inputs
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, RETRIEVAL_FUNCTIONS, choose
 from modeling_peer.experts_peer import _read, _write
 from modeling_peer.experts_peer import expert_mixture as eager_mixture
 from modeling_peer.kernels import operators
@@ -29,8 +30,10 @@ def plain_mixture(hidden_states, expert_ids, gates, down_embed, up_embed, gate_e
 def functions(request):
     if request.param == "eager":
         return eager_top_k, eager_mixture
-    options = {"implementation": request.param}
-    return partial(operators.product_key_top_k, **options), partial(operators.expert_mixture, **options)
+    return (
+        choose(RETRIEVAL_FUNCTIONS, request.param, eager_top_k, torch.empty(0)),
+        choose(EXPERT_MIXTURE_FUNCTIONS, request.param, eager_mixture, torch.empty(0)),
+    )
 
 
 def derivatives(function, leaves, order):
@@ -112,6 +115,13 @@ def test_a_trace_runs_another_number_of_tokens(functions):
     traced = torch.jit.trace(layer(*functions), inputs)
     more = [torch.cat([tensor] * 3) if i in (0, 2) else tensor for i, tensor in enumerate(inputs)]
     torch.testing.assert_close(traced(*more), layer(*functions)(*more))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+def test_operators_refuse_transforms_by_name(implementation):
+    query, sub_keys = torch.randn(5, 2, 8), torch.randn(2, 9, 4)
+    with pytest.raises(NotImplementedError, match=f'"{implementation}" has no rules for torch.func .*"eager"'):
+        vmap(lambda query: operators.product_key_top_k(query, sub_keys, 3, implementation=implementation))(query[None])
 
 
 def test_products_are_counted_forward_and_backward():

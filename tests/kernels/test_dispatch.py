@@ -12,7 +12,8 @@ from modeling_peer import PeerLayer, backends_peer
 from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.kernels import dispatch
 from modeling_peer.product_key_memory_peer import PeerMemoryValues, PeerProductKeyMemory
-from modeling_peer.retrieval_peer import PeerBatchNorm, PeerLayerNorm, PeerRetrieval, PeerRMSNorm
+from modeling_peer.query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm
+from modeling_peer.retrieval_peer import PeerRetrieval
 
 
 def runs_in_one_call(layer):
