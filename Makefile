@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   train, evaluate, save, reload and sample a tiny PEER model (minutes on 2 cores)"
 	@echo "make test         the CPU test suite (ten minutes on 2 cores)"
 	@echo "make test-slow    what is slow by its nature: kills, whole studies, groups of processes, compilations"
-	@echo "make lint         ruff: errors and formatting"
+	@echo "make lint         errors, formatting (ruff), the order of imports (import-linter), spelling (codespell)"
 	@echo "make upstream     Transformers' own common model tests, PEER beside Llama"
 	@echo "make test-oldest  both on the oldest supported Transformers ($(OLDEST))"
 	@echo "make test-releases  a smoke test on every minor release of Transformers from $(OLDEST) on"
@@ -31,6 +31,8 @@ test-slow: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
 
 upstream: $(VENV)/installed
 	$(BIN)/python tests/upstream/run.py

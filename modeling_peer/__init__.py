@@ -4,6 +4,7 @@
 import transformers
 
 from .auto_classes_peer import AUTO_MAP, class_name
+from .checksums_peer import verify_checkpoint
 from .configuration_peer import PeerConfig
 from .layer_peer import PeerLayer
 from .modeling_peer import (
@@ -41,4 +42,5 @@ __all__ = [
     "PeerLayer",
     "PeerModel",
     "PeerPreTrainedModel",
+    "verify_checkpoint",
 ]

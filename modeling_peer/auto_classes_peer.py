@@ -1,5 +1,11 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which PEER class each Auto class gives, and where Transformers looks for these names."""
+"""Which PEER class each Auto class gives, where Transformers looks for these names, and Python for the package's."""
+
+import os
+import sys
+from contextlib import suppress
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 
 from transformers.models.auto import modeling_auto
 
@@ -38,3 +44,22 @@ def register_names(model_type: str) -> None:
 
 
 __all__ = ["AUTO_MAP", "class_name", "register_names"]
+
+
+def import_package(name: str, folder: str) -> None:
+    """Import the package `name` in place of the module of that name in `folder`. Without one, the module stays."""
+    elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != os.path.realpath(folder)]
+    places = [(PathFinder, [entry]) for entry in elsewhere]
+    # of packages that are installed to be edited
+    places += [(finder, None) for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_spec")]
+    for finder, path in places:
+        with suppress(ModuleNotFoundError):
+            spec = finder.find_spec(name, path)
+            if spec is not None and spec.origin is not None and spec.submodule_search_locations:
+                stand_in, sys.modules[name] = sys.modules[name], module_from_spec(spec)
+                try:
+                    spec.loader.exec_module(sys.modules[name])
+                except BaseException:
+                    sys.modules[name] = stand_in
+                    raise
+                return

@@ -103,12 +103,6 @@ def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | Non
     return choose(LAYER_OF_FEW_FUNCTIONS, name, None, table)
 
 
-def remember_forwards(*classes: type[torch.nn.Module]) -> None:
-    """Whose modules a layer in one call takes the place of, while nobody replaces their `forward`."""
-    if dispatch is not None:
-        dispatch.remember_forwards(*classes)
-
-
 def implementation_for(name: str | None, table: torch.Tensor) -> str:
     """`name`, or of `None` the best implementation for `table`; arguments and errors as `choose`."""
     if name is None and is_traced():

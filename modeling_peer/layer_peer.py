@@ -6,14 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .auxiliary_losses_peer import AuxiliaryLosses
-from .backends_peer import choose_layer_of_few, remember_forwards
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
-from .query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm
+from .one_call_peer import run_in_one_call
 from .retrieval_peer import PeerRetrieval
-
-# A layer in one call takes the place of these.
-remember_forwards(PeerRetrieval, PeerExperts, PeerBatchNorm, PeerLayerNorm, PeerRMSNorm)
 
 
 class PeerLayer(nn.Module):
@@ -54,9 +50,10 @@ class PeerLayer(nn.Module):
             `(..., hidden_size)`, dtype of `hidden_states`.
         """
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        few = None if self.training or aux_losses is not None else self._run_few(tokens)
-        if few is not None:
-            return few.view(hidden_states.shape)
+        if not self.training and aux_losses is None:
+            output = run_in_one_call(self._modules["retrieval"], self._modules["experts"], tokens)
+            if output is not None:
+                return output.view(hidden_states.shape)
         gates, expert_ids = self.retrieval(hidden_states, token_mask, aux_losses)  # (..., h, k) each
         if self.training and self.expert_dropout:
             gates = F.dropout(gates, p=self.expert_dropout)
@@ -64,32 +61,3 @@ class PeerLayer(nn.Module):
         num_active = gates.shape[-2] * gates.shape[-1]
         output = self.experts(tokens, expert_ids.view(-1, num_active), gates.view(-1, num_active))
         return output.view(hidden_states.shape)
-
-    def _run_few(self, tokens: torch.Tensor) -> torch.Tensor | None:
-        """Outputs `(num_tokens, hidden_size)` in one call, as decoding wants it; None where the implementation has no
-        such call, or somebody is to see the parts of this one."""
-        if torch.compiler.is_compiling():
-            return None
-        retrieval, experts = self._modules["retrieval"], self._modules["experts"]
-        if type(retrieval) is not PeerRetrieval or not isinstance(experts, PeerExperts):
-            return None
-        sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
-        # Offloaded tables come when the parts are called.
-        if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
-            return None
-        run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
-        query_network = None if run is None else retrieval.query_network()
-        if query_network is None:
-            return None
-        modules, weights = query_network
-        return run(
-            tokens,
-            (retrieval, *modules, experts),
-            weights,
-            sub_keys,
-            retrieval.num_heads,
-            retrieval.top_k,
-            retrieval.gate_activation,
-            tables,
-            experts._modules.get("activation"),
-        )

@@ -42,10 +42,10 @@ if __name__ == "modeling_peer":
     sys.modules[__package__] = types.ModuleType(__package__)
     sys.modules[__package__].__path__ = [os.path.dirname(os.path.abspath(__file__))]
 
-from .auto_classes_peer import register_names
+from .auto_classes_peer import import_package, register_names
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
-from .checkpoint_peer import PeerCheckpoints, import_package
+from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
 from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (

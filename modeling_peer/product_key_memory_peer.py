@@ -7,10 +7,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .auxiliary_losses_peer import AuxiliaryLosses
-from .backends_peer import remember_forwards
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
+from .one_call_peer import remember_forwards
 from .parallel_peer import draw_rows_
 
 

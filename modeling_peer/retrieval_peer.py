@@ -10,7 +10,7 @@ from .backends_peer import RETRIEVAL_FUNCTIONS, choose
 from .balance_loss_peer import balance_loss
 from .configuration_peer import PeerConfig
 from .product_keys_peer import product_key_top_k
-from .query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm, build_query_norm
+from .query_norms_peer import PeerBatchNorm, build_query_norm
 
 
 def real_tokens(token_mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
@@ -109,27 +109,3 @@ class PeerRetrieval(nn.Module):
             aux_losses.add(balance_loss(self.config.balance_loss, query, self.sub_keys, expert_ids, token_mask))
         gates = scores.sigmoid() if self.gate_activation == "sigmoid" else scores.softmax(dim=-1)
         return gates.view(shape), expert_ids.view(shape)
-
-    def query_network(self) -> tuple[tuple, tuple] | None:
-        """Its modules, and their weights as a layer in one call wants them (`kernels.few_tokens`); None if it is of
-        another kind, or its norm still learns."""
-        projection, norm = self._modules["query_proj"], self._modules["query_norm"]
-        names = _NORM_TENSORS.get(type(norm))
-        if type(projection) is not nn.Linear or names is None or norm.training:
-            return None
-        # Looked up where modules register them: in a fifth of the time of their attributes. FSDP registers others.
-        weight, bias = map(projection._parameters.get, ("weight", "bias"))
-        tensors = {**norm._parameters, **norm._buffers}
-        if weight is None or bias is None or any(tensors.get(name) is None for name in names):
-            return None
-        norm_tensors = tuple(map(tensors.get, _NORM_TENSORS[PeerBatchNorm]))
-        return (projection, norm), (weight, bias, norm_tensors, getattr(norm, "eps", 0.0))
-
-
-# Of the norms that a layer in one call knows: what they normalise with.
-_NORM_TENSORS = {
-    PeerBatchNorm: ("running_mean", "running_var", "weight", "bias"),
-    PeerLayerNorm: ("weight", "bias"),
-    PeerRMSNorm: ("weight",),
-    nn.Identity: (),
-}

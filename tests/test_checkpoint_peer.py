@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClass
 from transformers.utils import logging
 
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, PeerModel
-from modeling_peer.checkpoint_peer import STAGING_PREFIX
+from modeling_peer.exchange_peer import STAGING_PREFIX
 
 TRAVELLING_FILES = {
     "auto_classes_peer.py",
@@ -43,6 +43,12 @@ TRAVELLING_FILES = {
     "outputs_peer.py",
     "parallel_peer.py",
     "checkpoint_peer.py",
+    "exchange_peer.py",
+    "checksums_peer.py",
+    "files_peer.py",
+    "one_call_peer.py",
+    "query_norms_peer.py",
+    "balance_loss_peer.py",
     "modeling_peer.py",
 }
 

@@ -1,16 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whether somebody looks: where nobody can tell, several calls become one, and an operator a plain function."""
-
-from collections.abc import Callable
+"""Whether an operator has to be called through PyTorch, or its function can be called directly."""
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 
-def somebody_looks(args: tuple) -> bool:
+def needs_dispatch(args: tuple) -> bool:
     """Whether the operator of PyTorch has to be called: for a gradient, for what traces, counts, or wraps operators
     and tensors, or since a tensor is not what lies in its memory."""
     if (
@@ -43,7 +40,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def are_ordinary(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing is special about parameters and buffers, so that a call may take their memory: in a tenth of the
-    time of `somebody_looks`, which is asked about what is computed."""
+    time of `needs_dispatch`, which is asked about what is computed."""
     needs_gradient = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
@@ -53,29 +50,3 @@ def are_ordinary(*tensors: torch.Tensor | None) -> bool:
         ):
             return False
     return True
-
-
-_CALL = nn.Module.__call__
-_forwards: dict[type, Callable] = {}
-
-
-def remember_forwards(*classes: type[nn.Module]) -> None:
-    """Note what the `forward` of these classes is, so that `is_unobserved` notices when another one is put into its
-    place later. One that was replaced before is not noted: its modules count as observed."""
-    for cls in classes:
-        forward = cls.forward
-        if forward.__module__ in {base.__module__ for base in cls.__mro__} and not hasattr(forward, "__wrapped__"):
-            _forwards[cls] = forward
-
-
-def is_unobserved(module: nn.Module) -> bool:
-    """Whether calling `module` does what its class was written to do, and nothing else: no hook, no `forward` of its
-    own, none that replaced its class's, and the class is one that `remember_forwards` was given."""
-    cls, own = type(module), vars(module)
-    return (
-        cls.forward is _forwards.get(cls, own)
-        and cls.__call__ is _CALL
-        and "forward" not in own
-        and "_compiled_call_impl" not in own
-        and not (module._forward_hooks or module._forward_pre_hooks or has_any_global_hook())
-    )

@@ -1,22 +1,36 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""When a token or a few, without gradients, go through a whole layer in one call: where that is faster and nobody can
-tell. On CPU so far (`cpu.few_tokens`)."""
+"""A token or a few, without gradients, through a whole layer in one call: what fits. On CPU so far."""
 
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers.activations import GELUActivation, SiLUActivation
 
-from .dispatch import are_ordinary, is_unobserved, remember_forwards, somebody_looks
+from .dispatch import are_ordinary, needs_dispatch
 
-_ACTIVATION_NAMES = {nn.Identity: "identity", nn.ReLU: "relu", nn.SiLU: "silu", SiLUActivation: "silu"}
-_GELU = F.gelu
 _DTYPES = (torch.float32, torch.bfloat16)
-remember_forwards(GELUActivation, *_ACTIVATION_NAMES, nn.Linear)
+
+
+class QueryNetwork(NamedTuple):
+    """`norm(tokens @ weight.T + bias)`.
+
+    Without mean and variance each head's own are taken: LayerNorm, or, without a shift, RMSNorm. Without a scale there
+    is no norm.
+    """
+
+    weight: torch.Tensor  # (num_heads * query_dim, hidden_size)
+    bias: torch.Tensor  # (num_heads * query_dim,)
+    # of each feature, (num_heads * query_dim,), or of each of one head, (query_dim,)
+    mean: torch.Tensor | None
+    variance: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    eps: float  # added to the variance
+
+    @property
+    def norm(self) -> tuple[torch.Tensor | None, ...]:
+        return self[2:6]
 
 
 @cache
@@ -26,35 +40,31 @@ def _kernels():
 
 def run_few(
     tokens: torch.Tensor,
-    modules: tuple[nn.Module, ...],
-    query_network: tuple,
+    query_network: QueryNetwork,
     sub_keys: torch.Tensor,
     num_heads: int,
     top_k: int,
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
-    activation: nn.Module | None,
+    activation: str,
 ) -> torch.Tensor | None:
     """All of a layer.
 
-        query = norm(tokens @ weight.T + bias);  scores, ids = product_key_top_k(query);  gates = softmax(scores)
+        query = query_network(tokens);  scores, ids = product_key_top_k(query);  gates = softmax(scores)
         output = expert_mixture(tokens, ids, gates, *tables)
 
     Args:
         tokens: `(num_tokens, hidden_size)`.
-        modules: those that this takes the place of, `activation` apart, so that their hooks are not passed over.
-        query_network: weight `(num_heads * query_dim, hidden_size)` and bias of all heads; a tuple of a norm's mean,
-            variance, scale and shift of each feature; what is added to its variance. Without mean and variance each
-            head's own are taken: LayerNorm, or, without a shift, RMSNorm; without a scale there is no norm.
         gate_activation: `"softmax"` over the scores of a head, or `"sigmoid"`.
         tables: `down_embed`, `up_embed` and `gate_embed`, `(num_peer_experts, hidden_size)`.
+        activation: `"identity"`, `"gelu"`, `"relu"` or `"silu"`.
 
     Returns:
         `(num_tokens, hidden_size)`, dtype of `tokens`; or None where the parts are to be called one by one, which also
         say what is wrong with their arguments.
     """
     kernels = _kernels()
-    weight, bias, norm, eps = query_network
+    weight, bias, norm = query_network.weight, query_network.bias, query_network.norm
     num_searches = num_heads if sub_keys.dim() == 4 else 1
     num_queries = tokens.shape[0] * num_heads
     if (
@@ -62,7 +72,7 @@ def run_few(
         or num_queries // num_searches >= kernels.MIN_BLOCKED_ROWS
     ):
         return None
-    if not _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables) or eps is None:
+    if not _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables):
         return None
     if not tokens.is_cpu or not tokens.dtype == weight.dtype == bias.dtype:
         return None
@@ -70,12 +80,9 @@ def run_few(
         return None
     if any(one is not None and one.dtype != torch.float32 for one in norm):
         return None
-    name = _name_of(activation)
-    if name is None or not all(map(is_unobserved, modules)) or torch.is_autocast_enabled("cpu"):
+    if needs_dispatch((tokens,)) or not are_ordinary(weight, bias, *norm, sub_keys, *tables):
         return None
-    if somebody_looks((tokens,)) or not are_ordinary(weight, bias, *norm, sub_keys, *tables):
-        return None
-    output = kernels.run_layer(tokens, query_network, sub_keys, num_heads, top_k, gate_activation, tables, name)
+    output = kernels.run_layer(tokens, query_network, sub_keys, num_heads, top_k, gate_activation, tables, activation)
     return output if output.dtype == tokens.dtype else output.to(tokens.dtype)
 
 
@@ -94,12 +101,3 @@ def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables
         and all(tensor is None or tensor.shape == norm_shape for tensor in norm)
         and all(table is None or table.shape == table_shape for table in tables)
     )
-
-
-def _name_of(activation: Callable) -> str | None:
-    """What `run_layer` calls an activation; None if it is none of its own, or somebody is to see it."""
-    if activation is None or not is_unobserved(activation):
-        return None
-    if type(activation) is GELUActivation and activation.act is _GELU is F.gelu:
-        return "gelu"
-    return _ACTIVATION_NAMES.get(type(activation))

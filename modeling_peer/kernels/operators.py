@@ -29,7 +29,7 @@ from .checks import (
     check_retrieved,
     check_top_k,
 )
-from .dispatch import somebody_looks
+from .dispatch import needs_dispatch
 from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
 from .sub_key_ids import sub_key_ids_of
 
@@ -49,7 +49,7 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         operator = getattr(torch.ops.modeling_peer, name).default
 
         def call(*args):
-            return operator(*args) if somebody_looks(args) else function(*args)
+            return operator(*args) if needs_dispatch(args) else function(*args)
 
         return call
 
@@ -304,7 +304,7 @@ def _write_autograd(ctx, grad_outputs):
 
 
 def _may_be_lazy(ctx, expert_ids, table, *tensors):
-    if not ctx.row_sparse or ctx.implementation != "cpu" or somebody_looks((expert_ids, table, *tensors)):
+    if not ctx.row_sparse or ctx.implementation != "cpu" or needs_dispatch((expert_ids, table, *tensors)):
         return False
     return LazyRowGradient.pays(expert_ids, table)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from modeling_peer.checkpoint_peer import checksum, find_safetensors_damage
+from modeling_peer.checksums_peer import checksum, find_safetensors_damage
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
 from modeling_peer.console.run_files import UNFINISHED, list_checkpoints

@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from modeling_peer.checkpoint_peer import staged_save
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
+from modeling_peer.exchange_peer import staged_save
 from modeling_peer.training.checkpoint_folders import (
     delete_oldest,
     newest_checkpoint,

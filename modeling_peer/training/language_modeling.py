@@ -14,7 +14,6 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
-from modeling_peer.checkpoint_peer import staged_save
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
 from modeling_peer.console.run_files import RESULTS_FILE, SETTINGS_FILE
@@ -23,6 +22,7 @@ from modeling_peer.data.masking import MaskedBlocks, NewMasksEveryEpoch
 from modeling_peer.data.packing import PackedBlocks, pack, tokenize
 from modeling_peer.evaluation.masked_perplexity import masked_perplexity
 from modeling_peer.evaluation.perplexity import CausalPerplexity
+from modeling_peer.exchange_peer import staged_save
 from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback

@@ -12,6 +12,7 @@ import math
 import numpy as np
 import torch
 
+from ..one_call import QueryNetwork
 from . import threads
 from .experts import PREFETCHED_ROWS, add_row, dot_row, rows_of
 from .memory import as_float32, borrowed
@@ -36,7 +37,7 @@ ACTIVATIONS = {"identity": IDENTITY, "gelu": GELU, "relu": RELU, "silu": SILU}
 
 def run_layer(
     tokens: torch.Tensor,
-    query_network: tuple,
+    query_network: QueryNetwork,
     sub_keys: torch.Tensor,
     num_heads: int,
     top_k: int,
@@ -45,7 +46,7 @@ def run_layer(
     activation: str,
 ) -> torch.Tensor:
     """Outputs (t, d), float32. Arguments as of `one_call.run_few`, which has checked them; `activation` by name."""
-    weight, bias, norm, eps = query_network
+    weight = query_network.weight
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     num_sub_keys, half = sub_keys.shape[-2:]
     output = torch.empty(tokens.shape, dtype=torch.float32, device="cpu")
@@ -55,9 +56,9 @@ def run_layer(
     _run_layer(
         borrowed(tokens),
         borrowed(weight),
-        borrowed(bias),
-        *(None if tensor is None else borrowed(tensor) for tensor in norm),
-        np.float32(eps),
+        borrowed(query_network.bias),
+        *(None if tensor is None else borrowed(tensor) for tensor in query_network.norm),
+        np.float32(query_network.eps),
         borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half),
         top_k,
         GATES[gate_activation],

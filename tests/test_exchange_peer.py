@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from modeling_peer import PeerConfig, PeerForCausalLM
-from modeling_peer.checkpoint_peer import STAGING_PREFIX, restore_old_files, staged_save
+from modeling_peer.exchange_peer import STAGING_PREFIX, restore_old_files, staged_save
 from modeling_peer.files_peer import write_text
 
 OPERATIONS = ("replace", "rename", "unlink", "mkdir", "rmdir", "chmod", "fsync")

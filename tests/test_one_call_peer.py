@@ -8,9 +8,9 @@ from torch.autograd import forward_ad
 
 pytest.importorskip("numba")
 
-from modeling_peer import PeerLayer, backends_peer
+from modeling_peer import PeerLayer, backends_peer, one_call_peer
 from modeling_peer.experts_peer import PeerExperts
-from modeling_peer.kernels import dispatch
+from modeling_peer.one_call_peer import run_in_one_call
 from modeling_peer.product_key_memory_peer import PeerMemoryValues, PeerProductKeyMemory
 from modeling_peer.query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm
 from modeling_peer.retrieval_peer import PeerRetrieval
@@ -18,7 +18,7 @@ from modeling_peer.retrieval_peer import PeerRetrieval
 
 def runs_in_one_call(layer):
     with torch.no_grad():
-        return layer._run_few(torch.randn(1, 32)) is not None
+        return run_in_one_call(layer.retrieval, layer.experts, torch.randn(1, 32)) is not None
 
 
 def double(cls, monkeypatch, name="forward"):
@@ -146,10 +146,10 @@ def test_a_forward_that_was_replaced_before_it_was_noted_counts_as_observed():
         def forward(self, x):
             return x
 
-    dispatch.remember_forwards(Wrapped)
-    assert dispatch.is_unobserved(Wrapped())
+    one_call_peer.remember_forwards(Wrapped)
+    assert one_call_peer.is_unobserved(Wrapped())
     replaced = lambda self, x: 2 * x  # noqa: E731
     replaced.__module__ = "a.tool.that.looks"
     Wrapped.forward = replaced
-    dispatch.remember_forwards(Wrapped)
-    assert not dispatch.is_unobserved(Wrapped())
+    one_call_peer.remember_forwards(Wrapped)
+    assert not one_call_peer.is_unobserved(Wrapped())

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modeling_peer import PeerConfig, PeerForCausalLM, checkpoint_peer
-from modeling_peer.checkpoint_peer import find_safetensors_damage, stored_checksum, verify_checkpoint
+from modeling_peer import PeerConfig, PeerForCausalLM, checkpoint_peer, checksums_peer
+from modeling_peer.checksums_peer import find_safetensors_damage, stored_checksum, verify_checkpoint
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES, find_damage, staged_checkpoint
 
 
@@ -43,7 +43,7 @@ def test_a_saved_file_has_its_checksum_and_the_tensors_it_would_have_without(sav
     assert load_file(saved / "model.safetensors").keys() == loaded.state_dict().keys()
     with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
-    monkeypatch.setattr(checkpoint_peer, "BLOCK", 64)  # the tensors move in many blocks, not in one
+    monkeypatch.setattr(checksums_peer, "BLOCK", 64)  # the tensors move in many blocks, not in one
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
 
@@ -54,7 +54,7 @@ def test_a_flip_anywhere_is_noticed_by_loading_or_changes_nothing(folder):
     whole, tensors = file.read_bytes(), load_file(file)
     header = int.from_bytes(whole[:8], "little")
     places = [draw.randrange(8 + header, len(whole)) for _ in range(10)]
-    digits = 8 + len(checkpoint_peer.CHECKSUM_START)
+    digits = 8 + len(checksums_peer.CHECKSUM_START)
     places += [*range(8), *range(digits, digits + 8), *(draw.randrange(8 + header) for _ in range(30))]
     for place in places:
         flip(file, place, bit := draw.randrange(8))

@@ -1,0 +1,178 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Checksums of weight files, where they are in the files themselves, and damage told from a whole file."""
+
+import json
+import os
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import huggingface_hub
+from safetensors import SafetensorError, safe_open
+
+# The spaces are not those of the safetensors library. A program that copies the metadata of a file to other tensors
+# therefore does not copy the checksum.
+CHECKSUM_START = b'{"__metadata__": {"crc32": "'
+NO_CHECKSUM = b"0" * 8
+LARGEST_HEADER = 100_000_000  # bytes, of the safetensors format
+BLOCK = 1 << 24  # bytes read at once
+
+
+def weight_files(
+    path: str | os.PathLike, variant=None, subfolder: str = "", cache_dir=None, revision: str | None = None
+) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads, of a local folder or of what is downloaded of the Hub's."""
+
+    def find(name: str) -> Path | None:
+        name = os.path.join(subfolder or "", name)
+        if os.path.isdir(path):
+            return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
+        try:
+            cached = huggingface_hub.try_to_load_from_cache(str(path), Path(name).as_posix(), cache_dir, revision)
+        except ValueError:  # no name of a repository
+            return None
+        return Path(cached) if isinstance(cached, str) else None
+
+    dotted = f".{variant}" if variant else ""
+    whole, index = find(f"model{dotted}.safetensors"), find(f"model.safetensors.index{dotted}.json")
+    if whole or not index:
+        return [whole] if whole else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [find(name) for name in sorted(names)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return []
+    return [file for file in files if file]
+
+
+def add_checksum(file: Path):
+    """Write the CRC-32 of a safetensors file into its header, in place.
+
+    The checksum is of the whole file, with zeros for its own eight digits.
+    """
+    with open(file, "r+b") as stream:
+        size = file.stat().st_size
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length)
+        plain = b'{"__metadata__":{'
+        if not header.startswith(plain):
+            return
+        header = CHECKSUM_START + NO_CHECKSUM + b'",' + header[len(plain) :].rstrip(b" ")
+        header += b" " * (-len(header) % 8)
+        # from the end, since the tensors move by less than a block
+        for start in reversed(range(8 + length, size, BLOCK)):
+            stream.seek(start)
+            block = stream.read(min(BLOCK, size - start))
+            stream.seek(start + len(header) - length)
+            stream.write(block)
+        stream.seek(0)
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.flush()
+        found = _checksum_without_its_digits(stream)
+        stream.seek(8 + len(CHECKSUM_START))
+        stream.write(b"%08x" % found)
+
+
+def _checksum_without_its_digits(stream) -> int:
+    stream.seek(0)
+    start = bytearray(stream.read(8 + len(CHECKSUM_START) + len(NO_CHECKSUM)))
+    start[-len(NO_CHECKSUM) :] = NO_CHECKSUM
+    return _checksum_of_rest(stream, zlib.crc32(start))
+
+
+def _checksum_of_rest(stream, checksum: int = 0) -> int:
+    while block := stream.read(BLOCK):
+        checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def checksum(file: str | os.PathLike) -> str:
+    """The CRC-32 of a file, eight hexadecimal digits. Computed once as long as size and time of the file stay."""
+    status = os.stat(file)
+    return _checksum(os.path.abspath(file), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _checksum(path: str, *_) -> str:
+    with open(path, "rb") as stream:
+        return f"{_checksum_of_rest(stream):08x}"
+
+
+def stored_checksum(file: str | os.PathLike) -> str | None:
+    """The checksum in a safetensors file that a PEER model saved; None in those of others."""
+    with open(file, "rb") as stream:
+        start = stream.read(8 + len(CHECKSUM_START) + len(NO_CHECKSUM))[8:]
+    digits = start[len(CHECKSUM_START) :]
+    return digits.decode("latin-1") if start.startswith(CHECKSUM_START) else None
+
+
+def find_safetensors_damage(file: str | os.PathLike, verify: bool = True) -> str | None:
+    """One sentence on what is wrong with a safetensors file, with sizes in bytes; None if nothing is.
+
+    Args:
+        verify: whether to read the whole file and compare it with its checksum, if it has one.
+    """
+    file = Path(file)
+    try:
+        if (damage := _header_damage(file)) is not None:
+            return damage
+        with safe_open(file, framework="pt"):
+            pass
+        if verify and (stored := stored_checksum(file)) is not None:
+            with open(file, "rb") as stream:
+                found = f"{_checksum_without_its_digits(stream):08x}"
+            if found != stored:
+                return f"{file.name} was saved with the checksum {stored} and has {found} now: its content changed."
+    except (OSError, SafetensorError) as error:
+        return f"{file.name} cannot be read ({error})."
+    return None
+
+
+def _header_damage(file: Path) -> str | None:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if header_size > size - 8:
+            return f"{file.name} is {size} bytes long, less than its header announces ({header_size + 8})."
+        unreadable = f"The header of {file.name} is not readable: the file is damaged or not safetensors."
+        if header_size > LARGEST_HEADER:
+            return unreadable
+        try:
+            header = json.loads(stream.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + header_size + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return unreadable
+    if size != expected:
+        return f"{file.name} is {size} bytes long, its header announces {expected}."
+    return None
+
+
+def refuse_damage(path, files: list[Path], verify: bool = True, cause: Exception | None = None):
+    damages = [damage for file in files if (damage := find_safetensors_damage(file, verify)) is not None]
+    if isinstance(cause, SafetensorError) and not damages:
+        damages = ["A weight file is damaged."]
+    if damages:
+        because = f" ({cause})" if isinstance(cause, SafetensorError) else ""
+        raise OSError(
+            f"Cannot read the weights of {path}{because}. {' '.join(damages)} Copy or save the checkpoint again, or "
+            "download it again with force_download=True."
+        ) from cause
+
+
+def verify_checkpoint(folder: str | os.PathLike) -> dict[str, bool]:
+    """Read every safetensors file in `folder` and compare it with its checksum: one second per GiB.
+
+    Returns:
+        For each file, by its path in `folder`, whether it has a checksum. One without is only known to have the size
+        that its header announces: another program saved it, or an older release.
+
+    Raises:
+        OSError: a file is damaged. All that are damaged are named.
+        FileNotFoundError: there is no safetensors file.
+    """
+    files = sorted(file for file in Path(folder).rglob("*.safetensors") if file.is_file())
+    if not files:
+        raise FileNotFoundError(f"{folder} has no *.safetensors file. Give the folder that a model was saved to.")
+    refuse_damage(folder, files)
+    return {file.relative_to(folder).as_posix(): stored_checksum(file) is not None for file in files}

@@ -1,0 +1,236 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""The files of a folder replaced whole or not at all, whenever the process that does it is killed."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .files_peer import flush, flush_all, give_default_permissions
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+
+# Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
+STAGING_PREFIX = ".saving-"
+# Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a file
+# that the saving process holds locked.
+NEW_FILES, OLD_FILES, EXCHANGE, LOCK = "new", "old", "exchange.json", "lock"
+CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+
+@contextmanager
+def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
+    """Yield a folder to save into; on success its files replace those of `directory`, on failure nothing changes.
+
+    The files are on the disk before the first is replaced. Where one file changes, it is replaced in one step, so a
+    save that is killed leaves the old model or the new one. Where more change, `config.json` is taken away first and
+    put back last: a folder without it loads as nothing. The next save then puts the old files back before its own, as
+    `restore_old_files` does at any time.
+
+    Args:
+        directory: folder to save to; created if absent. Its other files (tokenizer, trainer state) stay.
+        variant: name of the weight variant being saved, as in `save_pretrained`.
+
+    Raises:
+        NotADirectoryError: `directory` is a file.
+        IsADirectoryError: it has a folder by the name of a file to be saved.
+    """
+    directory = Path(directory)
+    if directory.is_file():
+        raise NotADirectoryError(f"Cannot save a model to {directory}: it is a file. Give the path of a folder.")
+    directory.mkdir(parents=True, exist_ok=True)
+    restore_old_files(directory)
+    # Inside the target, so that moving the files is a rename on the same file system.
+    host = re.sub(r"[^\w.-]", "_", platform.node())
+    staging = Path(tempfile.mkdtemp(prefix=f"{STAGING_PREFIX}{host}-{os.getpid()}-", dir=directory))
+    try:
+        with _locked(staging / LOCK, create=True):
+            (staging / NEW_FILES).mkdir()
+            yield staging / NEW_FILES
+            give_default_permissions(staging / NEW_FILES)
+            with _locked(directory):
+                _replace_files(staging, directory, variant)
+    finally:
+        if not _holds_old_files(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def restore_old_files(directory: str | os.PathLike) -> None:
+    """Put back the files of a model whose replacement was cut off, and clear what dead processes left in `directory`.
+
+    Nothing is put back where `directory` has a configuration: it loads as it is.
+    """
+    directory = Path(directory)
+    for staging in staging_folders(directory):
+        with suppress(OSError), _locked(directory):
+            if _is_abandoned(staging):
+                if _holds_old_files(staging) and not (directory / _read_exchange(staging)["last"]).exists():
+                    _put_back(staging, directory)
+                shutil.rmtree(staging)
+
+
+def staging_folders(directory: str | os.PathLike) -> list[Path]:
+    """Those that may be ours; a link may lead anywhere, and is not."""
+    found = Path(directory).glob(f"{STAGING_PREFIX}*")
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _is_abandoned(staging: Path) -> bool:
+    """Whether the process that made this folder is gone. Only a lock tells that of another container's."""
+    if fcntl is not None and (staging / LOCK).is_file():
+        descriptor = os.open(staging / LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+        finally:
+            os.close(descriptor)
+    host = re.sub(r"[^\w.-]", "_", platform.node())
+    of_this_host = re.fullmatch(rf"{re.escape(STAGING_PREFIX + host)}-([0-9]{{1,9}})-[^-]+", staging.name)
+    return bool(of_this_host) and not _is_running(int(of_this_host[1]))
+
+
+def _is_running(process_id: int) -> bool:
+    if os.name == "nt":  # there, signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process_id, 0)  # no signal: only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def _locked(path: Path, create: bool = False) -> Iterator[None]:
+    """Hold a file or folder locked; where that is not possible, go on without."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o600)
+    try:
+        with suppress(OSError):  # network file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace_files(staging: Path, directory: Path, variant: str | None):
+    stem = "model" if variant is None else f"model.{variant}"
+    index = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
+    is_weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch
+
+    source = staging / NEW_FILES
+    # paths in the folder: an adapter may have one of its own
+    new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    stale = set()
+    if any(map(is_weights, new)):
+        # Transformers prefers `model.safetensors` to an index, so a stale one beside new shards would be loaded.
+        stale = {path.name for path in directory.iterdir() if is_weights(path.name) or path.name == index}
+        if variant is None and CONFIG_NAME in new and (directory / GENERATION_CONFIG_NAME).exists():
+            stale.add(GENERATION_CONFIG_NAME)  # of a model that generates, where the new one does not
+    stale -= new
+    changed = {name for name in new if is_weights(name) or not _same_content(source / name, directory / name)}
+    for name in sorted(changed | stale):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(
+                f"Cannot save to {directory}: {name} is a folder there, and a file of the model. Rename the folder."
+            )
+    last = None
+    if len(changed | stale) > 1:
+        last = next((name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME) if name in new), max(changed))
+        changed.add(last)
+    flush_all([*(source / name for name in changed), *(path for path in source.rglob("*") if path.is_dir()), source])
+    for name in changed:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    if last is not None:
+        old = {name for name in changed | stale if os.path.lexists(directory / name)}
+        _exchange(staging, directory, {"new": sorted(changed), "old": sorted(old), "last": last})
+    for name in changed if last is None else ():  # one at most
+        os.replace(source / name, directory / name)
+    flush(directory)
+
+
+def _same_content(one: Path, two: Path) -> bool:
+    if not (one.is_file() and two.is_file() and one.stat().st_size == two.stat().st_size):
+        return False
+    return one.stat().st_mode == two.stat().st_mode and one.read_bytes() == two.read_bytes()
+
+
+def _exchange(staging: Path, directory: Path, exchange: dict):
+    """Move old files out of `directory` and new ones into it; if that fails, put the old ones back.
+
+    Args:
+        exchange: the names of `new` and `old` files, and the `last` one, without which the folder does not load. It is
+            moved out first and in last.
+    """
+    last = exchange["last"]
+    (staging / OLD_FILES).mkdir()
+    (staging / EXCHANGE).write_text(json.dumps(exchange), encoding="utf-8")
+    try:
+        for name in sorted(exchange["old"], key=lambda name: (name != last, name)):
+            (staging / OLD_FILES / name).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(directory / name, staging / OLD_FILES / name)
+            if name == last:
+                flush(directory)
+        for name in sorted(exchange["new"], key=lambda name: (name == last, name)):
+            if name == last:
+                flush(directory)
+            os.replace(staging / NEW_FILES / name, directory / name)
+    except BaseException as failure:
+        try:
+            _put_back(staging, directory)
+        except OSError as error:
+            raise OSError(
+                f"Cannot save to {directory} ({failure}), nor put the old files back ({error}). They are in "
+                f"{staging / OLD_FILES}. The next save there puts them back, or restore_old_files of "
+                "exchange_peer.py does."
+            ) from failure
+        raise
+
+
+def _read_exchange(staging: Path) -> dict | None:
+    """The names of an exchange that began and did not end; None of another."""
+    try:
+        exchange = json.loads((staging / EXCHANGE).read_text(encoding="utf-8"))
+        names = [*exchange["new"], *exchange["old"], exchange["last"]]
+        # they may have been written by anyone
+        inside = all(not os.path.isabs(name) and ".." not in Path(name).parts for name in names)
+        return exchange if inside and (staging / NEW_FILES / exchange["last"]).exists() else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _holds_old_files(staging: Path) -> bool:
+    exchange = _read_exchange(staging)
+    return exchange is not None and any(os.path.lexists(staging / OLD_FILES / name) for name in exchange["old"])
+
+
+def _put_back(staging: Path, directory: Path):
+    if (exchange := _read_exchange(staging)) is None:  # the last file is moved: all of them are
+        return
+    for name in exchange["new"]:
+        # moved, and nothing stood in its place
+        if name not in exchange["old"] and not (staging / NEW_FILES / name).exists():
+            (directory / name).unlink(missing_ok=True)
+    for name in sorted(exchange["old"], key=lambda name: (name == exchange["last"], name)):
+        if os.path.lexists(staging / OLD_FILES / name):
+            if name == exchange["last"]:
+                flush(directory)
+            os.replace(staging / OLD_FILES / name, directory / name)
+    flush(directory)
