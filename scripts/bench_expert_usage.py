@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What watching the use of experts, and evening it out, costs of a training step of a whole model.
 
 python scripts/bench_expert_usage.py cpu

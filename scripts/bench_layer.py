@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Time and peak memory of one PEER layer against eager, torch.compile, PEER-pytorch and dense MLPs.
 
 python scripts/bench_layer.py cpu --output_file results/layer_cpu.json --plot_file results/layer_cpu.png

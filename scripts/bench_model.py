@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tokens per second and peak memory of a whole model, in PEER's implementations and with dense MLPs only.
 
 python scripts/bench_model.py cpu --output_file results/model_cpu.json

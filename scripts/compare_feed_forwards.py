@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Train PEER and its rivals from the same seeds at an equal budget, and say who learned more, with tables and plots.
 
 python scripts/compare_feed_forwards.py smoke

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Compile the Triton kernels for GPUs that are not at hand: registers, spills, shared memory, loads, tensor cores.
 
 python scripts/compile_kernels.py

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Perplexity and bits per byte of any causal checkpoint on any text, by a sliding window.
 
 python scripts/evaluate_lm.py --model runs/quickstart

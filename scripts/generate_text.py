@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Continue prompts with any causal checkpoint.
 
 python scripts/generate_text.py --model runs/quickstart --prompt "def main(" "class " --temperature 0.7

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Print the table of model presets with their parameter counts; builds nothing, needs no memory.
 
 python scripts/list_presets.py

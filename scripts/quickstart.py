@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Train a small PEER model in a few minutes on two CPU cores, with nothing to download, and see that it learned.
 
 python scripts/quickstart.py

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Print what a model costs by part: parameters, those a token uses, FLOPs; or size it to its dense twin first.
 
 python scripts/show_costs.py --model peer_mini

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Train or fine-tune a language model; every field of a recipe can be given on the command line too.
 
 python scripts/train_lm.py configuration/training/quickstart.yaml

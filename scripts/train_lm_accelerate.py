@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The training of `train_lm.py` as a plain loop: Accelerate, no Trainer. Copy it and change what you like.
 
 python scripts/train_lm_accelerate.py configuration/training/quickstart.yaml --row_sparse_gradients true

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """CPUs that Accelerate takes for devices. As a script: runs another one there, for `accelerate launch`.
 
 Accelerate (1.15) has FSDP2 and tensor parallelism for the devices that `AcceleratorState.__init__` and

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What tests of exporters share: PEER and a Llama of the same sizes, and what an exported one has to compute."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Inputs of an expert mixture, its output with every gradient, and how far float32 sums may be from exact ones."""
 
 import torch

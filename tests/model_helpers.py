@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What tests of several layers and models share: comparing with an oracle, and a few steps of training."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What the processes of the tests of parallelism run: the same short training, whole or sharded."""
 
 from pathlib import Path

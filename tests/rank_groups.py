@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Processes that form one gloo group on the CPU, started from a process that has imported everything."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The dumb oracles: loops and exhaustive search, straight from the paper's equations."""
 
 import math

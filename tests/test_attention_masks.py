@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Masks of padding: one that broadcasts works in training as in evaluation, one that does not fit is refused."""
 
 import re

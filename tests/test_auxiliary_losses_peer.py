@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Balance losses against sums over every product key, and their way into the loss of every head."""
 
 import copy

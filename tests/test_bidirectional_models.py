@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Models with `is_causal=False`: every token sees every other, padding is seen by none, and nothing is generated."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Saving and loading: all or nothing, everything that is needed, and clear words for what is damaged."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A flipped bit of a checkpoint is noticed before anything goes on with it, and the file is named."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """PeerConfig: defaults, derived sizes, round trips, and refusals that name the numbers and the way out."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A save replaces the files of a folder or leaves them, whatever call of the file system fails and wherever it is
 killed."""
 

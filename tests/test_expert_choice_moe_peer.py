@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Expert choice: the rule of training and the thresholds elsewhere against loops, and where each is causal."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """PeerLayer against the loop over all experts, against PEER-pytorch, and its truths."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Whatever a checkpoint lacks is initialised as in a new model, whichever tensor it is."""
 
 import warnings

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The decoder and its heads: what a user of Transformers does with any model, done with PEER."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Coarse experts: Transformers' implementations against one expert after the other, and which of them runs."""
 
 import copy

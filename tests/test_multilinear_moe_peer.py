@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Multilinear mixture against tensors of experts formed whole, and entmax against bisection."""
 
 import pytest

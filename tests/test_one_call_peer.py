@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A layer in one call passes over nothing that replaced its parts, and gives the answer of many calls."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Expert tables sharded over processes: the same training as in one process, and the same checkpoints."""
 
 from functools import partial

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Product-key memory against a loop over its values, and as the expert table that everything else takes it for."""
 
 import pytest

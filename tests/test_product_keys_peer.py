@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Product-key retrieval against exhaustive search, in results, gradients and memory."""
 
 import pytest

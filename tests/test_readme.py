@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """README.md and docs/: their Python runs as printed, what they name exists, and figures are those that were measured.
 
 The programs of docs/finetuning.md want data of their own: tests/integrations/test_finetuning.py runs them.

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The query BatchNorm's promises, and the query norms in half precision."""
 
 import pytest

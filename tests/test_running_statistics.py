@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What training learns without a gradient: who teaches it, who freezes it, and what holds where it is frozen."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The scripts as a user runs them: each in a process of its own."""
 
 import json

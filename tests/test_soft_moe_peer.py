@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Soft mixture against slots computed one by one, and its truths."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What every feed-forward that may stand in a sparse layer must do, PEER and its rivals alike."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Sparsely gated mixtures against their oracles, and what their routers promise."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """PEER says to Transformers what this release calls things, and stops where it cannot."""
 
 import logging

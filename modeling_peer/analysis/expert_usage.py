@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How tokens use the experts of a layer: how many were retrieved, how evenly, and which never."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What is measured of a contender: on which tokens, doing what."""
 
 from collections.abc import Callable

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Triton's kernels compiled for GPUs that are not at hand: what `scripts/compile_kernels.py` runs.
 
 Triton brings NVIDIA's assembler, which needs no GPU. What it says of a kernel, registers, what it had to spill, shared

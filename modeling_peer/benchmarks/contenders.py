@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Who is compared: PEER in its implementations, PEER-pytorch, and dense MLPs."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """One layer against its rivals: what `scripts/bench_layer.py` runs."""
 
 from collections.abc import Callable, Sequence

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Peak memory of a call, what would not fit, and processes of their own to measure in."""
 
 import importlib

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A whole model, in PEER's implementations and without PEER: what `scripts/bench_model.py` runs."""
 
 from collections.abc import Callable, Sequence

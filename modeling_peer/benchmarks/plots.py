@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How cost grows with experts and with tokens, as a picture."""
 
 from typing import Any

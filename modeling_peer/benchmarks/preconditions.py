@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a result would be worth nothing without: green kernel tests before it, and beside it how it came about."""
 
 import glob

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tables of a result, to paste into a README.
 
 python -m modeling_peer.benchmarks.report results/layer_cpu.json

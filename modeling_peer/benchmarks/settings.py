@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What to measure: dataclass defaults, then a file of configuration/benchmarks, then the command line."""
 
 import importlib.util

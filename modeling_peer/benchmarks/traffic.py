@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Bytes that must move between memory and processor: the floor under the time of a layer bound by memory."""
 
 from dataclasses import dataclass

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What it costs to watch how experts are used, and to even it out: what `scripts/bench_expert_usage.py` runs."""
 
 from typing import Any

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a name of a model, tokenizer or data set means: a folder here, or a repository of the Hub that answers.
 
 The libraries take whatever is not here for a repository of the Hub, and ask for it again and again for a minute. Here

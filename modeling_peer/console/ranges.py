@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The numbers that a setting can have, by its name: what is outside could train nothing, or end in a traceback."""
 
 import dataclasses

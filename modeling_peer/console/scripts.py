@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What every script does around its work: plain messages for what the user can mend, one line of JSON at the end."""
 
 import json

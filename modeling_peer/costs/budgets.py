@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Size a model to another one's budget, so that a comparison is at equal compute, equal size or equal time.
 
     fit = fit_to_budget(peer, reference=dense, budget="flops")

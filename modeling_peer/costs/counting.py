@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a model costs by its configuration alone: parameters, those a token uses, and the FLOPs of its forward.
 
     model_cost(config, sequence_length=512).forward_flops          # per token

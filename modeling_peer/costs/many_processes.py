@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What many processes send and hold: bytes per token for each way to shard expert tables, memory per rank.
 
 python -m modeling_peer.costs.many_processes

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Where a result comes from: the machine, the versions, the commit."""
 
 import importlib.metadata

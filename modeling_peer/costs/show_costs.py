@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The table of what a model costs: what `scripts/show_costs.py` prints."""
 
 from dataclasses import asdict, dataclass, field

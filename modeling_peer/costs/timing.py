@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How long calls take: interleaved, on inputs they have not seen, as medians."""
 
 import itertools

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Where the text comes from: Hub or local data set, files, or the interpreter's own sources, as one kind of corpus."""
 
 from collections.abc import Iterable, Iterator

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Masked language modelling: blocks some of whose tokens are hidden from a model that sees both sides of each."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """From text to training examples: tokens of all documents end to end, cut into blocks of one length, no padding."""
 
 from bisect import bisect_right

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The embedded corpus: the sources of the running interpreter's standard library, split by file.
 
 Real text of some 10 MB that every Python brings, so that a first run needs no download. It differs a little from one

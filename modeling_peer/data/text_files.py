@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Text from files: plain, compressed (.gz, .xz) or JSON lines, one file or a folder of them."""
 
 import gzip

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tokenizers learned from the training text, byte-level BPE or one token a byte, whether one fits a model, and text as
 its tokens."""
 

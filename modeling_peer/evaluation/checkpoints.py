@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Score any causal checkpoint on any text: what `scripts/evaluate_lm.py` runs."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Perplexity and bits per byte of a causal language model, as an `evaluate` measurement.
 
     from modeling_peer.evaluation.perplexity import CausalPerplexity

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The baseline that knows how often each token occurs and nothing of their order."""
 
 import math

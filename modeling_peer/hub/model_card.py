@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The card beside a trained model: what it is, on what data, with which settings, and what was measured."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Which parameters share a learning rate and a weight decay, and the schedule that expert tables have of their own."""
 
 import re

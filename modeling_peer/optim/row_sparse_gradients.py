@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Row-sparse gradients between backward and the optimizer's step: added up, averaged over processes, clipped."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """State of `RowSparseAdamW`: what a table has, what a saved one must be, and when torch wants it before a step."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Feed-forwards side by side at an equal budget: what `scripts/compare_feed_forwards.py` does."""
 
 import time

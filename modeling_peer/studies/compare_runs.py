@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Finished runs side by side: what `scripts/compare_runs.py` does."""
 
 import glob

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The tokens that all runs of a study train on: made once, and the same when the study is continued."""
 
 import hashlib

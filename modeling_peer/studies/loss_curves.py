@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Training losses of groups of runs as a picture."""
 
 from collections.abc import Mapping, Sequence

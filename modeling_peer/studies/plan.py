@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The runs of a study: each contender's configuration, fitted to the budget, and how long it is trained."""
 
 import json

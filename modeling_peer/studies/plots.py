@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A study as pictures: loss against FLOPs, loss against time, and perplexity over sizes of equal training FLOPs."""
 
 from collections.abc import Sequence

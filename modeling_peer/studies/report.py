@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a study found: one file of JSON with all its runs, a table, and plots."""
 
 from collections.abc import Iterable, Sequence

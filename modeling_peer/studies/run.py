@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """One run of a study, in a process of its own: trained, or continued, measured, written down."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a study compares: a file of configuration/studies, and which of it the command line asks for."""
 
 import re

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a study began with: kept beside its runs, so that no others join their table."""
 
 from collections.abc import Collection

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Runs of a study worked off in processes: some at a time, until all are done or the time is over."""
 
 import multiprocessing

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Training: data, tokenizers, recipes and the run itself. Needs the `train` extra; checkpoints never do."""
 
 from importlib.util import find_spec

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The checkpoints of a run as folders: made whole or not at all, found, checked, and deleted when newer ones stand."""
 
 import json

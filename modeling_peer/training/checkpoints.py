@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Trainer whose checkpoints are whole whenever it dies, and which says why it cannot go on."""
 
 import json

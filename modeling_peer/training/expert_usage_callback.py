@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """How experts are used, logged while a model trains and when it is evaluated."""
 
 import sys

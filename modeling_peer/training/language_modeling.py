@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """One run of training: from a recipe to a saved, measured model with its card."""
 
 import math

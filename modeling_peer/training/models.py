@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The network and the tokenizer a recipe asks for: new from a configuration, or loaded from a checkpoint."""
 
 from pathlib import Path

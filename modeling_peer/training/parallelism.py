@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Models sharded over the processes that `accelerate launch` started, as its ParallelismConfig says."""
 
 import os

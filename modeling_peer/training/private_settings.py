@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tokens and passwords among the settings of a run: used for what they are for, and written to no file."""
 
 import copyreg

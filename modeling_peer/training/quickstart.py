@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The first run of a newcomer: train, compare with two baselines, save, reload in another process, generate."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The settings of a run: dataclass defaults, then a YAML recipe, then the command line, the later one winning."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What becomes of a setting that is not what it was when the resumed run began: taken, refused, kept or announced."""
 
 import dataclasses

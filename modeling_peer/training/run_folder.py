@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The folder of a run: whether it can be written, which checkpoint continues it, what starting anew clears."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Trainer resumes models that were sharded as they were loaded: every process saves and reads its part."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a training run cost: the time of its steps and its peak memory."""
 
 import time

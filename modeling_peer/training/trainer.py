@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Trainer with what expert tables need, and with what our runs need: a card, and an early end."""
 
 import math

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Figures of expert usage against loops, against values worked out by hand, and from what a model really retrieved."""
 
 import math

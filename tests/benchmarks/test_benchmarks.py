@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Benchmarks: the arithmetic by hand, the order of calls, the refusals, and one tiny run of each from end to end."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Triton's kernels compiled for a GPU that is not there: what its interpreter, which runs them in tests, can't see."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A name of something that is not there is refused at once, without the network, with the nearest that is."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Whatever number, type or file a setting is given: a run that works, or one line that names it."""
 
 import dataclasses

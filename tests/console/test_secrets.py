@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """No file of a run holds a token or a password, and what is pushed is pushed with it."""
 
 import argparse

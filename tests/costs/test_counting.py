@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Costs counted from a configuration, against the modules themselves and PyTorch's counter of FLOPs."""
 
 import pytest

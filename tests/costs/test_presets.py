@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The model presets: each loads, builds, and has the size that is quoted for it."""
 
 import json

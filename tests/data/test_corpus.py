@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Where training text comes from: files, data sets, the interpreter's own sources."""
 
 import gzip

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Masked language models: what is masked, how it is scored, and a run from text to a model that fills masks."""
 
 import json

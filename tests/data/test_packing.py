@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """From text to tokens to blocks: nothing lost, nothing added but the ends of documents."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Text is data: whatever it says, its bytes become tokens, and no special token comes of it."""
 
 import math

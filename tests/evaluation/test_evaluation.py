@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Perplexity and bits per byte against a dumb oracle, for PEER and for models that are not ours."""
 
 import math

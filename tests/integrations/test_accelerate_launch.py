@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """`accelerate launch` with the files of configuration/accelerate/: on a tiny model, without a GPU, one training."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """PEFT around PEER: adapters on attention, queries and expert tables, and what they must not touch."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """docs/finetuning.md: every program in it runs as printed, on a slice of the data it names and on a twin made here."""
 
 import csv

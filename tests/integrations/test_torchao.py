@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Expert tables as tensors that compute their values: a subclass of our own, and torchao's int8."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What Trainer and Accelerate can be asked for, asked of a PEER model."""
 
 import shutil

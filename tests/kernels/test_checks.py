@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What the operators are given is checked: compiled and loaded graphs call them without the public functions."""
 
 import json

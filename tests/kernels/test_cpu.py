@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What is special to the CPU kernels: threads, forks, ids that do not exist, memory, sizes."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Compiled kernels on disk: never those of other source, and never a reason to fail."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A token or a few on CPU, a layer in one call: the results of many calls, and these where somebody looks."""
 
 import copy

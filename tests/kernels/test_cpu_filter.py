@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The CPU kernels' filter by integers: never another bit than without it, whatever the data."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Derivatives beyond the first, transforms, counters and a second import: the numbers of eager."""
 
 import subprocess

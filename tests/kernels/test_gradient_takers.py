@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Who can't take row-sparse gradients is told so by name, with the setting and the way out."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Row-sparse gradients that are not multiplied out: the same numbers in less memory, sparse tensors for strangers."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Every fast implementation through its operators, against the oracles: results, every gradient, hard cases, errors.
 
 "cpu" runs as it is; "triton" on a GPU, or without one in Triton's interpreter.

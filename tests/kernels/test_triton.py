@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What is special to the Triton kernels: blocks, splits, runs and their borders; and on a GPU, graphs and sizes.
 
 Without a GPU they run in Triton's interpreter: tests/conftest.py chooses it, before anything imports Triton.

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Who shares a learning rate and a decay, and how the rate of expert tables runs beside the others'."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """AdamW of touched rows: AdamW's own steps where rows are touched, nothing where they are not."""
 
 import copy

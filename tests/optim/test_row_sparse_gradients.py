@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Row-sparse gradients between backward and step: clipped like dense ones, and switched on for a while only."""
 
 import copy

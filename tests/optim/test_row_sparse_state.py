@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """State of the row-sparse optimizer: exact for any number of steps, resumable from any save, checked on load."""
 
 import copy

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Run `smoke.py` on every minor release of Transformers that setup.cfg admits, and compare the releases' results.
 
     python tests/releases/run.py              # all, oldest to newest; one after the other

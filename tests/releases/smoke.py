@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What must hold on every release of Transformers, in about a minute: `run.py` runs this file in one environment each.
 
 RELEASE_RESULTS, a path, receives logits and generated tokens, which `run.py` compares between releases.

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Feed-forwards side by side: runs in processes, interrupted and failing ones, the report, impossible recipes."""
 
 import json

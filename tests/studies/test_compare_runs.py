@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Runs side by side: means over seeds, what they cost, and refusals of what does not compare."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints stand whole or not at all, and where a run is resumed makes no difference to what it does."""
 
 import itertools

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The callback in a plain Trainer: what it counts, when, and who is told."""
 
 import pytest

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What a run cannot go on from: an error that says why, a status that is not 0, and a checkpoint to resume from."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The folder of a run: what overwriting clears and when, and which checkpoint a run is resumed from."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Kill -9 at twenty moments of a training, half of them while it saves: it ends as if nothing had happened.
 
 python tests/training/test_kills.py          # prints where each kill hit and what it cost

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Settings: dataclass, recipe, command line, and what is said when they are wrong."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A resumed run does what is left, no step more, with the settings that it is given now."""
 
 import dataclasses

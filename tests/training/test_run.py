@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A whole run: it learns, saves what loads, resumes on the same curve, and refuses early what cannot work."""
 
 import json

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A training of a sharded model that is interrupted and resumed is the one that nobody disturbed."""
 
 import errno

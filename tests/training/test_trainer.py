@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """PeerTrainer: the run is the one that dense gradients give, whatever else Trainer is asked for."""
 
 import argparse

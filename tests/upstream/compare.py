@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """What each upstream test did for each model, and where PEER falls behind Llama."""
 
 from collections import defaultdict

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Stands in for `tests/utils/test_configuration_utils.py`: what every config must take and give back."""
 
 # A value other than its default for each field that `PreTrainedConfig` gives to all models. `ConfigTester` builds a

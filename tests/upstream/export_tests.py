@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Stands in for `tests/exporters/test_export.py`: `torch.export` gives a program that computes what the model does."""
 
 import copy

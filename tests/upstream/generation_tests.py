@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Stands in for `tests/generation/test_utils.py`: generation, held against forward passes without a cache."""
 
 import copy

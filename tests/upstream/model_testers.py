@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tiny models for upstream's tests: one tester for Llama and one for PEER, alike but for the feed-forward.
 
 Run as a script, it also writes the tiny checkpoints, with a tokenizer, that the pipeline tests load.

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Upstream's tests and ours, for Llama and for PEER. Collected by pytest as `tests/test_models.py`.
 
 Everything that differs between the classes below is the tester and the classes of the pipelines, so one test name

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Stands in for `tests/pipelines/`: what each text pipeline must return for a tiny model.
 
 `PipelineTesterMixin` loads the model and its tokenizer, asks for a pipeline and examples, checks one by one through

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Stands in for `tests/distributed_testing_utils.py`: processes that form one gloo group on the CPU."""
 
 import os

@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Run Transformers' own common test-suite on PEER and on Llama, and fail where PEER is the poorer of the two.
 
     python tests/upstream/run.py                # both models, two processes

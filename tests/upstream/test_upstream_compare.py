@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The comparison must not call PEER equal to Llama when it is not: it is what stands between us and a silent skip."""
 
 from types import SimpleNamespace
