@@ -22,6 +22,7 @@ from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.scripts import run_script
 from modeling_peer.costs import timing
+from modeling_peer.costs.memory import peak_bytes
 from modeling_peer.costs.provenance import describe_versions
 from modeling_peer.costs.timing import interleave, summarize
 
@@ -299,11 +300,11 @@ def test_peer_pytorch_runs_in_the_papers_mode():
 def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     device, size = torch.device("cpu"), 64 * 2**20
     torch.ones(size // 4).sum()  # whatever a first call loads
-    peak, why = memory.peak_bytes(lambda: torch.ones(size // 4).sum(), device)
+    peak, why = peak_bytes(lambda: torch.ones(size // 4).sum(), device)
     if peak is None:
         pytest.skip(why)
     assert 0.9 * size < peak < 1.5 * size
-    assert memory.peak_bytes(lambda: None, device)[0] < 0.1 * size
+    assert peak_bytes(lambda: None, device)[0] < 0.1 * size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -79,7 +79,7 @@ def test_evaluate_loads_the_measurement_from_its_file_and_a_model_from_its_folde
     model = build("llama")
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
-    path = str(REPOSITORY / "modeling_peer" / "analysis" / "perplexity.py")
+    path = str(REPOSITORY / "modeling_peer" / "evaluation" / "perplexity.py")
     loaded = evaluate.load(path, module_type="measurement")
     settings = {"data": TEXTS, "context_length": 8, "show_progress": False}
     from_folder = loaded.compute(model=str(tmp_path / "model"), **settings)

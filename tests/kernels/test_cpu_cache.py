@@ -77,8 +77,8 @@ def test_damaged_files_are_written_again(package, ending):
 def test_kernels_run_where_no_folder_can_be_written(package):
     in_the_way = package / "file"  # root may write to any folder, but to none of this name
     in_the_way.touch()
-    shutil.rmtree(package / "modeling_peer" / "kernels" / "__pycache__", ignore_errors=True)
-    (package / "modeling_peer" / "kernels" / "__pycache__").touch()
+    shutil.rmtree(package / "modeling_peer" / "kernels" / "cpu" / "__pycache__", ignore_errors=True)
+    (package / "modeling_peer" / "kernels" / "cpu" / "__pycache__").touch()
     outputs, warnings = run(
         package, HOME=str(in_the_way), XDG_CACHE_HOME=str(in_the_way), NUMBA_CACHE_DIR=str(in_the_way)
     )
