@@ -55,7 +55,7 @@ def model(tiny_config):
     return PeerForCausalLM(tiny_config()).eval()
 
 
-def test_public_names_are_the_designs_and_that_for_masked_tokens():
+def test_public_names_are_the_designs_and_those_for_masked_tokens_and_checksums():
     assert set(modeling_peer.__all__) == {
         "PeerConfig",
         "PeerForCausalLM",
@@ -66,6 +66,7 @@ def test_public_names_are_the_designs_and_that_for_masked_tokens():
         "PeerLayer",
         "PeerModel",
         "PeerPreTrainedModel",
+        "verify_checkpoint",
     }
 
 
@@ -356,6 +357,7 @@ class TestCompilation:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_one_compilation_serves_many_lengths(self, tiny_config):
         model = PeerForCausalLM(tiny_config()).eval()
         counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -58,6 +58,7 @@ def test_gradients_of_gradients_of_the_mixture(functions, row_sparse, order):
         assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("share_sub_keys", [True, False])
 def test_gradients_of_gradients_of_retrieval(functions, share_sub_keys):
     query = torch.randn(5, 2, 8, requires_grad=True)

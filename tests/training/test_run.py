@@ -260,6 +260,7 @@ sys.meta_path.insert(0, Hidden())
 """
 
 
+@pytest.mark.slow
 def test_the_cards_own_snippet_runs_where_the_package_is_not_installed(tmp_path, inputs):
     train(inputs, output_dir=tmp_path / "out", max_steps=1)
     snippet = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]

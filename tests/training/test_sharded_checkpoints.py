@@ -158,6 +158,7 @@ def resume_from_whole(start: Path, out: Path, sizes: dict) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_does_not_resume_one_that_was_not(tmp_path, start):
     folder, out = start(), tmp_path / "out"
     train(folder, out, None, max_steps=2)

@@ -243,7 +243,7 @@ def test_row_sparse_training_learns_real_text_as_dense_training_does(tmp_path):
     assert abs(mean(differences)) < 0.06
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.usefixtures("private_cache")
 @pytest.mark.parametrize("script", ["train_lm.py", "train_lm_accelerate.py"])
 def test_two_processes_train_as_one(tmp_path, script):
