@@ -2,7 +2,9 @@
 """PeerConfig: every size and option of a PEER model, and the checks that refuse impossible ones."""
 
 import difflib
+import json
 import math
+from importlib.resources import files
 from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -277,6 +279,24 @@ class PeerConfig(PreTrainedConfig):
                 "sizes of the weights."
             )
         return fields, others
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "PeerConfig":
+        """The configuration of a preset (`peer presets` lists them), with fields overridden.
+
+        Raises:
+            ValueError: no preset of this name, or the package is not installed: presets do not travel.
+        """
+        try:
+            folder = files("modeling_peer") / "configuration" / "models"
+        except ModuleNotFoundError as error:
+            raise ValueError(f"preset {name!r} comes with the package, which is not installed.") from error
+        presets = {path.name.removesuffix(".json"): path for path in folder.iterdir() if path.name.endswith(".json")}
+        if name not in presets:
+            raise ValueError(_unknown_name("preset", name, tuple(sorted(presets))))
+        fields = json.loads(presets[name].read_text(encoding="utf-8"))
+        fields.pop("model_type")
+        return cls(**{**fields, **overrides})
 
     @property
     def has_aux_losses(self) -> bool:

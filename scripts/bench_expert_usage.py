@@ -5,10 +5,9 @@ python scripts/bench_expert_usage.py cpu
 python scripts/bench_expert_usage.py cpu --model_overrides num_sub_keys=1024
 """
 
-from modeling_peer.benchmarks.model import ModelBenchmark
-from modeling_peer.benchmarks.settings import parse_settings
-from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
-from modeling_peer.console.scripts import run_script
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: bench_expert_usage(parse_settings(ModelBenchmark, "model")))
+    sys.exit(main(["bench-usage", *sys.argv[1:]]))

@@ -6,9 +6,13 @@ python scripts/bench_layer.py h200 --cases "decode num_sub_keys=128,1024" --cont
 python scripts/bench_layer.py smoke
 """
 
-from modeling_peer.benchmarks.layer import bench_layer
-from modeling_peer.benchmarks.settings import LayerArguments, parse_settings
-from modeling_peer.console.scripts import run_script
+import sys
+
+from kernel_tests import require_green_tests
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: bench_layer(parse_settings(LayerArguments, "layer")))
+    help_only = {"-h", "--help"} & set(sys.argv)
+    tested = [] if help_only else [f"--kernel_tests={require_green_tests()}"]
+    sys.exit(main(["bench-layer", *sys.argv[1:], *tested]))

@@ -6,9 +6,13 @@ python scripts/bench_model.py cpu --model peer_small --batch_size 1
 python scripts/bench_model.py smoke
 """
 
-from modeling_peer.benchmarks.model import ModelBenchmark, bench_model
-from modeling_peer.benchmarks.settings import parse_settings
-from modeling_peer.console.scripts import run_script
+import sys
+
+from kernel_tests import require_green_tests
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: bench_model(parse_settings(ModelBenchmark, "model")))
+    help_only = {"-h", "--help"} & set(sys.argv)
+    tested = [] if help_only else [f"--kernel_tests={require_green_tests()}"]
+    sys.exit(main(["bench-model", *sys.argv[1:], *tested]))

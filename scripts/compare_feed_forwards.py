@@ -10,9 +10,7 @@ python scripts/compare_feed_forwards.py cpu --output_dir runs/wikitext2 --report
 
 import sys
 
-from modeling_peer.console.scripts import run_script
-from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
+from peer_command import main
 
 if __name__ == "__main__":
-    result = run_script(compare_feed_forwards)
-    sys.exit(1 if result["failed"] else 0)
+    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -4,9 +4,9 @@
 python scripts/compare_runs.py --runs dense=runs/dense-* row-sparse=runs/row_sparse-* --plot_file curves.png
 """
 
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.scripts import run_script
-from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: compare_runs(parse_arguments(ComparisonArguments)))
+    sys.exit(main(["compare-runs", *sys.argv[1:]]))

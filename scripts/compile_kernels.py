@@ -5,9 +5,9 @@ python scripts/compile_kernels.py
 python scripts/compile_kernels.py --architectures 89 90 --output_file compilation.json
 """
 
-from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.scripts import run_script
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: compile_kernels(parse_arguments(CompilationArguments)))
+    sys.exit(main(["compile-kernels", *sys.argv[1:]]))

@@ -5,9 +5,9 @@ python scripts/evaluate_lm.py --model runs/quickstart
 python scripts/evaluate_lm.py --model runs/quickstart --file my_text.txt --context_length 256 --stride 64
 """
 
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.scripts import run_script
-from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: evaluate_checkpoint(parse_arguments(EvaluationArguments)))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

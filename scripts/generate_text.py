@@ -4,9 +4,9 @@
 python scripts/generate_text.py --model runs/quickstart --prompt "def main(" "class " --temperature 0.7
 """
 
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.scripts import run_script
-from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: generate_from_checkpoint(parse_arguments(GenerationArguments)))
+    sys.exit(main(["generate", *sys.argv[1:]]))

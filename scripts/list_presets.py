@@ -4,17 +4,9 @@
 python scripts/list_presets.py
 """
 
-from modeling_peer.console.scripts import run_script
-from modeling_peer.console.tables import as_markdown
-from modeling_peer.costs.presets import describe_presets
+import sys
 
-
-def main():
-    """Print the table; the rows are also the last line."""
-    rows = describe_presets()
-    print(as_markdown(rows))
-    return {"presets": rows}
-
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main(["presets", *sys.argv[1:]]))

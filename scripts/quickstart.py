@@ -5,23 +5,9 @@ python scripts/quickstart.py
 python scripts/quickstart.py --max_steps 200 --output_dir runs/shorter
 """
 
-import os
 import sys
 
-
-def main():
-    """Run, and turn a bad outcome into exit status 1."""
-    # Threads that wait by spinning take the cores they wait for: on a busy machine a step took 5 to 10 times as long.
-    # Read when torch is loaded, hence before the imports.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from modeling_peer.console.scripts import run_script
-    from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
-
-    try:
-        run_script(lambda: run_quickstart(sys.argv[1:]))
-    except QuickstartFailed as failure:
-        sys.exit(f"quickstart failed: {failure}")
-
+from peer_command import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["quickstart", *sys.argv[1:]]))

@@ -5,9 +5,9 @@ python scripts/show_costs.py --model peer_mini
 python scripts/show_costs.py --model peer_tiny --model_overrides sparse_mlp=top_k_moe num_moe_experts=16 --fit flops
 """
 
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.scripts import run_script
-from modeling_peer.costs.show_costs import CostArguments, show_costs
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: show_costs(parse_arguments(CostArguments)))
+    sys.exit(main(["costs", *sys.argv[1:]]))

@@ -6,9 +6,9 @@ python scripts/train_lm.py configuration/training/quickstart.yaml --seed 1 --mod
 python scripts/train_lm.py --help
 """
 
-from modeling_peer.console.scripts import run_script
-from modeling_peer.training.language_modeling import train_language_model
-from modeling_peer.training.recipes import parse_recipe
+import sys
+
+from peer_command import main
 
 if __name__ == "__main__":
-    run_script(lambda: train_language_model(parse_recipe()).summary)
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -261,6 +261,13 @@ def test_what_learns_is_not_warned_of(tiny_config, warned, overrides):
     assert not without_gradient(config)
 
 
+def test_a_preset_is_found_by_name_and_its_fields_can_be_overridden():
+    config = PeerConfig.from_preset("peer_tiny", num_sub_keys=32)
+    assert (config.num_hidden_layers, config.num_peer_experts) == (4, 1024)
+    with pytest.raises(ValueError, match=r"preset='peer_tyni' is unknown. Did you mean 'peer_tiny'\?"):
+        PeerConfig.from_preset("peer_tyni")
+
+
 def test_k_equal_to_n_is_allowed(tiny_config):
     assert tiny_config(num_experts_per_head=8).num_active_experts == 16
 

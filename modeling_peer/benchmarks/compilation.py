@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Triton's kernels compiled for GPUs that are not at hand: what `scripts/compile_kernels.py` runs.
+"""Triton's kernels compiled for GPUs that are not at hand: what `peer compile-kernels` runs.
 
 Triton brings NVIDIA's assembler, which needs no GPU. What it says of a kernel, registers, what it had to spill, shared
 memory and instructions, bounds how fast the kernel can be; how fast it is only a GPU can tell.

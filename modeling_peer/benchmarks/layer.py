@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""One layer against its rivals: what `scripts/bench_layer.py` runs."""
+"""One layer against its rivals: what `peer bench-layer` runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -22,7 +22,7 @@ from modeling_peer.benchmarks.contenders import (
     why_missing,
 )
 from modeling_peer.benchmarks.memory import call_bytes, fit, in_new_process, weight_bytes
-from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
+from modeling_peer.benchmarks.preconditions import announce, describe_run
 from modeling_peer.benchmarks.report import publish, save, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
 from modeling_peer.benchmarks.traffic import count_rows, measure_traffic
@@ -30,20 +30,13 @@ from modeling_peer.costs.memory import available_bytes, peak_bytes
 from modeling_peer.costs.timing import MIN_SECONDS, Clock, copy_bandwidth, interleave, set_threads
 
 
-def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:
-    """Test the kernels, measure every case, print the tables, and write the files asked for.
-
-    Raises:
-        SettingsError: red kernel tests, among others.
-    """
+def bench_layer(settings: LayerArguments) -> dict[str, Any]:
+    """Measure every case, print the tables, and write the files asked for."""
     names = select(settings.contenders, all_names(settings.device))
     missing = {name: why for name in names if (why := why_missing(name, settings))}
     for name, why in missing.items():
         announce(f"{name} is left out: {why}")
     names = [name for name in names if name not in missing]
-    announce("kernel tests ...")
-    tests = require_green_tests(kernel_tests)
-    announce(f"kernel tests: {tests}")
     set_threads(settings.threads)
     bandwidth = copy_bandwidth(settings.torch_device)
     announce(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s, read and written")
@@ -52,7 +45,7 @@ def bench_layer(settings: LayerArguments, kernel_tests: Sequence[str] = KERNEL_T
     result = {
         "benchmark": "layer",
         **describe_run(settings),
-        "kernel_tests": tests,
+        "kernel_tests": settings.kernel_tests,
         "missing": missing,
         "copy_gb_per_s": round(bandwidth / 1e9, 3),
         "cases": [],

@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling_peer.benchmarks.contenders import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
 from modeling_peer.benchmarks.settings import Case, LayerArguments
-from modeling_peer.console.files import REPOSITORY
+from modeling_peer.console.files import RESOURCES
 
 # of what is free; the rest is for other programs and for what the estimate does not know
 USABLE = 0.85
@@ -25,7 +25,10 @@ def in_new_process(function: str, *arguments: Any) -> Any:
     Raises:
         RuntimeError: it failed, and has said why on stderr.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(RESOURCES.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, "-m", "modeling_peer.benchmarks.memory", function, json.dumps(arguments)]
     process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
     if process.returncode > 0:

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A whole model, in PEER's implementations and without PEER: what `scripts/bench_model.py` runs."""
+"""A whole model, in PEER's implementations and without PEER: what `peer bench-model` runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_peer.benchmarks.contenders import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.memory import in_new_process
-from modeling_peer.benchmarks.preconditions import KERNEL_TESTS, announce, describe_run, require_green_tests
+from modeling_peer.benchmarks.preconditions import announce, describe_run
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
 from modeling_peer.console.command_line import parse_overrides
@@ -76,16 +76,14 @@ def takes_part(name: str, task: str, settings: ModelBenchmark) -> bool:
     return task == "training" or name != row_sparse(settings.device)
 
 
-def bench_model(settings: ModelBenchmark, kernel_tests: Sequence[str] = KERNEL_TESTS) -> dict[str, Any]:
-    """Test the kernels, measure every task, print the table, and write the file asked for."""
+def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
+    """Measure every task, print the table, and write the file asked for."""
     names = select(settings.contenders, all_names(settings.device))
     reason = why_missing(FAST[settings.device], settings)
     missing = {name: reason for name in names if reason and name not in (PEER_EAGER, DENSE_TWIN)}
     for name, why in missing.items():
         announce(f"{name} is left out: {why}")
     names = [name for name in names if name not in missing]
-    announce("kernel tests ...")
-    tests = require_green_tests(kernel_tests)
     set_threads(settings.threads)
 
     models = build_models(names, settings)
@@ -97,7 +95,7 @@ def bench_model(settings: ModelBenchmark, kernel_tests: Sequence[str] = KERNEL_T
     result = {
         "benchmark": "model",
         **describe_run(settings),
-        "kernel_tests": tests,
+        "kernel_tests": settings.kernel_tests,
         "missing": missing,
         "parameter_bytes": parameters,
         "tasks": tasks,

@@ -60,6 +60,9 @@ class BenchmarkArguments:
         default=None, metadata={"help": "What is measured, on a machine that has the files without git."}
     )
     output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    kernel_tests: str = field(
+        default="not run", metadata={"help": "What they said before the measurement; scripts/bench_*.py run them."}
+    )
     command: str = field(init=False, default="")
 
     def __post_init__(self):
@@ -139,7 +142,8 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
     if not isinstance(sizes, dict):
         raise SettingsError(f"{path} has no section {section!r}.")
     settings = parse_arguments(group, _as_words(sizes) + words[1:])
-    settings.command = shlex.join(["python", f"scripts/bench_{section}.py", *words])
+    shown = [word for word in words if not word.startswith("--kernel_tests=")]
+    settings.command = shlex.join(["peer", f"bench-{section}", *shown])
     return settings
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What it costs to watch how experts are used, and to even it out: what `scripts/bench_expert_usage.py` runs."""
+"""What it costs to watch how experts are used, and to even it out: what `peer bench-usage` runs."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from modeling_peer.benchmarks.model import ModelBenchmark, build_models, make_ca
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.costs.timing import Clock, interleave, set_threads
 
-LOGGING_STEPS = 10  # the default of scripts/train_lm.py
+LOGGING_STEPS = 10  # the default of peer train
 BALANCE_LOSSES = ("switch", "uniformity")
 
 

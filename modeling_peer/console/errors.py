@@ -11,6 +11,10 @@ class SettingsError(ValueError):
     """The user's settings or files cannot work; the message has the numbers and the way out, no traceback needed."""
 
 
+class CommandFailed(RuntimeError):
+    """A command went through, and its outcome is bad; the message says what. The exit status is 1."""
+
+
 def require(holds: bool, name: str, value: Any, words: str) -> None:
     """Raise SettingsError unless `holds`: the field, its value, and in words what it must be."""
     if not holds:

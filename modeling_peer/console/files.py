@@ -3,6 +3,7 @@
 
 import json
 import os
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,17 @@ import yaml
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.files_peer import write_text
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+# configuration/ and model_cards/ are links in a checkout, and copies where the package is installed.
+RESOURCES = Path(str(files("modeling_peer")))
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
-    """Find a file by path, from here or from the repository's root, or by bare name in `folder` of the repository."""
-    candidates = [Path(name), REPOSITORY / name, REPOSITORY / folder / f"{name.removesuffix(suffix)}{suffix}"]
+    """Find a file by path, from here or from the package, or by bare name in `folder` of the package."""
+    candidates = [Path(name), RESOURCES / name, RESOURCES / folder / f"{name.removesuffix(suffix)}{suffix}"]
     for path in candidates:
         if os.path.isfile(path):  # False, not an error, for a name that no file can have
             return path
-    known = sorted(path.stem for path in (REPOSITORY / folder).glob(f"*{suffix}"))
-    if not known:
-        raise SettingsError(f"no file {name!r} here, and no folder {folder}: run from a clone of the repository.")
+    known = sorted(path.stem for path in (RESOURCES / folder).glob(f"*{suffix}"))
     hint = nearest(Path(name).name.removesuffix(suffix), known)
     raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
 

@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.console.files import REPOSITORY
+from modeling_peer.console.files import RESOURCES
 from modeling_peer.console.run_files import SETTINGS_FILE, list_checkpoints
 
 PRESETS_FOLDER = "configuration/models"
@@ -33,7 +33,7 @@ SIGNS_OF_A_RUN = (SETTINGS_FILE, "training_args.bin", "trainer_state.json", "_un
 
 def preset_files() -> dict[str, Path]:
     """The configurations of the repository, by name."""
-    return {path.stem: path for path in sorted((REPOSITORY / PRESETS_FOLDER).glob("*.json"))}
+    return {path.stem: path for path in sorted((RESOURCES / PRESETS_FOLDER).glob("*.json"))}
 
 
 def exists(path: str | Path) -> bool:
@@ -60,7 +60,7 @@ def locate_model(name: str, trained: bool) -> str:
     presets = preset_files()
     if trained and (preset := name.removesuffix(".json")) in presets:
         raise SettingsError(
-            f"{name!r} is a configuration, without weights. Train it first: scripts/train_lm.py --model {preset} "
+            f"{name!r} is a configuration, without weights. Train it first: peer train --model {preset} "
             f"--output_dir runs/{preset}. Then name that folder.{_hint(name, {})}"
         )
     return _locate(name, "model", {} if trained else {preset: preset for preset in presets})
@@ -155,7 +155,7 @@ def _require_model(path: Path) -> None:
         if checkpoints := list_checkpoints(path):
             raise SettingsError(
                 f"it holds a run that has not ended. Name its newest checkpoint, {checkpoints[-1]}, or let it end: "
-                "scripts/train_lm.py with the settings it had and --resume_from_checkpoint last."
+                "peer train with the settings it had and --resume_from_checkpoint last."
             )
         if any((path / name).exists() for name in SIGNS_OF_A_RUN):
             raise SettingsError(

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from modeling_peer.console.files import REPOSITORY
+from modeling_peer.console.files import RESOURCES
 from modeling_peer.console.names import PRESETS_FOLDER
 from modeling_peer.costs.counting import model_parts, sum_of_parts
 from modeling_peer.hub.loading import load_preset
@@ -11,7 +11,7 @@ from modeling_peer.hub.loading import load_preset
 
 def preset_names() -> list[str]:
     """Names to give as `--model`, fewest parameters first."""
-    names = [path.stem for path in (REPOSITORY / PRESETS_FOLDER).glob("*.json")]
+    names = [path.stem for path in (RESOURCES / PRESETS_FOLDER).glob("*.json")]
     return sorted(names, key=lambda name: (cost_of_preset(name)["total parameters"], name))
 
 

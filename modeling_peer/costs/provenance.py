@@ -10,8 +10,6 @@ from typing import Any
 import psutil
 import torch
 
-from modeling_peer.console.files import REPOSITORY
-
 PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 
 
@@ -50,7 +48,9 @@ def describe_versions(commit: str | None = None) -> dict[str, Any]:
 
 def _git(*words: str) -> str | None:
     try:
-        process = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, encoding="utf-8")
+        process = subprocess.run(
+            ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words], capture_output=True, encoding="utf-8"
+        )
     except FileNotFoundError:
         return None
     return process.stdout.strip() if process.returncode == 0 else None

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The table of what a model costs: what `scripts/show_costs.py` prints."""
+"""The table of what a model costs: what `peer costs` prints."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Score any causal checkpoint on any text: what `scripts/evaluate_lm.py` runs."""
+"""Score any causal checkpoint on any text: what `peer evaluate` runs."""
 
 import json
 from dataclasses import dataclass, field

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Continue prompts with any causal checkpoint: what `scripts/generate_text.py` runs."""
+"""Continue prompts with any causal checkpoint: what `peer generate` runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

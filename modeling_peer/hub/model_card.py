@@ -8,11 +8,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.console.files import REPOSITORY
+from modeling_peer.console.files import RESOURCES
 from modeling_peer.files_peer import write_text
 from modeling_peer.hub.loading import is_new_model, predicts_masked_tokens
 
-TEMPLATE = REPOSITORY / "model_cards" / "TEMPLATE.md"
+TEMPLATE = RESOURCES / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
 MASKED_MEASURES = {"validation_perplexity": "perplexity per masked token"}
 # paths say nothing to a reader elsewhere, and may name people

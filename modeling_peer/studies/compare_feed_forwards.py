@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Feed-forwards side by side at an equal budget: what `scripts/compare_feed_forwards.py` does."""
+"""Feed-forwards side by side at an equal budget: what `peer compare` does."""
 
 import time
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Finished runs side by side: what `scripts/compare_runs.py` does."""
+"""Finished runs side by side: what `peer compare-runs` does."""
 
 import glob
 import json
@@ -77,7 +77,7 @@ def _read_group(word: str) -> tuple[str, list[Run]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what `scripts/train_lm.py` left in its output_dir."""
+    """Read what `peer train` left in its output_dir."""
     try:
         summary = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

@@ -33,7 +33,7 @@ class PlannedRun:
 
     Args:
         settings: all that decides its result, but for code and machine; a finished run with others is not this run.
-        words: its command line, as for scripts/train_lm.py.
+        words: its command line, as for peer train.
         cost: parameters, FLOPs and steps.
     """
 

@@ -140,7 +140,7 @@ class Study:
 
 
 def parse_study(words: Sequence[str] | None = None) -> Study:
-    """Read `recipe.yaml --field value ...`: fields of `StudyArguments`, and any others as for scripts/train_lm.py.
+    """Read `recipe.yaml --field value ...`: fields of `StudyArguments`, and any others as for peer train.
 
     Args:
         words: the command line without the program's name; `sys.argv[1:]` by default.

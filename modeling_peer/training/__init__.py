@@ -3,7 +3,7 @@
 
 from importlib.util import find_spec
 
-_MISSING = [name for name in ("accelerate", "datasets", "evaluate", "yaml") if find_spec(name) is None]
+_MISSING = [name for name in ("accelerate", "datasets", "evaluate") if find_spec(name) is None]
 if _MISSING:
     raise ModuleNotFoundError(
         f"training needs packages that are not installed: {', '.join(_MISSING)}. "

@@ -23,7 +23,7 @@ class ExpertUsageCallback(TrainerCallback):
     evaluation mode, as generation does, counts with the next evaluation. A resumed run counts from where it resumed.
     A model without sparse layers logs nothing.
     It takes 16 bytes an expert and, on two CPU cores, 0.1 % of a training step of `peer_mini`, 0.5 % with a million
-    experts (`scripts/bench_expert_usage.py`).
+    experts (`peer bench-usage`).
 
     Args:
         window_steps: optimizer steps that a figure of training covers at least. It covers those since the last one,

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, set_seed
 
-from modeling_peer.console.files import REPOSITORY
+from modeling_peer.console.errors import CommandFailed
 from modeling_peer.evaluation.generation import GenerationArguments, continue_texts
 from modeling_peer.evaluation.perplexity import CausalPerplexity
 from modeling_peer.evaluation.unigram import unigram_bits_per_byte
@@ -18,12 +18,11 @@ from modeling_peer.training.language_modeling import TrainingResult, train_langu
 from modeling_peer.training.recipes import Recipe, parse_recipe
 
 RECIPE = "configuration/training/quickstart.yaml"
-GENERATE_SCRIPT = REPOSITORY / "scripts" / "generate_text.py"
 PROMPT = "def "
 NUM_NEW_TOKENS = 80
 
 
-class QuickstartFailed(RuntimeError):
+class QuickstartFailed(CommandFailed):
     """The run went through, but what it made is not good; the message says what."""
 
 
@@ -31,7 +30,7 @@ def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
     """Do all of it.
 
     Args:
-        arguments: fields that override the recipe's, as for `scripts/train_lm.py`.
+        arguments: fields that override the recipe's, as for `peer train`.
 
     Returns:
         bits_per_byte of the trained and the untrained model and of token frequencies, on held-out files; seconds,
@@ -89,7 +88,7 @@ def require_same_text_in_new_process(result: TrainingResult, folder: str | Path)
         QuickstartFailed: the process failed, or wrote another text.
     """
     options = GenerationArguments(model=str(folder), prompt=[PROMPT], max_new_tokens=NUM_NEW_TOKENS)
-    command = [sys.executable, str(GENERATE_SCRIPT), "--model", options.model, "--prompt", PROMPT]
+    command = [sys.executable, "-m", "peer_command", "generate", "--model", options.model, "--prompt", PROMPT]
     command += ["--max_new_tokens", str(NUM_NEW_TOKENS)]
     process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     print(process.stdout, end="", flush=True)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from kernel_tests import require_green_tests
 from training_helpers import REPOSITORY, TINY_PEER
 
 from modeling_peer import PeerLayer
@@ -15,7 +16,6 @@ from modeling_peer.benchmarks.calls import make_call, make_tokens
 from modeling_peer.benchmarks.contenders import all_names, build_contenders
 from modeling_peer.benchmarks.layer import bench_layer
 from modeling_peer.benchmarks.model import ModelBenchmark, bench_model
-from modeling_peer.benchmarks.preconditions import require_green_tests
 from modeling_peer.benchmarks.settings import TASKS, Case, LayerArguments, parse_cases, parse_settings
 from modeling_peer.benchmarks.traffic import bytes_to_move, count_rows, measure_traffic
 from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
@@ -148,12 +148,12 @@ def test_copying_is_measured_in_bytes_per_second(monkeypatch):
 )
 def test_nothing_is_measured_when_kernel_tests_are_not_green(test_file, monkeypatch, body, message):
     monkeypatch.setenv("PYTEST_ADDOPTS", "--co")  # would only list the tests
-    with pytest.raises(SettingsError, match=f"(?s){message}"):
-        bench_layer(tiny_layer(cases=["decode num_sub_keys=2"]), [test_file(body)])
+    with pytest.raises(SystemExit, match=f"(?s){message}"):
+        require_green_tests([test_file(body)])
 
 
 def test_kernel_tests_that_are_absent_are_an_error():
-    with pytest.raises(SettingsError, match=r"no kernel tests in .*: run from a clone"):
+    with pytest.raises(SystemExit, match="no kernel tests in "):
         require_green_tests(["tests/no_such_*.py"])
 
 
@@ -170,8 +170,9 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
         output_file=str(tmp_path / "layer.json"),
         plot_file=str(tmp_path / "layer.png"),
     )
-    settings.command = "python scripts/bench_layer.py somewhere"
-    run_script(lambda: bench_layer(settings, [test_file("def test_it():\n    pass\n")]))
+    settings.command = "peer bench-layer somewhere"
+    settings.kernel_tests = require_green_tests([test_file("def test_it():\n    pass\n")])
+    run_script(lambda: bench_layer(settings))
     *printed, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
     assert result == json.loads((tmp_path / "layer.json").read_text())
@@ -180,7 +181,7 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
     assert {"cpu", "cores", "threads", "memory_gib"} <= set(result["machine"])
     assert result["versions"]["torch"] == torch.__version__
     assert "1 passed" in result["kernel_tests"]
-    assert result["command"] == "python scripts/bench_layer.py somewhere"
+    assert result["command"] == "peer bench-layer somewhere"
     assert [(c["task"], c["num_tokens"], c["num_experts"]) for c in result["cases"]] == [
         ("decode", 1, 4),
         ("decode", 1, 16),
@@ -207,7 +208,7 @@ def test_cases_whose_process_dies_take_no_others_with_them(test_file, monkeypatc
 
     monkeypatch.setattr(layer, "in_new_process", in_new_process)
     settings = tiny_layer(contenders=["eager"], cases=["decode num_sub_keys=2,4"])
-    first, second = bench_layer(settings, [test_file("def test_it():\n    pass\n")])["cases"]
+    first, second = bench_layer(settings)["cases"]
     assert (first["contenders"], first["skipped"]) == ({}, {"eager": "its process ended with status -9"})
     assert (list(second["contenders"]), second["skipped"]) == (["eager"], {})
     assert "status -9" in capsys.readouterr().err
@@ -223,7 +224,7 @@ def test_what_was_measured_is_written_before_something_fails(test_file, tmp_path
     output = tmp_path / "layer.json"
     settings = tiny_layer(contenders=["eager"], cases=["decode num_sub_keys=2,4"], output_file=str(output))
     with pytest.raises(RuntimeError, match="failed in its process"):
-        bench_layer(settings, [test_file("def test_it():\n    pass\n")])
+        bench_layer(settings)
     (case,) = json.loads(output.read_text())["cases"]
     assert (case["num_sub_keys"], list(case["contenders"])) == (2, ["eager"])
 
@@ -375,7 +376,7 @@ def test_a_case_that_makes_no_sense_is_refused(line, message):
 @pytest.mark.parametrize("name", ["cpu", "smoke", "h200"])
 def test_every_file_of_sizes_is_understood_and_the_command_line_wins(name):
     layer = parse_settings(LayerArguments, "layer", [name, "--device", "cpu", "--repeats", "4"])
-    assert (layer.repeats, layer.command) == (4, f"python scripts/bench_layer.py {name} --device cpu --repeats 4")
+    assert (layer.repeats, layer.command) == (4, f"peer bench-layer {name} --device cpu --repeats 4")
     assert {case.task for case in parse_cases(layer.cases, layer.hidden_size)} == set(TASKS)
     network = parse_settings(ModelBenchmark, "model", [name, "--device", "cpu"])
     assert network.length("training") > 0
@@ -408,7 +409,7 @@ def test_a_model_benchmark_counts_tokens_and_its_twin_is_dense(tmp_path, test_fi
         new_tokens=4,
     )
     monkeypatch.setattr(model, "in_new_process", lambda function, *arguments: model.probe_memory(*arguments))
-    run_script(lambda: bench_model(settings, [test_file("def test_it():\n    pass\n")]))
+    run_script(lambda: bench_model(settings))
     *printed, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
     assert printed == report.model_markdown(result).splitlines()
