@@ -16,14 +16,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
+SPEED = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMPARING = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def run_python(page: str) -> dict:
+def run_python(page: str, least: int = 2) -> dict:
     """Run all Python of a page, from top to bottom; what it leaves."""
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) >= 2
+    assert len(blocks) >= least
     namespace = {}
     for block in blocks:
         exec(compile(block, "a page of the documentation", "exec"), namespace)
@@ -35,6 +37,11 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch)
     namespace = run_python(README)
     assert namespace["outputs"].expert_ids[0].shape == (2, 32, 8, 16)
     assert (tmp_path / "my-peer" / "modeling_peer.py").exists()
+
+
+def test_the_python_of_the_page_on_speed_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert type(run_python(SPEED, least=1)["optimizer"]).__name__ == "RowSparseAdamW"
 
 
 def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch):
@@ -61,7 +68,7 @@ def test_every_place_in_the_tree_exists():
     missing = [place for place in places if not (REPOSITORY / place).exists()]
     assert not missing
     flat = {path.name for path in (REPOSITORY / "modeling_peer").glob("*_peer.py")}
-    assert flat <= {Path(place).name for place in places}
+    assert not [name for name in flat if f"  {name}" not in CONTRIBUTING]
 
 
 @pytest.mark.parametrize("target", re.findall(r"\bmake ([a-z-]+)", README))
@@ -70,8 +77,10 @@ def test_every_make_target_that_the_readme_names_exists(target):
 
 
 def test_every_script_and_recipe_that_the_readme_names_exists():
-    pages = README + TRAINING + SCALING + COMPARING + RESULTS
-    named = re.findall(r"\b(?:scripts|configuration|tests|docs|benchmarks)/[\w/]+\.(?:py|yaml|json|md|png)", pages)
+    pages = README + TRAINING + SCALING + COMPARING + RESULTS + SPEED + CONTRIBUTING
+    named = re.findall(
+        r"\b(?:scripts|configuration|tests|docs|results|examples)/[\w/]+\.(?:py|yaml|json|md|png)", pages
+    )
     assert named
     assert not [name for name in named if not (REPOSITORY / name).exists()]
 
@@ -96,8 +105,8 @@ def test_the_version_is_the_same_wherever_it_is_told():
 
 
 def rows_of_table(heading: str) -> list[list[str]]:
-    """Cells of each row of the README's table that begins with `heading`."""
-    lines = README[README.index(f"\n{heading}") :].strip().split("\n\n")[0].splitlines()
+    """Cells of each row of the table of docs/speed.md that begins with `heading`."""
+    lines = SPEED[SPEED.index(f"\n{heading}") :].strip().split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -130,7 +139,7 @@ def case_of(cases: list[dict], label: str, num_experts: str) -> dict:
 
 def test_times_of_a_layer_are_those_that_were_measured():
     result = results_of("layer_cpu.json")
-    assert result["versions"]["modeling_peer"][:7] in README
+    assert result["versions"]["modeling_peer"][:7] in SPEED
     rows = rows_of_table("| milliseconds |")
     assert len(rows) == 7
     for label, num_experts, *cells, ratio, dense in rows:

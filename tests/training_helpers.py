@@ -101,7 +101,8 @@ def run_script(name: str, *words: str, num_processes: int = 1) -> subprocess.Com
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     launcher = launcher if num_processes > 1 else []
-    command = [sys.executable, *launcher, str(REPOSITORY / "scripts" / name), *words]
+    (path,) = (path for folder in ("scripts", "examples") if (path := REPOSITORY / folder / name).exists())
+    command = [sys.executable, *launcher, str(path), *words]
     return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300)
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The training of `train_lm.py` as a plain loop: Accelerate, no Trainer. Copy it and change what you like.
 
-python scripts/train_lm_accelerate.py configuration/training/quickstart.yaml --row_sparse_gradients true
-torchrun --nproc_per_node 2 scripts/train_lm_accelerate.py configuration/training/quickstart.yaml
+python examples/train_lm_accelerate.py configuration/training/quickstart.yaml --row_sparse_gradients true
+torchrun --nproc_per_node 2 examples/train_lm_accelerate.py configuration/training/quickstart.yaml
 
 Reads the same recipes. Of Trainer's arguments it uses: output_dir, resume_from_checkpoint, seed, use_cpu, bf16, fp16,
 max_steps, num_train_epochs, per_device_train_batch_size, gradient_accumulation_steps, learning_rate, weight_decay,
