@@ -22,7 +22,7 @@ from modeling_peer.benchmarks.contenders import (
     why_missing,
 )
 from modeling_peer.benchmarks.memory import call_bytes, fit, in_new_process, weight_bytes
-from modeling_peer.benchmarks.preconditions import announce, describe_run
+from modeling_peer.benchmarks.preconditions import announce, describe_measurement
 from modeling_peer.benchmarks.report import publish, save, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
 from modeling_peer.benchmarks.traffic import count_rows, measure_traffic
@@ -44,7 +44,7 @@ def bench_layer(settings: LayerArguments) -> dict[str, Any]:
     cases = parse_cases(settings.cases, settings.hidden_size)
     result = {
         "benchmark": "layer",
-        **describe_run(settings),
+        **describe_measurement(settings),
         "kernel_tests": settings.kernel_tests,
         "missing": missing,
         "copy_gb_per_s": round(bandwidth / 1e9, 3),

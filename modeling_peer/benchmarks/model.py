@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_peer.benchmarks.contenders import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.memory import in_new_process
-from modeling_peer.benchmarks.preconditions import announce, describe_run
+from modeling_peer.benchmarks.preconditions import announce, describe_measurement
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
 from modeling_peer.console.command_line import parse_overrides
@@ -94,7 +94,7 @@ def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
         _add_peaks_of_processes(tasks, names, settings)
     result = {
         "benchmark": "model",
-        **describe_run(settings),
+        **describe_measurement(settings),
         "kernel_tests": settings.kernel_tests,
         "missing": missing,
         "parameter_bytes": parameters,

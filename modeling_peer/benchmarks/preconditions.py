@@ -21,7 +21,7 @@ def announce(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def describe_run(settings: BenchmarkArguments) -> dict[str, Any]:
+def describe_measurement(settings: BenchmarkArguments) -> dict[str, Any]:
     """Machine, versions, settings and command, as a result records them."""
     return {
         "command": settings.command,

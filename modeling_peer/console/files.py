@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,19 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
     raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: to PyYAML, which reads YAML 1.1, `4e-3` is a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe: one YAML mapping of fields to values."""
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:

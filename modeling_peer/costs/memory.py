@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 
@@ -69,4 +68,6 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
+    import psutil  # of an extra
+
     return psutil.virtual_memory().available

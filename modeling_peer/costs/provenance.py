@@ -7,7 +7,6 @@ import platform
 import subprocess
 from typing import Any
 
-import psutil
 import torch
 
 PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
@@ -15,6 +14,8 @@ PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor and its widest vectors, cores this process may use, threads, memory, and a GPU if one is measured."""
+    import psutil  # of an extra that versions do without
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
         "cpu": _cpu_model(),

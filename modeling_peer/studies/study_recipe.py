@@ -182,8 +182,7 @@ def _read(kind: type, values: Any, place: str = "") -> Any:
         accepted = (*expected, int) if float in expected else expected
         if not isinstance(value, accepted) or isinstance(value, bool):
             words = " or ".join(e.__name__ for e in expected if e is not type(None))
-            hint = " YAML takes 1.0e+13 for a number, and 1e13 for a word." if float in expected else ""
-            raise SettingsError(f"{name}{inside} ({value!r}) must be a {words}.{hint}")
+            raise SettingsError(f"{name}{inside} ({value!r}) must be a {words}.")
     missing = [name for name in ("recipe", "contenders", "reference") if name in known and not values.get(name)]
     if missing:
         raise SettingsError(f"it lacks {', '.join(missing)}.")

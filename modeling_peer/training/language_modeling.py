@@ -2,7 +2,6 @@
 """One run of training: from a recipe to a saved, measured model with its card."""
 
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers.integrations import is_tensorboard_available
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
 from modeling_peer.console.run_files import RESULTS_FILE, SETTINGS_FILE
+from modeling_peer.costs.provenance import describe_versions
 from modeling_peer.data.corpus import Corpus, load_corpus
 from modeling_peer.data.masking import MaskedBlocks, NewMasksEveryEpoch
 from modeling_peer.data.packing import PackedBlocks, pack, tokenize
@@ -82,6 +82,8 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         tokenizer, origin = load_tokenizer(model_arguments, config, corpus, checkpoint)
         announce(f"tokenizer: {origin}, {len(tokenizer)} tokens")
         train_blocks, validation_blocks = pack_corpus(corpus, tokenizer, block_size, recipe)
+    if validation_blocks is None:
+        run.eval_strategy = transformers.IntervalStrategy.NO
     set_seed(run.seed)
     model = build_model(model_arguments, config, tokenizer, Path(run.output_dir))
     if checkpoint:
@@ -173,7 +175,7 @@ def choose_block_size(block_size: int | None, config) -> int:
 
 
 def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
-    """Training and validation examples; the latter None, and evaluation off, when there is no validation text."""
+    """Training and validation examples; the latter None when there is no validation text."""
     data, run = recipe.data, recipe.run
     options = {
         "tokenizer": tokenizer,
@@ -194,8 +196,6 @@ def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
         most = data.max_evaluation_examples
         chosen = range(0, len(validation), max(1, len(validation) // most))[:most]
         validation = torch.utils.data.Subset(validation, chosen)
-    if validation is None:
-        run.eval_strategy = transformers.IntervalStrategy.NO
     return train, validation
 
 
@@ -227,7 +227,7 @@ def summarize(
         "train_loss": losses[-1] if losses else None,
         "eval_loss": evaluated[-1] if evaluated else None,
         "train_seconds": round(time.monotonic() - started, 1),
-        "versions": versions(),
+        "versions": describe_versions(),
     }
 
 
@@ -253,12 +253,3 @@ def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) ->
     except ValueError as error:
         raise SettingsError(f"the model saved in {recipe.run.output_dir} cannot be scored: {error}") from error
     return {f"validation_{name}": value for name, value in measured.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide the numbers: Python, torch, Transformers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

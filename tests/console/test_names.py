@@ -84,7 +84,7 @@ def test_a_mistyped_checkpoint_is_refused_without_the_network(online, folders, n
 
 @pytest.mark.parametrize("name", ["peer_tiny", "peer_tiny.json", "peer_mini"])
 def test_a_configuration_is_no_checkpoint(online, name):
-    message = r"is a configuration, without weights. Train it first: scripts/train_lm.py --model peer_"
+    message = r"is a configuration, without weights. Train it first: peer train --model peer_"
     for use, arguments in (
         (generate_from_checkpoint, GenerationArguments(model=name)),
         (evaluate_checkpoint, EvaluationArguments(model=name)),

@@ -10,6 +10,7 @@ from training_helpers import REPOSITORY
 import modeling_peer.training
 from modeling_peer.console.command_line import parse_arguments, parse_overrides
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import read_yaml
 from modeling_peer.data.corpus import DataArguments
 from modeling_peer.evaluation.checkpoints import EvaluationArguments
 from modeling_peer.evaluation.generation import GenerationArguments
@@ -157,3 +158,9 @@ def test_training_without_its_packages_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "evaluate" else name)
     with pytest.raises(ModuleNotFoundError, match=r"not installed: evaluate.*pip install -e '\.\[train\]'"):
         importlib.reload(modeling_peer.training)
+
+
+@pytest.mark.parametrize(("text", "value"), [("4e-3", 0.004), ("1e13", 1e13), ("-2.5E+3", -2500.0), ("1e", "1e")])
+def test_numbers_of_a_recipe_are_numbers(tmp_path, text, value):
+    (tmp_path / "recipe.yaml").write_text(f"learning_rate: {text}\n")
+    assert read_yaml(tmp_path / "recipe.yaml") == {"learning_rate": value}
