@@ -8,7 +8,7 @@ import torch
 from modeling_peer.backends_peer import ADAMW_ROWS_FUNCTIONS, choose
 from modeling_peer.kernels.lazy_gradients import OuterProducts
 from modeling_peer.kernels.optimizer_arguments import check_adamw_rows
-from modeling_peer.optim.row_sparse_gradients import local_rows, touched_rows
+from modeling_peer.optim.row_sparse_gradients import is_row_sparse, local_rows, touched_rows
 from modeling_peer.optim.row_sparse_state import (
     LAST_STEP,
     ROW_STATES,
@@ -113,7 +113,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             state["step"].zero_()
 
     def _is_row_sparse(self, parameter):
-        state, is_sparse = self.state.get(parameter), parameter.grad.is_sparse
+        state, is_sparse = self.state.get(parameter), is_row_sparse(parameter.grad)
         if state and is_sparse != (LAST_STEP in state):
             if is_blank(state):
                 self.state[parameter] = {}

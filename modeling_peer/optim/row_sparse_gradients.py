@@ -70,6 +70,11 @@ def touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | O
     return gradient._indices()[0], gradient._values()
 
 
+def is_row_sparse(gradient: torch.Tensor) -> bool:
+    """Whether a gradient holds some rows only. A DTensor does not know it of a `LazyRowGradient` inside."""
+    return local_rows(gradient).is_sparse
+
+
 def lazy_products(gradient: torch.Tensor) -> OuterProducts | None:
     """What a gradient that is not multiplied out yet is made of; None of any other."""
     return gradient.products() if isinstance(gradient, LazyRowGradient) else None
@@ -125,7 +130,7 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             gradient = parameter.grad
-            if gradient.is_sparse and lazy_products(gradient) is None:
+            if is_row_sparse(gradient) and lazy_products(gradient) is None:
                 parameter.grad = coalesced(gradient)
                 # of a sharded table, the norm is that of all ranks' values
                 gradient = sharded_as(parameter, local_rows(parameter.grad)._values())
