@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_peer.benchmarks.settings import TASKS
+from modeling_peer.console.files import write_json
 from modeling_peer.console.tables import as_markdown
 
 
@@ -23,7 +24,7 @@ def publish(result: dict[str, Any], output_file: str | None) -> None:
 def save(result: dict[str, Any], output_file: str | None) -> None:
     """Write a result, whole or as far as it goes, as JSON if asked to."""
     if output_file:
-        Path(output_file).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(output_file), result)
 
 
 def as_tables(result: dict[str, Any]) -> str:
