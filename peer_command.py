@@ -43,8 +43,8 @@ class Command:
 TRAINING = (
     "hub/loading.py:ModelArguments",
     "data/corpus.py:DataArguments",
-    "training/recipes.py:PeerTrainingArguments",
-    "training/recipes.py:RunArguments",
+    "training/arguments.py:PeerTrainingArguments",
+    "training/arguments.py:RunArguments",
 )
 BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 RECIPE = "[recipe.yaml] [--field value ...]"

@@ -28,11 +28,12 @@ from modeling_peer.data.corpus import load_corpus
 from modeling_peer.hub.loading import load_config, predicts_masked_tokens
 from modeling_peer.optim import parameter_groups, row_sparse_gradients
 from modeling_peer.training import RowSparseAdamW, average_over_processes, clip_gradients, schedule_tables
+from modeling_peer.training.arguments import RunArguments
+from modeling_peer.training.blocks import choose_block_size, pack_corpus
 from modeling_peer.training.checkpoint_folders import staged_checkpoint
-from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
 from modeling_peer.training.models import build_model, load_tokenizer
 from modeling_peer.training.parallelism import launched_sharding
-from modeling_peer.training.recipes import Recipe, RunArguments, parse_recipe
+from modeling_peer.training.recipe import Recipe, parse_recipe
 from modeling_peer.training.resumed_settings import (
     announce_changes,
     refuse_changes,

@@ -18,7 +18,7 @@ def quickstart(words: Sequence[str]) -> dict[str, Any]:
 def train(words: Sequence[str]) -> dict[str, Any]:
     """One run of training, as a recipe and the fields after it say."""
     from modeling_peer.training.language_modeling import train_language_model
-    from modeling_peer.training.recipes import parse_recipe
+    from modeling_peer.training.recipe import parse_recipe
 
     return train_language_model(parse_recipe(words)).summary
 

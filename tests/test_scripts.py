@@ -26,7 +26,7 @@ from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_c
 from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
 from modeling_peer.training import quickstart
 from modeling_peer.training.quickstart import QuickstartFailed, run_quickstart
-from modeling_peer.training.recipes import parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 TRAINING_SCRIPTS = (

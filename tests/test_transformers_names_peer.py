@@ -128,7 +128,8 @@ def test_the_releases_that_errors_advise_are_those_that_are_supported():
 
 
 def test_every_method_of_trainer_that_is_overridden_is_looked_up():
-    from modeling_peer.training.trainer import OVERRIDDEN, LanguageModelTrainer
+    from modeling_peer.training.language_model_trainer import LanguageModelTrainer
+    from modeling_peer.training.trainer import OVERRIDDEN
 
     ours = {
         name

@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 
 from modeling_peer.training.language_modeling import train_language_model
-from modeling_peer.training.recipes import parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run", "far", "away", "from", "here"]

@@ -13,9 +13,9 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import load_corpus
 from modeling_peer.data.packing import PackedBlocks
 from modeling_peer.studies.unchanged import require_same_beginning
-from modeling_peer.training.language_modeling import choose_block_size, pack_corpus
+from modeling_peer.training.blocks import choose_block_size, pack_corpus
 from modeling_peer.training.models import load_tokenizer
-from modeling_peer.training.recipes import Recipe
+from modeling_peer.training.recipe import Recipe
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FILE = "data.json"

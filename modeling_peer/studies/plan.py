@@ -17,7 +17,7 @@ from modeling_peer.costs.budgets import fit_to_budget
 from modeling_peer.costs.counting import model_cost
 from modeling_peer.hub.loading import language_model_class, load_config
 from modeling_peer.studies.study_recipe import Size, Study
-from modeling_peer.training.recipes import Recipe, drop_other_source, parse_recipe
+from modeling_peer.training.recipe import Recipe, drop_other_source, parse_recipe
 
 FITS_FILE = "fits.json"
 # Of a run's settings: where things are, how it is watched, how text is read; and what `architecture` holds.

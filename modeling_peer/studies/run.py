@@ -26,7 +26,7 @@ from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.studies.plan import PlannedRun
 from modeling_peer.training.checkpoint_folders import newest_checkpoint
 from modeling_peer.training.language_modeling import train_language_model
-from modeling_peer.training.recipes import parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 from modeling_peer.training.step_costs import CostOfSteps
 
 RUN_FILE = "run.json"

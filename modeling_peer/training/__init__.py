@@ -19,8 +19,8 @@ from modeling_peer.optim import (  # noqa: E402
     row_sparse_gradients,
     schedule_tables,
 )
+from modeling_peer.training.arguments import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
-from modeling_peer.training.recipes import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.trainer import PeerTrainer  # noqa: E402
 
 __all__ = [

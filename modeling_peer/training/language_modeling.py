@@ -1,49 +1,34 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """One run of training: from a recipe to a saved, measured model with its card."""
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
 from modeling_peer.console.run_files import RESULTS_FILE, SETTINGS_FILE
-from modeling_peer.costs.provenance import describe_versions
 from modeling_peer.data.corpus import Corpus, load_corpus
 from modeling_peer.data.masking import MaskedBlocks, NewMasksEveryEpoch
-from modeling_peer.data.packing import PackedBlocks, pack, tokenize
-from modeling_peer.evaluation.masked_perplexity import masked_perplexity
-from modeling_peer.evaluation.perplexity import CausalPerplexity
+from modeling_peer.data.packing import PackedBlocks
 from modeling_peer.exchange_peer import staged_save
 from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
+from modeling_peer.training.arguments import RunArguments
+from modeling_peer.training.blocks import choose_block_size, pack_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
+from modeling_peer.training.language_model_trainer import LanguageModelTrainer, TimeLimit
 from modeling_peer.training.models import build_model, load_tokenizer
-from modeling_peer.training.recipes import Recipe, RunArguments
+from modeling_peer.training.recipe import Recipe
 from modeling_peer.training.resumed_settings import announce_changes, refuse_changes, stored_arguments
 from modeling_peer.training.run_folder import clear_output_dir, prepare_output_dir, require_same_architecture
 from modeling_peer.training.step_costs import CostOfSteps
-from modeling_peer.training.trainer import LanguageModelTrainer, TimeLimit
-
-
-@dataclass
-class TrainingResult:
-    """What a run leaves in memory; `summary` is what it prints and stores beside the model."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    corpus: Corpus
-    training_blocks: PackedBlocks | datasets.IterableDataset
-    summary: dict[str, Any] = field(default_factory=dict)
+from modeling_peer.training.summary import TrainingResult, examples_per_step, final_evaluation, summarize
 
 
 def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
@@ -137,12 +122,6 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
     return result
 
 
-def examples_per_step(run: RunArguments, model: PreTrainedModel) -> int:
-    """Of all processes; those of a tensor-parallel group have the same ones."""
-    num_groups = run.world_size // (getattr(model, "tp_size", None) or 1)
-    return run.train_batch_size * run.gradient_accumulation_steps * num_groups
-
-
 def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_blocks, model) -> dict[str, Any]:
     """What decides which tokens a step sees: stored at the start, compared when the run is resumed."""
     run = recipe.run
@@ -161,44 +140,6 @@ def require_loggers(run: RunArguments) -> None:
         raise SettingsError("--report_to tensorboard needs the tensorboard package: install it, or --report_to none.")
 
 
-def choose_block_size(block_size: int | None, config) -> int:
-    """Tokens per example, checked against the positions that the model has."""
-    longest = getattr(config, "max_position_embeddings", None) or math.inf
-    if block_size is None:
-        return min(longest, 1024)
-    if not 2 <= block_size <= longest:
-        raise SettingsError(
-            f"block_size ({block_size}) must be from 2 to max_position_embeddings ({longest}); a new model can have "
-            f"more: --model_overrides max_position_embeddings={block_size}."
-        )
-    return block_size
-
-
-def pack_corpus(corpus: Corpus, tokenizer, block_size: int, recipe: Recipe):
-    """Training and validation examples; the latter None when there is no validation text."""
-    data, run = recipe.data, recipe.run
-    options = {
-        "tokenizer": tokenizer,
-        "block_size": block_size,
-        "text_column": corpus.text_column,
-        "rows_are_lines": corpus.rows_are_lines,
-        "num_workers": data.preprocessing_workers,
-    }
-    train = pack(corpus.train, **options)
-    if isinstance(train, datasets.IterableDataset):
-        # without end: a run that is resumed skips as many examples as it had seen, however many passes that was
-        train = train.repeat(None)
-        if data.shuffle_buffer:
-            # the examples and not the rows: a long document is several rows in order
-            train = train.shuffle(seed=run.seed, buffer_size=data.shuffle_buffer)
-    validation = corpus.validation and pack(corpus.validation, **options, name="validation")
-    if validation is not None and data.max_evaluation_examples:
-        most = data.max_evaluation_examples
-        chosen = range(0, len(validation), max(1, len(validation) // most))[:most]
-        validation = torch.utils.data.Subset(validation, chosen)
-    return train, validation
-
-
 def describe(announce, model, run: RunArguments, block_size: int, train_blocks, checkpoint: str | None) -> None:
     """Say what was chosen, and why, before the first step."""
     announce(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {run.device}")
@@ -208,48 +149,3 @@ def describe(announce, model, run: RunArguments, block_size: int, train_blocks, 
     announce(f"resuming from {checkpoint}" if checkpoint else f"new run in {run.output_dir}, seed {run.seed}")
     if run.eval_strategy == transformers.IntervalStrategy.NO:
         announce("no evaluation during training: none asked for, or no validation text")
-
-
-def summarize(
-    trainer: LanguageModelTrainer, recipe: Recipe, corpus: Corpus, block_size: int, started: float
-) -> dict[str, Any]:
-    """The facts of a finished run that need no further measurement."""
-    run, state = recipe.run, trainer.state
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    return {
-        "path": str(run.output_dir),
-        "data": corpus.description,
-        "objective": objective(trainer.model.config, recipe.data.masking_probability),
-        "steps": state.global_step,
-        "tokens": state.global_step * examples_per_step(run, trainer.model) * block_size,
-        "parameters": trainer.model.num_parameters(),
-        "train_loss": losses[-1] if losses else None,
-        "eval_loss": evaluated[-1] if evaluated else None,
-        "train_seconds": round(time.monotonic() - started, 1),
-        "versions": describe_versions(),
-    }
-
-
-def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) -> dict[str, Any]:
-    """Of the validation documents, under `validation_` names: sliding-window perplexity and bits per byte; of a masked
-    model `masked_perplexity`."""
-    texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
-    model, tokenizer = result.model, result.tokenizer
-    options = {
-        "batch_size": recipe.run.per_device_eval_batch_size,
-        "show_progress": not recipe.run.disable_tqdm,
-    }
-    try:
-        if predicts_masked_tokens(model.config):
-            rows = tokenize({"text": texts}, tokenizer, text_column="text", rows_are_lines=False)["input_ids"]
-            tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-            block_size = max(1, min(block_size, len(tokens)))  # of a short text one block
-            blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
-            measured = masked_perplexity(model, tokenizer, blocks, recipe.data.masking_probability, **options)
-        else:
-            options["context_length"] = block_size
-            measured = CausalPerplexity().compute(data=texts, model=model, tokenizer=tokenizer, **options)
-    except ValueError as error:
-        raise SettingsError(f"the model saved in {recipe.run.output_dir} cannot be scored: {error}") from error
-    return {f"validation_{name}": value for name, value in measured.items()}

@@ -14,8 +14,9 @@ from modeling_peer.console.errors import CommandFailed
 from modeling_peer.evaluation.generation import GenerationArguments, continue_texts
 from modeling_peer.evaluation.perplexity import CausalPerplexity
 from modeling_peer.evaluation.unigram import unigram_bits_per_byte
-from modeling_peer.training.language_modeling import TrainingResult, train_language_model
-from modeling_peer.training.recipes import Recipe, parse_recipe
+from modeling_peer.training.language_modeling import train_language_model
+from modeling_peer.training.recipe import Recipe, parse_recipe
+from modeling_peer.training.summary import TrainingResult
 
 RECIPE = "configuration/training/quickstart.yaml"
 PROMPT = "def "

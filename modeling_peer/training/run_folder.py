@@ -12,8 +12,9 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import exists, no_such_folder
 from modeling_peer.console.run_files import RESULTS_FILE, SETTINGS_FILE, UNFINISHED, list_checkpoints
 from modeling_peer.hub.loading import CONFIG_ERRORS
+from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.checkpoint_folders import newest_checkpoint, require_complete
-from modeling_peer.training.recipes import Recipe, RunArguments
+from modeling_peer.training.recipe import Recipe
 
 # of a run that is overwritten: its weights must never stand beside the next run's tokenizer
 CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")

@@ -2,16 +2,12 @@
 """Trainer with what expert tables need, and with what our runs need: a card, and an early end."""
 
 import math
-import time
-from itertools import chain
-from typing import Any
 
 import torch
 from accelerate import DistributedType
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from modeling_peer.console.errors import SettingsError, require_numbers
-from modeling_peer.hub.model_card import write_model_card
 from modeling_peer.optim.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.optim.row_sparse_gradients import (
@@ -20,9 +16,9 @@ from modeling_peer.optim.row_sparse_gradients import (
     has_row_sparse_gradients,
     row_sparse_gradients,
 )
-from modeling_peer.training.checkpoints import CompleteCheckpoints
+from modeling_peer.training.arguments import PeerTrainingArguments
+from modeling_peer.training.complete_checkpoints import CompleteCheckpoints
 from modeling_peer.training.private_settings import PrivateArguments
-from modeling_peer.training.recipes import PeerTrainingArguments
 from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.sharded_checkpoints import ShardedCheckpoints
 from modeling_peer.transformers_names_peer import require_arguments, require_methods
@@ -37,7 +33,6 @@ OVERRIDDEN = (
 )
 require_methods(Trainer, *OVERRIDDEN)
 require_arguments(Trainer.compute_loss, "num_items_in_batch")  # what the model's loss is divided by
-LOSSES = ("loss", "eval_loss", "train_loss")
 
 
 class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, ShardedCheckpoints, Trainer):
@@ -191,68 +186,3 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         if "learning_rate" in logs and self._table_learning_rate is not None:
             logs["table_learning_rate"] = self._table_learning_rate
         super().log(logs, *args, **kwargs)
-
-
-class LanguageModelTrainer(PeerTrainer):
-    """Trainer whose model card is ours, also in `push_to_hub`, and which ends when the numbers are none."""
-
-    card_facts: dict[str, Any] | None = None  # set once there are results
-
-    def create_model_card(self, *args, **kwargs):
-        """Write README.md into output_dir, with the results measured so far."""
-        if self.is_world_process_zero() and self.card_facts:
-            write_model_card(self.args.output_dir, self.card_facts)
-
-    def evaluate(self, *args, **kwargs):
-        """Evaluate by the task's loss alone: with the auxiliary ones it would not compare with other models'."""
-        config = self.model.config
-        weight = getattr(config, "router_aux_loss_coef", None)
-        if weight is None:
-            return super().evaluate(*args, **kwargs)
-        config.router_aux_loss_coef = 0.0
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            config.router_aux_loss_coef = weight
-
-    def log(self, logs, *args, **kwargs):
-        """Log, unless a loss is not a number: then the run is over."""
-        for name in LOSSES:
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise self._diverged(f"{name} is {logs[name]}")
-        super().log(logs, *args, **kwargs)
-
-    def save_model(self, *args, **kwargs):
-        """Save, unless a weight is not a number: it would take the place of a good checkpoint."""
-        # a part of a sharded model is no ground for one process to stop alone
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            for name, value in chain(self.model.named_parameters(), self.model.named_buffers()):
-                if not torch.isfinite(value).all():
-                    raise self._diverged(f"{name} has values that are not finite")
-        super().save_model(*args, **kwargs)
-
-    def _diverged(self, what: str) -> SettingsError:
-        return SettingsError(
-            f"training diverged: {what} at step {self.state.global_step}. Lower --learning_rate, or set --dtype "
-            f"float32. What was saved before is in {self.args.output_dir}."
-        )
-
-
-class TimeLimit(TrainerCallback):
-    """Ends training after `seconds`, so that a slow machine gives a worse model rather than a late one."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.began = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        over = time.monotonic() - self.began > self.seconds
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # the first process decides: one that stops alone leaves the others waiting for its gradients
-            decision = torch.tensor(int(over), device=args.device)
-            torch.distributed.broadcast(decision, src=0)
-            over = bool(decision)
-        if over:
-            control.should_training_stop = True

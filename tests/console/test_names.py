@@ -22,7 +22,7 @@ from modeling_peer.evaluation.generation import GenerationArguments, generate_fr
 from modeling_peer.hub.loading import load_checkpoint
 from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 from modeling_peer.studies.study_recipe import parse_study
-from modeling_peer.training.recipes import parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ from modeling_peer.evaluation.checkpoints import EvaluationArguments
 from modeling_peer.evaluation.generation import GenerationArguments
 from modeling_peer.hub.loading import ModelArguments, load_preset
 from modeling_peer.studies.compare_runs import read_run
+from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES
 from modeling_peer.training.language_modeling import train_language_model
-from modeling_peer.training.recipes import RunArguments, parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 GROUPS = (ModelArguments, DataArguments, RunArguments, EvaluationArguments, GenerationArguments)

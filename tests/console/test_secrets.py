@@ -23,7 +23,7 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.secrets import is_secret, without_secrets
 from modeling_peer.training import PeerTrainer
 from modeling_peer.training.private_settings import pickled_without_secrets
-from modeling_peer.training.recipes import parse_recipe
+from modeling_peer.training.recipe import parse_recipe
 from modeling_peer.training.resumed_settings import stored_arguments
 
 pytestmark = pytest.mark.usefixtures("private_cache")

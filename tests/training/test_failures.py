@@ -35,7 +35,7 @@ from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
 from modeling_peer.console.scripts import run_script
 from modeling_peer.training import language_modeling
 from modeling_peer.training.checkpoint_folders import find_damage
-from modeling_peer.training.trainer import LanguageModelTrainer
+from modeling_peer.training.language_model_trainer import LanguageModelTrainer
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
 from modeling_peer.training import language_modeling
-from modeling_peer.training.trainer import LanguageModelTrainer
+from modeling_peer.training.language_model_trainer import LanguageModelTrainer
 
 KILLS = 20
 OPTIMIZERS = ("AdamW", "RowSparseAdamW")

@@ -24,7 +24,7 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import DataArguments
 from modeling_peer.hub.loading import ModelArguments
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, resumed_settings
-from modeling_peer.training.recipes import RunArguments
+from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.resumed_settings import ANNOUNCED, TREATMENT_OF, find_changes, stored_arguments
 
 pytestmark = pytest.mark.usefixtures("private_cache")

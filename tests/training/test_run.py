@@ -31,7 +31,7 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.hub import model_card
 from modeling_peer.top_k_moe_peer import ROUTERS
 from modeling_peer.training import language_modeling
-from modeling_peer.training.trainer import TimeLimit
+from modeling_peer.training.language_model_trainer import TimeLimit
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

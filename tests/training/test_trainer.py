@@ -33,7 +33,7 @@ from modeling_peer import PeerForCausalLM
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.optim import parameter_groups
 from modeling_peer.training import PeerTrainer, PeerTrainingArguments, RowSparseAdamW, clip_gradients
-from modeling_peer.training.trainer import LanguageModelTrainer
+from modeling_peer.training.language_model_trainer import LanguageModelTrainer
 
 TEXT = torch.randint(0, 99, (32, 16), generator=torch.Generator().manual_seed(0))
 BLOCKS = [{"input_ids": tokens, "labels": tokens} for tokens in TEXT]

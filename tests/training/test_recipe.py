@@ -15,7 +15,8 @@ from modeling_peer.data.corpus import DataArguments
 from modeling_peer.evaluation.checkpoints import EvaluationArguments
 from modeling_peer.evaluation.generation import GenerationArguments
 from modeling_peer.hub.loading import ModelArguments, load_preset
-from modeling_peer.training.recipes import RunArguments, parse_recipe
+from modeling_peer.training.arguments import RunArguments
+from modeling_peer.training.recipe import parse_recipe
 
 GROUPS = (ModelArguments, DataArguments, RunArguments, EvaluationArguments, GenerationArguments)
 

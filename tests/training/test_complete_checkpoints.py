@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.run_files import UNFINISHED
 from modeling_peer.training.checkpoint_folders import find_damage, newest_checkpoint
-from modeling_peer.training.checkpoints import CompleteCheckpoints
+from modeling_peer.training.complete_checkpoints import CompleteCheckpoints
 
 pytestmark = pytest.mark.usefixtures("private_cache")
 

@@ -1,0 +1,89 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Trainer's arguments, with those of expert tables, and of one run."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from modeling_peer.console.errors import require, require_numbers
+from modeling_peer.optim.parameter_groups import TABLE_SCHEDULES
+from modeling_peer.optim.row_sparse_state import ROW_STATES
+
+
+@dataclass
+class PeerTrainingArguments(TrainingArguments):
+    """Trainer's own arguments, and how retrieval and expert tables are trained (`PeerTrainer`)."""
+
+    row_sparse_gradients: bool = field(
+        default=False,
+        metadata={
+            "help": "Gradients of expert tables hold the rows that a step retrieved; RowSparseAdamW updates those. "
+            "Needs --optim adamw_torch (or _fused), one process or DistributedDataParallel."
+        },
+    )
+    retrieval_learning_rate_multiple: float = field(
+        default=1.0,
+        metadata={"help": "Learning rate of query networks and sub-keys, as a multiple of learning_rate."},
+    )
+    table_learning_rate_multiple: float = field(
+        default=1.0, metadata={"help": "Learning rate of the expert tables, as a multiple of learning_rate."}
+    )
+    table_learning_rate_schedule: str = field(
+        default="multiple",
+        metadata={
+            "help": "'multiple': that multiple of the others' rate all the time. 'decaying': from it to 1 over the "
+            "run. 'constant': never warmed up nor lowered."
+        },
+    )
+    table_weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the expert tables, which weight_decay leaves out."}
+    )
+    table_optimizer_state: str = field(
+        default="float32",
+        metadata={
+            "help": "How RowSparseAdamW keeps moments: float32, bfloat16, or factored (second moment one per row)."
+        },
+    )
+
+    def __post_init__(self):
+        require_numbers(self)
+        schedule = self.table_learning_rate_schedule
+        schedules, states = ", ".join(TABLE_SCHEDULES), ", ".join(ROW_STATES)
+        require(schedule in TABLE_SCHEDULES, "table_learning_rate_schedule", schedule, f"one of {schedules}")
+        state = self.table_optimizer_state
+        require(state in ROW_STATES, "table_optimizer_state", state, f"one of {states}")
+        super().__post_init__()
+        # Trainer reads what begins with a brace, and would leave out anything else without a word
+        for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name, None)
+            require(value is None or isinstance(value, dict), name, value, "a JSON object")
+
+
+@dataclass
+class RunArguments(PeerTrainingArguments):
+    """Trainer's arguments; the fields here change a default or add what it lacks."""
+
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, trackio, ...: one, all or none."}
+    )
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "When to evaluate: no, steps (every eval_steps) or epoch."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between two logged losses; below 1, a share of the whole run."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not numbers out of the log, and train on."}
+    )
+    log_expert_usage: bool = field(
+        default=True,
+        metadata={"help": "Log, for each sparse layer, how many of its experts were used, and how unevenly."},
+    )
+    max_train_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Stop training after this many minutes, a resumed run after as many more. Unset: no limit."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew in an output_dir that holds a run; its model and checkpoints are deleted."},
+    )
