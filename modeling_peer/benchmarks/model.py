@@ -13,7 +13,7 @@ from modeling_peer.benchmarks.memory import in_new_process
 from modeling_peer.benchmarks.preconditions import announce, describe_measurement
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
-from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError, require_at_least_one
 from modeling_peer.costs.memory import peak_bytes
 from modeling_peer.costs.timing import Clock, interleave, set_threads
@@ -29,9 +29,10 @@ class ModelBenchmark(BenchmarkArguments):
     """Which model, and how many tokens at a time."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
-    model_overrides: list[str] = field(
-        default_factory=list,
+    model_overrides: Overrides = field(
+        default_factory=Overrides,
         metadata={
+            "nargs": "+",
             "action": "extend",  # those of the file and of the command line add up
             "help": "Configuration fields to change, as key=value pairs or a JSON object.",
         },
@@ -107,7 +108,7 @@ def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
 def build_models(names: list[str], settings: ModelBenchmark) -> dict[str, PreTrainedModel]:
     """The PEER model in each implementation, all of one set of weights, and the same network with dense MLPs only."""
     torch.manual_seed(settings.seed)
-    overrides = parse_overrides(settings.model_overrides)
+    overrides = settings.model_overrides
     models, first = {}, None
     for name in names:
         changes, implementation = dict(overrides), "eager"

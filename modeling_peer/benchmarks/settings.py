@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one
+from modeling_peer.console.command_line import Fields, merge, parse_arguments
+from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
 
 FOLDER = "configuration/benchmarks"
@@ -141,7 +141,11 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
     sizes = read_yaml(path).get(section)
     if not isinstance(sizes, dict):
         raise SettingsError(f"{path} has no section {section!r}.")
-    settings = parse_arguments(group, _as_words(sizes) + words[1:])
+    fields = Fields(group)
+    given, others = fields.parse(words[1:])
+    fields.refuse(others)
+    settings = group(**merge(fields.read(sizes, str(path)), given))
+    require_numbers(settings)
     shown = [word for word in words if not word.startswith("--kernel_tests=")]
     settings.command = shlex.join(["peer", f"bench-{section}", *shown])
     return settings
@@ -191,11 +195,3 @@ def require_plotting(plot_file: str | None) -> None:
 def _require_task(task: str) -> None:
     if task not in TASKS:
         raise SettingsError(f"task {task!r} is none of {', '.join(TASKS)}.{nearest(task, TASKS)}")
-
-
-def _as_words(fields: dict[str, Any]) -> list[str]:
-    # through the command line's parser, so that a file's fields get the same types and errors
-    words = []
-    for name, value in fields.items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return words

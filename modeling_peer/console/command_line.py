@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Words of a command line to typed values, and back."""
+"""Settings as values: fields of dataclasses, read once from a command line or a file, and merged."""
 
+import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -12,84 +13,151 @@ from modeling_peer.console.errors import SettingsError, nearest, require_numbers
 from modeling_peer.console.secrets import is_secret, without_secrets
 
 
-def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_others: bool = False) -> Any:
-    """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`.
+class _OverrideError(SettingsError, argparse.ArgumentTypeError):
+    """As an ArgumentTypeError it keeps its message in argparse."""
+
+
+class Overrides(dict):
+    """Fields of a model's configuration to change.
 
     Args:
-        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
+        parts: mappings, words (`key=value`, or one JSON object), or lists of these. A later one wins. The value of a
+            word is JSON where it parses, else text.
+
+    Raises:
+        SettingsError: a word that is neither.
     """
-    parser = make_parser(group)
-    parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    require_numbers(parsed)
-    if return_others:
-        return parsed, unknown
-    refuse_unknown(unknown, {action.dest for action in parser._actions})
-    return parsed
+
+    def __init__(self, *parts: Mapping[str, Any] | str | Iterable):
+        super().__init__()
+        for part in parts:
+            if isinstance(part, str):
+                self.update(_parse_override(part))
+            else:
+                self.update(part if isinstance(part, Mapping) else Overrides(*part))
 
 
-def make_parser(groups, **options) -> HfArgumentParser:
-    def refuse(message: str):  # argparse would print its usage, of some hundred fields
-        raise SettingsError(f"{message}.")
+class Fields:
+    """The fields of some dataclasses, by name: their values from words, and from files.
 
-    parser = HfArgumentParser(groups, allow_abbrev=False, **options)
-    parser.error = refuse
-    return parser
+    Args:
+        groups: the dataclasses.
+    """
 
+    def __init__(self, *groups: type):
+        def refuse(message: str):  # argparse would print its usage, of some hundred fields
+            raise SettingsError(f"{message}.")
 
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` words and JSON objects into one dict; a value is JSON where it parses, else a string."""
-    result = {}
-    for word in overrides:
-        if word.lstrip().startswith("{"):
-            try:
-                result.update(json.loads(word))
-            except json.JSONDecodeError as error:
-                raise SettingsError(f"model_overrides is not valid JSON ({error}): {word}") from error
-            continue
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise SettingsError(f"model_overrides takes key=value pairs or a JSON object; got {word!r}.")
+        self._parser = HfArgumentParser(groups, allow_abbrev=False)
+        self._parser.error = refuse
+        for action in self._parser._actions:
+            action.default = argparse.SUPPRESS  # only what is given: defaults are the dataclasses' own
+        self.known = {action.dest: action for action in self._parser._actions}
+
+    def parse(self, words: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
+        """The fields that words set (`sys.argv[1:]` by default), and the words that are of none."""
+        namespace, others = self._parser.parse_known_args(words)
+        given = vars(namespace)
+        if "model_overrides" in given:
+            given["model_overrides"] = Overrides(*given["model_overrides"])
+        return given, others
+
+    def read(self, values: Mapping[str, Any], place: str) -> dict[str, Any]:
+        """The fields that a file sets, with the types, choices and errors that words have; those set to None are left
+        out.
+
+        Args:
+            place: what the values are of, for errors.
+        """
+        for name in values:
+            if name not in self.known:
+                raise SettingsError(f"{place}: unknown field {name!r}.{nearest(str(name), self.known)}")
+        return {name: self._convert(name, value, place) for name, value in values.items() if value is not None}
+
+    def refuse(self, words: Sequence[str]) -> None:
+        """Raise SettingsError for the first of some words that are of no field, with the nearest that there is."""
+        for word in words:
+            name, equals, _ = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            shown = without_secrets(word)
+            if equals and any(is_secret(o) for o in difflib.get_close_matches(name, self.known)):  # a mistyped token's
+                shown = f"{word.partition('=')[0]}=..."
+            hint = nearest(name, self.known) if word.startswith("-") else ""
+            raise SettingsError(f"unknown argument {shown!r}.{hint}")
+
+    def _convert(self, name: str, value: Any, place: str) -> Any:
+        action = self.known[name]
+        if action.type is Overrides:
+            text = _as_text(value, f"{place}: {name}")
+            return Overrides(value if isinstance(value, Mapping | list) else text)
+        if action.nargs in ("+", "*"):
+            return [self._check(action, one, place) for one in (value if isinstance(value, list) else [value])]
+        if isinstance(value, list):
+            raise SettingsError(f"{place}: {name} must be one value; got a list of {len(value)}.")
+        return self._check(action, value, place)
+
+    def _check(self, action: argparse.Action, value: Any, place: str) -> Any:
+        text = _as_text(value, f"{place}: {action.dest}")
+        if isinstance(value, Mapping) and action.type is str:  # what Trainer takes as JSON, too
+            return dict(value)
         try:
-            result[key] = json.loads(value)
-        except json.JSONDecodeError:
-            result[key] = value
-    return result
+            found = self._parser._get_value(action, text)
+            self._parser._check_value(action, found)
+        except argparse.ArgumentError as error:
+            raise SettingsError(f"{place}: {error}.") from error
+        return found
 
 
-def refuse_unknown(words: list[str], known: set[str]) -> None:
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        name = name.replace("-", "_")
-        shown = without_secrets(word)
-        if equals and any(is_secret(other) for other in difflib.get_close_matches(name, known)):  # a mistyped token's
-            shown = f"{word.partition('=')[0]}=..."
-        raise SettingsError(f"unknown argument {shown!r}.{nearest(name, known) if word.startswith('-') else ''}")
+def _as_text(value: Any, place: str) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes; a list within itself
+        raise SettingsError(f"{place} must be text, a number, true or false: {error}.") from error
 
 
-def named_fields(arguments: Sequence[str]) -> set[str]:
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of several layers, a later one winning; overrides of a model add up."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            merged[name] = Overrides(merged.get(name, {}), value) if isinstance(value, Overrides) else value
+    return merged
+
+
+def parse_arguments(group: type, words: Sequence[str] | None = None, return_others: bool = False) -> Any:
+    """Read one dataclass from the command line, for commands without recipes.
+
+    Args:
+        words: the command line without the program's name; `sys.argv[1:]` by default.
+        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
+
+    Raises:
+        SettingsError: an unknown field, with the nearest there is, or a value that its field can't have.
+    """
+    fields = Fields(group)
+    given, others = fields.parse(words)
+    if not return_others:
+        fields.refuse(others)
+    parsed = group(**given)
+    require_numbers(parsed)
+    return (parsed, others) if return_others else parsed
+
+
+def named_fields(words: Sequence[str]) -> set[str]:
     """The fields that a command line names."""
-    return {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
+    return {word.lstrip("-").split("=")[0].replace("-", "_") for word in words if word.startswith("-")}
 
 
-def as_command_line(recipe: dict[str, Any]) -> list[str]:
-    """The fields of a recipe as words: through argparse they get the same types, choices and errors as others."""
-    words = []
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        if name == "model_overrides" or isinstance(value, list):
-            strings = _as_strings(value)
-            words += [f"--{name}", *strings] if strings else []
-        else:
-            words.append(f"--{name}={_as_strings(value)[0]}")
-    return words
-
-
-def _as_strings(value: Any) -> list[str]:
-    if value is None:
-        return []
-    if isinstance(value, list):
-        return [text for item in value for text in _as_strings(item)]
-    return [value if isinstance(value, str) else json.dumps(value)]
+def _parse_override(word: str) -> dict[str, Any]:
+    if word.lstrip().startswith("{"):
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError as error:
+            raise _OverrideError(f"model_overrides is not valid JSON ({error}): {word}") from error
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise _OverrideError(f"model_overrides takes key=value pairs or a JSON object; got {word!r}.")
+    try:
+        return {key: json.loads(value)}
+    except json.JSONDecodeError:
+        return {key: value}

@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
 from modeling_peer.console.tables import as_markdown
 from modeling_peer.costs.budgets import TOLERANCES, fit_to_budget
@@ -17,9 +17,9 @@ class CostArguments:
     """Which model, and what it is sized to."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
-    model_overrides: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Configuration fields to change, as key=value pairs or a JSON object."},
+    model_overrides: Overrides = field(
+        default_factory=Overrides,
+        metadata={"nargs": "+", "help": "Configuration fields to change, as key=value pairs or a JSON object."},
     )
     sequence_length: int | None = field(
         default=None, metadata={"help": "Tokens of a sequence. Unset: the model's max_position_embeddings."}
@@ -42,7 +42,7 @@ def show_costs(arguments: CostArguments) -> dict[str, Any]:
     Returns:
         parts and total, each with its `Cost`; training_flops per token; with a fit, its fields and ratio as well.
     """
-    overrides = parse_overrides(arguments.model_overrides)
+    overrides = arguments.model_overrides
     config = load_preset(arguments.model, overrides)
     length = arguments.sequence_length or config.max_position_embeddings
     result = {"model": arguments.model, "sequence_length": length}

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
-from modeling_peer.console.command_line import parse_overrides
+from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError, nearest, require_numbers
 from modeling_peer.console.files import find_file
 from modeling_peer.console.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
@@ -47,9 +47,10 @@ class ModelArguments:
             "A checkpoint folder or Hub id: fine-tune it."
         },
     )
-    model_overrides: list[str] = field(
-        default_factory=list,
+    model_overrides: Overrides = field(
+        default_factory=Overrides,
         metadata={
+            "nargs": "+",
             "action": "extend",  # several times on the command line, or in the recipe as well: they add up
             "help": "Configuration fields to change, as key=value pairs or one JSON object: "
             'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.',
@@ -80,6 +81,7 @@ class ModelArguments:
 
     def __post_init__(self):
         require_numbers(self)
+        self.model_overrides = Overrides(self.model_overrides)
 
 
 def is_new_model(model: str | None) -> bool:
@@ -118,7 +120,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
         raise SettingsError(
             "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
         )
-    overrides = parse_overrides(arguments.model_overrides)
+    overrides = arguments.model_overrides
     if is_new_model(arguments.model):
         return load_preset(arguments.model, overrides)
     try:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer.console.command_line import as_command_line
+from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json, write_json
 from modeling_peer.costs.budgets import fit_to_budget
 from modeling_peer.costs.counting import model_cost
 from modeling_peer.hub.loading import language_model_class, load_config
 from modeling_peer.studies.study_recipe import Size, Study
-from modeling_peer.training.recipe import Recipe, drop_other_source, parse_recipe
+from modeling_peer.training.recipe import Recipe, parse_recipe, read_run_fields
 
 FITS_FILE = "fits.json"
 # Of a run's settings: where things are, how it is watched, how text is read; and what `architecture` holds.
@@ -33,7 +33,7 @@ class PlannedRun:
 
     Args:
         settings: all that decides its result, but for code and machine; a finished run with others is not this run.
-        words: its command line, as for peer train.
+        fields: those of `peer train`.
         cost: parameters, FLOPs and steps.
     """
 
@@ -42,7 +42,7 @@ class PlannedRun:
     seed: int
     study_dir: Path
     settings: dict[str, Any]
-    words: list[str]
+    fields: dict[str, Any]
     cost: dict[str, Any]
 
     @property
@@ -67,7 +67,9 @@ def group_name(contender: str, size: str | None) -> str:
 
 def shared_recipe(study: Study) -> Recipe:
     """What all runs have in common."""
-    return parse_recipe(_shared_words(study))
+    recipe = study.recipe
+    of_study = read_run_fields(recipe.training, "training of the study")
+    return parse_recipe([recipe.recipe]).with_fields(of_study, _overrides(recipe.model_overrides), study.fields)
 
 
 def shared_settings(study: Study) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def plan_runs(
         SettingsError: a configuration that can't be built, a budget that can't be met, runs that do not compare.
     """
     recipe, wanted = study.recipe, study.arguments
-    planner = _Planner(study, data, shared_recipe(study), [*_shared_words(study), f"--tokenizer={tokenizer}"])
+    planner = _Planner(study, data, shared_recipe(study).with_fields({"tokenizer": str(tokenizer)}))
     runs = []
     for size in wanted.sizes or recipe.sizes or [None]:
         reference = planner.configure(recipe.reference, size)
@@ -104,12 +106,11 @@ def plan_runs(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans a contender at a size. `shared` and `words` are what all runs have in common."""
+    """Plans a contender at a size. `shared` is what all runs have in common."""
 
     study: Study
     data: dict[str, Any]
     shared: Recipe
-    words: list[str]
 
     def plan(self, name: str, size: str | None, reference: PreTrainedConfig) -> list[PlannedRun]:
         """One contender at one size, for every seed."""
@@ -119,10 +120,11 @@ class _Planner:
             if name != study.recipe.reference:
                 config, fitted = self.fit(name, size, reference)
             # what belongs to one wins over what all share
-            words = [*self.words, *as_command_line(self.size(size).training)]
-            words += as_command_line(study.recipe.contenders[name].training)
-            words += _as_words(self.overrides(name, size) | fitted)
-            recipe = parse_recipe(words)
+            recipe = self.shared.with_fields(
+                read_run_fields(self.size(size).training, f"size {size}"),
+                read_run_fields(study.recipe.contenders[name].training, f"contender {name}"),
+                _overrides(self.overrides(name, size) | fitted),
+            )
             with torch.device("meta"):
                 options = {"experts_implementation": recipe.model.experts_implementation}
                 language_model_class(config).from_config(config, **options)
@@ -143,18 +145,16 @@ class _Planner:
             "tokens_per_step": tokens_per_step,
             "steps": steps,
         }
-        words += [
-            f"--max_steps={steps}",
-            f"--eval_steps={-(-steps // study.recipe.evaluations)}",
-            f"--save_steps={-(-steps // study.recipe.checkpoints)}",
-            *("--eval_strategy=steps", "--save_strategy=steps", "--save_total_limit=1"),
-            *("--report_to=none", "--disable_tqdm=true"),
-        ]
+        fields = recipe.fields | {
+            "max_steps": steps,
+            "eval_steps": -(-steps // study.recipe.evaluations),
+            "save_steps": -(-steps // study.recipe.checkpoints),
+            **{"eval_strategy": "steps", "save_strategy": "steps", "save_total_limit": 1},
+            **{"report_to": "none", "disable_tqdm": True},
+        }
         settings = _settings(recipe, config, max_steps=steps)
         return [
-            PlannedRun(
-                name, size, seed, study.output_dir, {**settings, "seed": seed}, [*words, f"--seed={seed}"], facts
-            )
+            PlannedRun(name, size, seed, study.output_dir, {**settings, "seed": seed}, {**fields, "seed": seed}, facts)
             for seed in study.recipe.seeds
         ]
 
@@ -204,7 +204,7 @@ class _Planner:
 
     def _load(self, overrides: dict[str, Any]) -> PreTrainedConfig:
         model = self.shared.model
-        return load_config(replace(model, model_overrides=[*model.model_overrides, json.dumps(overrides)]))
+        return load_config(replace(model, model_overrides=Overrides(model.model_overrides, overrides)))
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +245,5 @@ def _tokens_per_step(recipe: Recipe, block_size: int) -> int:
     return run.train_batch_size * run.gradient_accumulation_steps * run.world_size * block_size
 
 
-def _shared_words(study: Study) -> list[str]:
-    recipe, training = study.recipe, dict(study.recipe.training)
-    drop_other_source(training, study.words)
-    return [recipe.recipe, *as_command_line(training), *_as_words(recipe.model_overrides), *study.words]
-
-
-def _as_words(overrides: dict[str, Any]) -> list[str]:
-    return ["--model_overrides", json.dumps(overrides)] if overrides else []
+def _overrides(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {"model_overrides": Overrides(overrides)} if overrides else {}

@@ -26,7 +26,7 @@ from modeling_peer.experts_peer import PeerExperts
 from modeling_peer.studies.plan import PlannedRun
 from modeling_peer.training.checkpoint_folders import newest_checkpoint
 from modeling_peer.training.language_modeling import train_language_model
-from modeling_peer.training.recipe import parse_recipe
+from modeling_peer.training.recipe import build_recipe
 from modeling_peer.training.step_costs import CostOfSteps
 
 RUN_FILE = "run.json"
@@ -123,13 +123,13 @@ def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[st
     """Train, or continue from the newest whole checkpoint; write and return the results."""
     folder = run.folder / MODEL_FOLDER
     write_json(run.folder / RUN_FILE, {"settings": run.settings})
-    words = [*run.words, f"--output_dir={folder}"]
+    place = {"output_dir": str(folder)}
     with contextlib.suppress(SettingsError):  # nothing to continue
-        words += [f"--resume_from_checkpoint={newest_checkpoint(folder)[0]}"]
-    if words[-1].startswith("--output_dir"):
+        place["resume_from_checkpoint"] = newest_checkpoint(folder)[0]
+    if "resume_from_checkpoint" not in place:
         shutil.rmtree(folder, ignore_errors=True)
     curve = LossByCost(run.folder / CURVE_FILE)
-    result = train_language_model(parse_recipe(words), callbacks=[curve, Pause(stop)])
+    result = train_language_model(build_recipe(run.fields, place), callbacks=[curve, Pause(stop)])
     results = describe_run(run, result.summary, curve.points, result.model)
     write_json(run.folder / RUN_RESULTS_FILE, results)
     if keep_model:

@@ -12,6 +12,7 @@ from modeling_peer.console.command_line import named_fields, parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest, require, require_at_least_one
 from modeling_peer.console.files import find_file, read_yaml
 from modeling_peer.data.corpus import DataArguments
+from modeling_peer.training.recipe import parse_run_fields
 
 FOLDER = "configuration/studies"
 BUDGETS = ("flops", "parameters", "time", "none")
@@ -131,11 +132,11 @@ class StudyArguments:
 
 @dataclass
 class Study:
-    """A recipe as the command line changes it; `words` are fields of train_lm.py, for all runs."""
+    """A recipe as the command line changes it; `fields` are those of `peer train`, for all runs."""
 
     recipe: StudyRecipe
     arguments: StudyArguments
-    words: list[str]
+    fields: dict[str, Any]
     output_dir: Path
 
 
@@ -166,7 +167,7 @@ def parse_study(words: Sequence[str] | None = None) -> Study:
         for name in names:
             _require_known(name, getattr(recipe, kind), f"--{kind}")
     recipe.seeds = arguments.seeds or recipe.seeds
-    return Study(recipe, arguments, words, Path(arguments.output_dir or f"runs/studies/{path.stem}"))
+    return Study(recipe, arguments, parse_run_fields(words), Path(arguments.output_dir or f"runs/studies/{path.stem}"))
 
 
 def _read(kind: type, values: Any, place: str = "") -> Any:

@@ -10,7 +10,6 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
-from modeling_peer.console.command_line import parse_overrides
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import locate_model
 from modeling_peer.data.corpus import Corpus
@@ -74,7 +73,7 @@ def build_model(
         SettingsError: the tokenizer has more tokens than the model has embeddings, or the weights cannot be loaded.
     """
     new = is_new_model(arguments.model)
-    overrides = parse_overrides(arguments.model_overrides)
+    overrides = arguments.model_overrides
     if new and "vocab_size" not in overrides:
         config.vocab_size = len(tokenizer)
     if new:

@@ -372,7 +372,7 @@ NAMES, SIZES = ("dense", "peer"), (("small", 10), ("large", 20))
         ({"reference": "densest"}, "the reference .densest. is none of dense, peer. Did you mean 'dense'"),
         ({"budget": "money"}, "--budget .money. must be one of flops, parameters, time, none"),
         ({"seeds": [0.5]}, "seeds are whole numbers"),
-        ({"training_tokens": "1e6"}, "must be a float. YAML takes 1.0e.13 for a number"),
+        ({"training_tokens": "many"}, "must be a float"),
         ({"training_flops": 1e9}, "both say how long a run is"),
         ({"training": {"seed": 1}}, "training sets seed"),
         ({"contenders": {"dense": {"training": {"block_size": 8}}}}, "contender dense sets block_size"),

@@ -8,7 +8,7 @@ import pytest
 from training_helpers import REPOSITORY
 
 import modeling_peer.training
-from modeling_peer.console.command_line import parse_arguments, parse_overrides
+from modeling_peer.console.command_line import Overrides, parse_arguments
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
 from modeling_peer.data.corpus import DataArguments
@@ -38,14 +38,14 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(t
 def test_overrides_of_the_recipe_and_of_the_command_line_add_up(tmp_path):
     path = write_recipe(tmp_path, "model_overrides: {num_sub_keys: 64, mlp_layer_types: [dense, sparse]}\n")
     recipe = parse_recipe([path, "--model_overrides", "num_sub_keys=32", "expert_act=relu"])
-    overrides = parse_overrides(recipe.model.model_overrides)
+    overrides = recipe.model.model_overrides
     assert overrides == {"num_sub_keys": 32, "mlp_layer_types": ["dense", "sparse"], "expert_act": "relu"}
 
 
 def test_overrides_and_prompts_given_several_times_add_up(tmp_path):
     path = write_recipe(tmp_path, "model_overrides: {query_dim: 8}\n")
     recipe = parse_recipe([path, "--model_overrides", "a=1", "--seed", "2", "--model_overrides", "b=2", "c=3"])
-    assert parse_overrides(recipe.model.model_overrides) == {"query_dim": 8, "a": 1, "b": 2, "c": 3}
+    assert recipe.model.model_overrides == {"query_dim": 8, "a": 1, "b": 2, "c": 3}
     assert parse_arguments(GenerationArguments, ["--prompt", "a", "--prompt", "b", "c"]).prompt == ["a", "b", "c"]
 
 
@@ -89,7 +89,7 @@ def test_a_recipe_that_is_not_utf8_is_refused(tmp_path):
     ],
 )
 def test_overrides_are_pairs_or_json(words, expected):
-    assert parse_overrides(words) == expected
+    assert Overrides(words) == Overrides(*words) == expected
 
 
 def test_text_named_on_the_command_line_stands_for_the_recipes():
@@ -141,7 +141,7 @@ def test_every_recipe_of_the_repository_is_read(path):
     recipe = parse_recipe([str(path)])
     assert recipe.run.output_dir == f"runs/{path.stem}"
     if recipe.model.model:
-        config = load_preset(recipe.model.model, parse_overrides(recipe.model.model_overrides))
+        config = load_preset(recipe.model.model, recipe.model.model_overrides)
         assert recipe.data.block_size <= config.max_position_embeddings
 
 
