@@ -21,8 +21,8 @@ except ModuleNotFoundError:  # Windows
 
 # Followed by host and process id, which tell the files of a killed process from a save in progress.
 STAGING_PREFIX = ".saving-"
-# Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a file
-# that the saving process keeps locked.
+# Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a lock
+# held by the saving process.
 NEW_FILES, OLD_FILES, EXCHANGE, LOCK = "new", "old", "exchange.json", "lock"
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"

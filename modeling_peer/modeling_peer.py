@@ -158,9 +158,9 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         These are the statistics of the queries' BatchNorm and the thresholds of `expert_choice_moe`. While they are
         frozen, the layer computes the same in training as in evaluation. Its parameters train as before.
 
-        A new model updates them. A model from `from_pretrained` has them frozen, which suits fine-tuning: policy and
-        reference are the same function, and gradients do not depend on how a batch is split. To continue pretraining,
-        call this with `frozen=False`.
+        A new model updates them. A model from `from_pretrained` has them frozen, which suits fine-tuning. Policy and
+        reference are then the same function, and gradients do not depend on how a batch is split. To continue
+        pretraining, call this with `frozen=False`.
         """
         freeze_running_statistics(self, frozen)
 
@@ -196,7 +196,7 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         return outputs
 
     def _check_recorded(self, options: dict, head: str | None = None):
-        """Raise ValueError if `output_...` options ask for an output that is not recorded here.
+        """Raise ValueError if `output_...` options request an output that is not recorded here.
 
         The options are those of a forward or of the configuration. Transformers would return an empty tuple, or
         nothing.
@@ -409,7 +409,7 @@ def _num_seen(cache: Cache | None) -> int:
 
 
 def _num_cached(cache: Cache | None) -> int | None:
-    """Number of tokens in a cache; None if there is no cache or reading the number costs too much.
+    """Number of tokens in a cache; None if there is no cache or the number must not be read.
 
     A compiled graph would depend on it, and a static cache on an accelerator would make the CPU wait.
     """

@@ -190,8 +190,8 @@ def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def draw_rows_(table: torch.Tensor, std: float) -> None:
     """`init.normal_`, with different random numbers on every rank.
 
-    On accelerators DTensor ensures that. CPU ranks have the same seed, so that replicated parameters are equal; they
-    would all draw the same experts.
+    On accelerators DTensor ensures that. CPU ranks have the same seed, so that replicated parameters are equal.
+    Without this function they would all draw the same experts.
     """
     if not hasattr(table, "placements") or table.device.type != "cpu":
         init.normal_(table, std=std)

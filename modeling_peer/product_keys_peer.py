@@ -11,10 +11,10 @@ MAX_TILE_SCORES = 2**22
 def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Retrieve the `top_k` best experts of every head without scoring them all.
 
-    A product key joins one sub-key from each codebook, so its score is a sum of two, and the best of
-    `num_sub_keys**2` are among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Only the pairs whose ranks
-    satisfy `(i + 1) * (j + 1) <= top_k` can win: `top_k` pairs that rank no lower in both lists beat any other. The
-    result is exact.
+    A product key joins one sub-key from each codebook, so its score is a sum of two. The best of `num_sub_keys**2`
+    are thus among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Only the pairs whose ranks satisfy
+    `(i + 1) * (j + 1) <= top_k` can win. Any other pair is beaten by `top_k` pairs that rank no lower in both lists.
+    The result is exact.
 
     Tokens are scored tile by tile. Memory beyond the results is at most `MAX_TILE_SCORES` values per codebook, forward
     and backward (top-k saves ids, not scores).

@@ -126,13 +126,13 @@ class PeerSwitchRouter(nn.Module):
 
         p = softmax(x W_r);  the expert is the one with the largest p, and p is its gate
 
-    Its auxiliary loss is N · Σ_i f_i P_i, where f is the share of the tokens that choose expert i and P the mean of p.
-    It is 1 when even (eqs. 4-6).
+    Its auxiliary loss is N · Σ_i f_i P_i (eqs. 4-6). f is the share of the tokens that choose expert i, and P is the
+    mean of p. The loss is 1 when even.
 
     In training the router's input is multiplied by noise from U(0.99, 1.01). An expert takes at most
     `ceil(num_tokens / N · moe_capacity_factor)` of the micro-batch's tokens, the earlier ones. For the others the
     layer adds nothing to the residual. So a training output depends on the number of tokens and on earlier tokens,
-    those of its own sequence and of earlier sequences in the batch. It does not depend on later ones.
+    also those of earlier sequences in the batch. It does not depend on later ones.
 
     In evaluation no token is dropped; the source only raises the capacity. Otherwise generation could not equal the
     forward of the whole sequence.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Words of a command line to typed values, and back."""
+"""Conversion of command-line words to typed values, and back."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_
     """Read one dataclass from the command line, for scripts without recipes; unknown fields as in `parse_recipe`.
 
     Args:
-        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
+        return_others: also return the words that do not belong to `group`, as a list, rather than refuse them.
     """
     parser = make_parser(group)
     parsed, unknown = parser.parse_args_into_dataclasses(
@@ -30,7 +30,7 @@ def parse_arguments(group: type, arguments: Sequence[str] | None = None, return_
 
 
 def make_parser(groups, **options) -> HfArgumentParser:
-    def refuse(message: str):  # argparse would print its usage, of some hundred fields
+    def refuse(message: str):  # argparse would print its usage with some hundred fields
         raise SettingsError(f"{message}.")
 
     parser = HfArgumentParser(groups, allow_abbrev=False, **options)
@@ -39,7 +39,7 @@ def make_parser(groups, **options) -> HfArgumentParser:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` words and JSON objects into one dict; a value is JSON where it parses, else a string."""
+    """Turn `key=value` words and JSON objects into one dict. A value is JSON if it parses, otherwise a string."""
     result = {}
     for word in overrides:
         if word.lstrip().startswith("{"):
@@ -69,12 +69,12 @@ def refuse_unknown(words: list[str], known: set[str]) -> None:
 
 
 def named_fields(arguments: Sequence[str]) -> set[str]:
-    """The fields that a command line names."""
+    """The fields named on a command line."""
     return {word.lstrip("-").split("=")[0].replace("-", "_") for word in arguments if word.startswith("-")}
 
 
 def as_command_line(recipe: dict[str, Any]) -> list[str]:
-    """The fields of a recipe as words: through argparse they get the same types, choices and errors as others."""
+    """The fields of a recipe as words: argparse gives them the same types, choices and errors as other arguments."""
     words = []
     for name, value in recipe.items():
         if value is None:

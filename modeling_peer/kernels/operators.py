@@ -8,7 +8,7 @@
 The steps between reading and writing, activation and gates, are one number per retrieved expert and stay plain
 PyTorch. So any activation works, also a trained one. A backward consists of operators again, so it can be compiled.
 The last argument of each operator names the implementation: a pair of modules of this folder, `<name>_retrieval` and
-`<name>_experts`, with the same functions, imported when they first run.
+`<name>_experts`. They have the same functions, and are imported when they first run.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def _part(name: str, part: str) -> Callable:
 
 
 def _backward_of(name: str) -> Callable:
-    """The backward of an operator, with an error that says so if the compiler fails.
+    """The backward of an operator, with an error that names the compiler if it fails.
 
     The forward has already run then, so eager cannot replace it.
     """

@@ -115,7 +115,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
     """Clip the gradients of expert tables to `max_norm`, and separately all others to `max_norm`.
 
     It replaces `torch.nn.utils.clip_grad_norm_`, which does not support sparse gradients. Clipping is separate, as in
-    the code of Memory Layers at Scale (arXiv:2412.09764): an unusual gradient of the tables then does not change the
+    the code of Memory Layers at Scale (arXiv:2412.09764). An unusual gradient of the tables then does not change the
     step of the dense weights. `float("inf")` measures and does not clip.
     """
     tables = expert_tables(model)

@@ -21,10 +21,10 @@ HAS_AVX512 = bool(_FEATURES.get("avx512f", False))
 # core. There a search takes as long with the filter as without, 2026-11-26.)
 HAS_VNNI = HAS_AVX512 and bool(_FEATURES.get("avx512vnni", False)) and not (config.CPU_NAME or config.CPU_FEATURES)
 
-# A block of scores in registers, BLOCK_ROWS queries x BLOCK_KEYS sub-keys: 16 accumulators of 16 lanes fill half of
-# AVX-512's registers, 12 of 8 lanes three quarters of AVX2's. Retrieval of 2,048 tokens on two Zen 4 cores took 60 ms
-# with 8 x 2 vectors, 63 with 4 x 4, 65 with 24 x 1, 154 with 12 x 2 (2026-11-22). With AVX2, on a Zen 3 core, 6 x 2,
-# 5 x 2, 4 x 2 and 2 x 4 are equal; 3 x 4 is half as fast, n x 1 two thirds (2026-11-26).
+# A block of scores in registers, BLOCK_ROWS queries x BLOCK_KEYS sub-keys. 16 accumulators of 16 lanes fill half of
+# AVX-512's registers; 12 of 8 lanes fill three quarters of AVX2's. Retrieval of 2,048 tokens on two Zen 4 cores took
+# 60 ms with 8 x 2 vectors, 63 with 4 x 4, 65 with 24 x 1, 154 with 12 x 2 (2026-11-22). With AVX2, on a Zen 3 core,
+# 6 x 2, 5 x 2, 4 x 2 and 2 x 4 are equal; 3 x 4 is half as fast, n x 1 two thirds as fast (2026-11-26).
 LANES, BLOCK_ROWS, BLOCK_VECTORS = (16, 8, 2) if HAS_AVX512 else (8, 6, 2)
 BLOCK_KEYS = LANES * BLOCK_VECTORS
 

@@ -6,8 +6,8 @@ fork, they run on a Python thread pool (`run`) or on one thread (`in_parallel`).
 
 Our own threads beside PyTorch's would compete for the cores, because OpenMP's spin for milliseconds after every
 operation. Retrieval of 2,048 tokens on two cores takes 74 ms on our own pool and 60 ms on PyTorch's. Threads that get
-their work through Python wait for the GIL: an empty kernel takes 55 to 110 us, and 3 to 6 without the GIL (two Zen 3
-cores).
+their work through Python wait for the GIL. An empty kernel then takes 55 to 110 us, and 3 to 6 without the GIL (two
+Zen 3 cores).
 """
 
 import ctypes

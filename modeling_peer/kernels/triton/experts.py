@@ -23,18 +23,18 @@ import triton.language as tl
 
 from ..checks import check_ids_exist
 
-# Elements of table rows that a program of 4 warps loads at a time: 64 per thread, in bfloat16 eight loads of 16 bytes
-# in flight. Reads use long pieces of few rows, so that there are few sums over the width; writes do the reverse.
-# Smaller blocks give a single token more programs. Not swept yet: 2048 to 16384 elements, blocks of half and twice as
-# many, 2 to 8 warps; at 1, 64 and 8192 tokens of width 256 to 4096.
+# Elements of table rows that a program of 4 warps loads at a time. That is 64 per thread: in bfloat16, eight loads of
+# 16 bytes in flight. Reads use long pieces of few rows, so that there are few sums over the width; writes do the
+# reverse. Smaller blocks give a single token more programs. Not swept yet: 2048 to 16384 elements, blocks of half and
+# twice as many, 2 to 8 warps; at 1, 64 and 8192 tokens of width 256 to 4096.
 TILE_ELEMENTS = 8192
 READ_BLOCK_A = 16
 READ_BLOCK_D = 1024
 WRITE_BLOCK_A = 64
 WRITE_BLOCK_D = 128
-# Longest run of assignments that one program sums. It affects the result's bits, and limits the buffer of pieces to
-# 2 * d * t * a / MAX_RUN float32 values: twice a token's width per token at 128 active experts. Not swept yet: 64 to
-# 512.
+# Longest run of assignments that one program sums. It affects the result's bits. It also limits the buffer of pieces
+# to 2 * d * t * a / MAX_RUN float32 values: twice a token's width per token at 128 active experts. Not swept yet: 64
+# to 512.
 MAX_RUN = 128
 # Programs that search for runs, each among at most MAX_WINDOW positions. With one program per position of a large
 # batch, most would find no run. No result depends on either. Not swept yet: 2048 to 65536 programs, windows of 1 to

@@ -19,7 +19,7 @@ from ..sub_key_ids import for_both_halves, sub_key_ids_of
 from .experts import FUSED, group_by_expert, row_gradients, write_experts
 
 # Rows (a token's query of one head) and sub-keys of a tile of scores. A warp has 16 rows, so that it finds a row's
-# best code by itself. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.
+# best code alone. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.
 BLOCK_R = 64
 BLOCK_N = 64
 BLOCK_Q = 32
@@ -80,8 +80,8 @@ def add_product(total, left, right):
 
     An infinite value has no rest: its first piece alone decides, as in float32.
 
-    The last product does not add to `total`. If it did, Triton 3.6 and 3.7 would leave that product running in a loop
-    while the next iteration overwrites its factors in their registers (triton-lang/triton, issue 9433).
+    The last product does not add to `total`. In a loop, Triton 3.6 and 3.7 would otherwise not wait for that product:
+    the next iteration would overwrite its factors in their registers (triton-lang/triton, issue 9433).
     """
     right = tl.trans(right).to(FACTOR)
     first = left.to(tl.bfloat16)
