@@ -38,7 +38,7 @@ def class_name(auto_class: str) -> str:
 
 
 def register_names(model_type: str) -> None:
-    """Add the class names to Transformers' tables, for the package and for a checkpoint's own code alike."""
+    """Add the class names to Transformers' tables, for both the package and a checkpoint's own code."""
     for auto_class, names in _NAME_TABLES.items():
         names[model_type] = class_name(auto_class)
 

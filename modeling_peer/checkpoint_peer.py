@@ -16,7 +16,7 @@ from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .query_norms_peer import freeze_running_statistics
 
-# Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), hence a quarter of a second.
+# Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
 CHECKED_BYTES = 256 << 20
 ATTEMPTS_TO_READ = 3
 

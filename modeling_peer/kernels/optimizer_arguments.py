@@ -15,7 +15,7 @@ def check_adamw_rows(
     asleep: torch.Tensor,
     step: int,
 ) -> None:
-    """Check the arguments of `adamw_rows_`. Values are read only on CPU, where that does not wait for a device.
+    """Check the arguments of `adamw_rows_`. Values are read only on CPU, because there it needs no wait for a device.
 
     Args:
         table, exp_avg: `(num_rows, width)`.

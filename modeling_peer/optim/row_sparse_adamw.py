@@ -130,7 +130,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _step_rows(self, group, table, rows, gradients):
         state = self.state[table]
         if not state:
-            if not len(rows) and local_rows(table) is table:  # a sharded table: other ranks may have rows
+            if not len(rows) and local_rows(table) is table:  # if sharded, other ranks may have rows
                 return
             state.update(new_row_state(table, group["row_state"]))
         state["step"] += 1

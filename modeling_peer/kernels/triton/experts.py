@@ -183,7 +183,7 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
 # ------------------------------------------------------------------------------------------------ backward
 #
 # Assignments sorted by expert form segments, one per touched row. A segment is cut into runs at every multiple of
-# MAX_RUN, and one program sums each run. So many programs share an expert that every token picks. A segment with one
+# MAX_RUN, and one program sums each run. Thus many programs share an expert that every token picks. A segment with one
 # run is written directly to its row. The runs of a longer one are pieces, kept in float32 until they are joined.
 
 
