@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which PEER class each Auto class gives, where Transformers looks for these names, and Python for the package's."""
+"""Which PEER class each Auto class returns, and where Transformers and Python look the names up."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ from importlib.util import module_from_spec
 
 from transformers.models.auto import modeling_auto
 
-# What a checkpoint's config.json says of the code beside it. Transformers writes only the saved class by itself, and
-# then no other head, nor vLLM, could load the folder.
+# The `auto_map` of a checkpoint's config.json, which names the code beside it. By default Transformers writes only
+# the saved class; no other head, and not vLLM, could then load the folder.
 AUTO_MAP = {
     "AutoConfig": "configuration_peer.PeerConfig",
     "AutoModel": "modeling_peer.PeerModel",
@@ -21,7 +21,7 @@ AUTO_MAP = {
     "AutoModelForQuestionAnswering": "modeling_peer.PeerForQuestionAnswering",
 }
 
-# Trainer (label smoothing shifts the labels of classes named here), model cards and pipelines look classes up by name.
+# Trainer, model cards and pipelines look classes up by name. Label smoothing shifts the labels of the classes here.
 _NAME_TABLES = {
     "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -33,12 +33,12 @@ _NAME_TABLES = {
 
 
 def class_name(auto_class: str) -> str:
-    """Name of the class that `auto_class` gives for a PEER configuration."""
+    """Name of the class that `auto_class` returns for a PEER configuration."""
     return AUTO_MAP[auto_class].rpartition(".")[2]
 
 
 def register_names(model_type: str) -> None:
-    """Put the classes' names into Transformers' tables, the package's and a checkpoint's own code alike."""
+    """Add the class names to Transformers' tables, for both the package and a checkpoint's own code."""
     for auto_class, names in _NAME_TABLES.items():
         names[model_type] = class_name(auto_class)
 
@@ -47,10 +47,10 @@ __all__ = ["AUTO_MAP", "class_name", "register_names"]
 
 
 def import_package(name: str, folder: str) -> None:
-    """Import the package `name` in place of the module of that name in `folder`. Without one, the module stays."""
+    """Import the package `name` in place of the module of that name in `folder`. Without one, the module remains."""
     elsewhere = [entry for entry in sys.path if os.path.realpath(entry) != os.path.realpath(folder)]
     places = [(PathFinder, [entry]) for entry in elsewhere]
-    # of packages that are installed to be edited
+    # finders of editable installs
     places += [(finder, None) for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_spec")]
     for finder, path in places:
         with suppress(ModuleNotFoundError):

@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Auxiliary losses: how those of the sparse layers reach `loss`, and those that balance product keys."""
+"""Auxiliary losses: how those of the sparse layers reach `loss`."""
 
 import torch
 
 
 class AuxiliaryLosses:
-    """Collects, in one forward, what the sparse layers add to the task's loss.
+    """Collects the losses that the sparse layers add to the task's loss, in one forward.
 
-    A head hands one to the model, each layer another to its sparse MLP, and `None` says that nobody wants them. An
-    object rather than a list, because hooks around modules (FSDP, Accelerate) copy the lists they pass on.
+    A head passes one to the model, and each layer passes another to its sparse MLP. With `None` the losses are not
+    computed. It is an object rather than a list, because hooks around modules (FSDP, Accelerate) copy lists.
     """
 
     total: torch.Tensor | None = None  # float32 scalar
@@ -26,9 +26,9 @@ def share_of_step(
 ) -> torch.Tensor | float:
     """This micro-batch's share of the tokens that an optimizer step predicts: the weight of its mean.
 
-    Given `num_items_in_batch`, a causal model's loss is this share of the step's mean, and Trainer adds the shares of
-    all micro-batches and processes: a mean added as it is would count as often as there are of them. Otherwise 1: the
-    loss is a mean too. Takes the keywords of the model's `forward`.
+    With `num_items_in_batch`, a causal model's loss is this share of the step's mean. Trainer adds the shares of all
+    micro-batches and processes. Without the weight, an auxiliary mean would count once for each of them. Without
+    `num_items_in_batch` the loss is a mean too, and the share is 1. Takes the keywords of the model's `forward`.
     """
     if labels is None or num_items_in_batch is None:
         return 1.0

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which implementation of retrieval and expert mixture runs, and why; models have no other door to the kernels."""
+"""Which implementation of retrieval and expert mixture runs, and why. Models reach the kernels only through it."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -8,7 +8,7 @@ import torch
 from transformers.integrations.moe import ExpertsInterface
 from transformers.utils import logging
 
-# Kernels stay home when these files travel with a checkpoint: there, eager is all there is.
+# Kernels are not copied into a checkpoint with these files. Without the package there is only eager.
 try:
     from modeling_peer.kernels import (
         IMPLEMENTATION_OF_DEVICE,
@@ -33,11 +33,11 @@ logger = logging.get_logger(__name__)
 
 
 class PeerExpertsInterface(ExpertsInterface):
-    """Implementations of one PEER operation by name, apart from Transformers' table for coarse mixtures.
+    """Implementations of one PEER operation by name, separate from Transformers' table for coarse mixtures.
 
-    `"eager"` is not registered: it is the readable function beside the module that asks. A faster one has the same
-    arguments and results, and is added with `EXPERT_MIXTURE_FUNCTIONS["name"] = function`; it is then accepted by
-    `experts_implementation="name"`.
+    `"eager"` is not registered: it is the readable function beside the module that uses it. A faster function has the
+    same arguments and results. Add it with `EXPERT_MIXTURE_FUNCTIONS["name"] = function`;
+    `experts_implementation="name"` then selects it.
     """
 
     _global_mapping = {}
@@ -57,7 +57,7 @@ if operators is not None:
 
 
 def check_experts_implementation(name: str | None) -> str | None:
-    """Return `name` if it can be asked for, `None` (PEER chooses) included.
+    """Return `name` if it can be requested; `None` (PEER chooses) can.
 
     Raises:
         ValueError: `name` is not registered here.
@@ -75,15 +75,15 @@ def check_experts_implementation(name: str | None) -> str | None:
 def choose(
     functions: PeerExpertsInterface, name: str | None, eager: Callable | None, table: torch.Tensor
 ) -> Callable | None:
-    """The function called `name`, or `eager` where this operation has no faster form of that name.
+    """The function called `name`, or `eager` if this operation has no faster one of that name.
 
     Args:
-        name: `None` takes the best implementation for `table`'s device and dtype, and logs it once. It is `eager`
-            where a model is exported, traced or transformed: what comes out must not need this package.
+        name: `None` selects the best implementation for `table`'s device and dtype, and logs it once. While a model is
+            exported, traced or transformed that is `eager`, because the result must not need this package.
         table: the parameter that the function will read.
 
     Raises:
-        ValueError: `name` is not registered, or can't compute with such a table.
+        ValueError: `name` is not registered, or does not support such a table.
     """
     implementation = implementation_for(name, table)
     function = functions.get(implementation, eager)
@@ -93,8 +93,10 @@ def choose(
 
 
 def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | None:
-    """As `choose` from `LAYER_OF_FEW_FUNCTIONS`; None also where a part of a layer has another function by now,
-    which one call would pass over."""
+    """Like `choose` from `LAYER_OF_FEW_FUNCTIONS`, but None if a part of the layer has another function registered.
+
+    The one call would skip that function.
+    """
     implementation = implementation_for(name, table)
     own_parts = _OWN_PARTS.get(implementation)
     parts = RETRIEVAL_FUNCTIONS.get(implementation), EXPERT_MIXTURE_FUNCTIONS.get(implementation)
@@ -104,7 +106,7 @@ def choose_layer_of_few(name: str | None, table: torch.Tensor) -> Callable | Non
 
 
 def implementation_for(name: str | None, table: torch.Tensor) -> str:
-    """`name`, or of `None` the best implementation for `table`; arguments and errors as `choose`."""
+    """`name`, or the best implementation for `table` if it is None. Arguments and errors are those of `choose`."""
     if name is None and is_traced():
         return "eager"
     if dispatch is not None and not torch.compiler.is_compiling() and not dispatch.is_plain(table):
@@ -116,14 +118,16 @@ def implementation_for(name: str | None, table: torch.Tensor) -> str:
 
 
 def is_traced() -> bool:
-    """Whether a model is exported, or its operations are recorded or transformed (`torch.export`, `torch.jit.trace`,
-    `torch.func`), so that they have to be PyTorch's own. `torch.compile` takes this package's as they are."""
+    """Whether a model is being exported, traced or transformed (`torch.export`, `torch.jit.trace`, `torch.func`).
+
+    Its operations must then be PyTorch's own. `torch.compile` accepts those of this package.
+    """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
-# While a model is compiled or exported the choice is made once, at that time.
+# When a model is compiled or exported, the choice is made once, at that time.
 @torch.compiler.assume_constant_result
 def _implementation(name: str | None, device_type: str, dtype: torch.dtype) -> str:
     if name is None:
@@ -140,7 +144,10 @@ def _refusal(name: str, cause: str) -> str:
 
 @cache
 def _obstacle(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Only our own kernels know theirs; a function that someone else registered answers for itself."""
+    """Why our own kernel `name` cannot run; None if it can, or if the function was registered from outside.
+
+    Such a function checks its own arguments.
+    """
     if name not in IMPLEMENTATION_OF_DEVICE.values():
         return None
     return obstacle(name, device_type, dtype) or defect(name)
@@ -162,13 +169,16 @@ after_failure += [_obstacle.cache_clear, _best_implementation.cache_clear]
 
 @cache
 def _warn(message: str) -> None:
-    """Once, also where tables and sub-keys differ in dtype and the cause is not theirs."""
+    """Log `message` once, even if tables and sub-keys differ in dtype and the cause has nothing to do with dtype."""
     logger.warning(message)
 
 
 class _OrEager(partial):
-    """A function of our own kernels, and what runs in its place under a transform (`torch.func`, forward-mode
-    differentiation) or when the compiler fails at its first call."""
+    """A function of our own kernels that falls back to eager.
+
+    It does so under a transform (`torch.func`, forward-mode differentiation), or if the compiler fails at the first
+    call.
+    """
 
     def __call__(self, *args, **kwargs):
         if operators.is_transformed():

@@ -9,7 +9,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .product_keys_peer import sub_key_scores, token_tiles
 
-# Scores of one tile of tokens and one codebook. On CPU they and their softmax stay in cache: best of 2**17 to 2**22 on
+# Scores of one tile of tokens and one codebook. On CPU they and their softmax stay in cache. Best of 2**17 to 2**22 on
 # two Zen 4 cores, 1,024 tokens, 8 heads, 1,024 sub-keys, forward and backward, 2026-11-22.
 MAX_TILE_SCORES = {"cpu": 2**19}
 MAX_TILE_SCORES_ACCELERATOR = 2**24
@@ -24,10 +24,9 @@ def balance_loss(
 ) -> torch.Tensor:
     """How unevenly the tokens use the sub-keys, with gradients for queries and sub-keys.
 
-    A softmax over all n² product keys is the product of one softmax per codebook, so nothing of the pool's size is
-    formed: both losses balance the rows and the columns of the grid of experts, not each expert. With P the mean
-    probability of each sub-key of a codebook over tokens and heads, and f the share of the retrieved experts that lie
-    in its row or column:
+    A softmax over all n² product keys is the product of one softmax per codebook, so no tensor has the pool's size.
+    Both losses balance the rows and the columns of the grid of experts, not each expert. P is the mean probability of
+    each sub-key of a codebook over tokens and heads, and f is the share of the retrieved experts in its row or column.
 
         "switch"       n · Σ f · P, mean of both codebooks; 1 when even (Fedus et al. 2021, eqs. 4-6; arXiv:2101.03961)
         "uniformity"   KL(P ‖ uniform), natural logarithm, sum of both codebooks; 0 when even (after Monet's
@@ -36,7 +35,7 @@ def balance_loss(
     Args:
         kind: `"switch"` or `"uniformity"`.
         query, sub_keys: as in `product_key_top_k`.
-        expert_ids: what it returned for them.
+        expert_ids: its result for them.
         token_mask: `(num_tokens,)`, true where a token is not padding.
 
     Returns:
@@ -60,7 +59,7 @@ def balance_loss(
 def mean_probabilities(query: torch.Tensor, sub_keys: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Softmax over each codebook's scores, averaged over heads and, with `weights` `(num_tokens,)`, over tokens.
 
-    As in retrieval, the scores of one tile of tokens are held at a time, forward and backward.
+    As in retrieval, only one tile of tokens has its scores in memory at a time, forward and backward.
 
     Returns:
         `(2, num_sub_keys)`.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How PEER models load and save: a folder is replaced whole or not at all, and a damaged file is noticed and named."""
+"""Loading and saving of PEER models: a save is all or nothing, and a damaged file is detected and named."""
 
 import os
 from contextlib import suppress
@@ -16,27 +16,28 @@ from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .query_norms_peer import freeze_running_statistics
 
-# Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), hence a quarter of a second.
+# Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
 CHECKED_BYTES = 256 << 20
 ATTEMPTS_TO_READ = 3
 
 
 class PeerCheckpoints:
-    """Over `PreTrainedModel`'s ways to load and save: all or nothing, and with the code that loads it."""
+    """Extends loading and saving of `PreTrainedModel`: all or nothing, and with the code that loads the model."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, verify_checksums=None, **kwargs):
-        """As `PreTrainedModel.from_pretrained`; what is wrong with a checkpoint is said with the way out.
+        """Like `PreTrainedModel.from_pretrained`, with errors that say how to repair a broken checkpoint.
 
-        Running statistics that have learned come frozen ([`PeerPreTrainedModel.freeze_running_statistics`]).
+        Running statistics that were updated in training are frozen
+        ([`PeerPreTrainedModel.freeze_running_statistics`]).
 
         Args:
-            verify_checksums: read every weight file whole and compare it with its checksum. By default that is done
+            verify_checksums: read every weight file whole and compare it with its checksum. The default does so for
                 up to 256 MiB of weights; larger files are mapped and not read. False never does.
 
         Raises:
-            OSError: a weight file is damaged; it is named, with its size and the size its header announces. Or the
-                files were replaced during the loading.
+            OSError: a weight file is damaged, or the files were replaced during loading. The message names a damaged
+                file, its size and the size in its header.
             RuntimeError: tensors do not have the configuration's shapes.
         """
         options = {name: kwargs[name] for name in ("variant", "subfolder", "cache_dir", "revision") if name in kwargs}
@@ -46,7 +47,7 @@ class PeerCheckpoints:
         def find_files():
             return [] if others else weight_files(pretrained_model_name_or_path, **options)
 
-        # A configuration that is passed in belongs to the files as they were: it is not read again.
+        # A configuration that is passed in belongs to the files as they were, so it cannot be read again.
         attempts = ATTEMPTS_TO_READ if kwargs.get("config") is None else 1
         for attempt in range(attempts):
             before = _identities(pretrained_model_name_or_path, options.get("subfolder"))
@@ -56,7 +57,7 @@ class PeerCheckpoints:
             except Exception as error:
                 failure = error
             after = _identities(pretrained_model_name_or_path, options.get("subfolder"))
-            # One file is replaced in one step: what was read is the old one or the new one.
+            # A single file is replaced in one step, so the file that was read is either the old or the new one.
             if len(before.items() ^ after.items()) <= 2 and before.keys() == after.keys():
                 break
             if attempt == attempts - 1:
@@ -64,14 +65,14 @@ class PeerCheckpoints:
                     f"The files of {pretrained_model_name_or_path} were replaced while they were read, so that what "
                     "was read may be of two models. Load it again."
                 ) from failure
-        # Of a header, a flipped bit makes a tensor of another name or shape: the cause is told before the effect.
+        # A flipped bit in a header gives a tensor another name or shape. Report the cause before this effect.
         files = find_files()
         small = sum(file.stat().st_size for file in files) <= CHECKED_BYTES
         verify = small if verify_checksums is None else verify_checksums
         if failure is not None or verify:
             refuse_damage(pretrained_model_name_or_path, files, verify, failure)
         if failure is None:
-            # New ones, of tensors that the checkpoint lacks or of a model that was saved untrained, have yet to learn.
+            # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             freeze_running_statistics(loaded[0] if isinstance(loaded, tuple) else loaded, only_learned=True)
             return loaded
         if isinstance(failure, RuntimeError) and "ignore_mismatched_sizes" in str(failure):
@@ -83,7 +84,7 @@ class PeerCheckpoints:
         raise failure
 
     def gather_sharded_state_dict_for_save(self, model_to_save, state_dict, *args, **kwargs):
-        # Transformers would give every rank every table whole. Under FSDP2, torch gathers what it shards.
+        # Transformers would gather every whole table on every rank. Under FSDP2, torch gathers the tables it shards.
         by_rows_only = (self._tp_size or 1) > 1 and not getattr(self, "_is_fsdp_managed_module", False)
         rows = rows_of_rank(state_dict) if by_rows_only else {}
         others = {name: value for name, value in state_dict.items() if name not in rows}
@@ -98,18 +99,20 @@ class PeerCheckpoints:
         push_to_hub: bool = False,
         **kwargs,
     ):
-        """As `PreTrainedModel.save_pretrained`, all or nothing: the folder's files are replaced once the new ones are
-        complete. The code to load the model travels along, for every Auto class, and each weight file has its
-        checksum in it (`verify_checkpoint`)."""
+        """Like `PreTrainedModel.save_pretrained`, but all or nothing.
+
+        The folder's files are replaced once the new ones are complete. The code to load the model with every Auto
+        class is saved too. Each weight file contains its checksum (`verify_checkpoint`).
+        """
         self.config.auto_map = dict(AUTO_MAP)
-        # Staging is for the one process that writes all; in a distributed checkpoint every rank writes its part.
+        # Staging needs one process that writes everything. In a distributed checkpoint every rank writes its part.
         if kwargs.get("distributed_checkpoint"):
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         if self.should_save_on_this_rank(is_main_process):
             self._save_staged(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         else:
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
-        # Once more than Transformers has: the files are in their place only now.
+        # A second barrier, after that of Transformers: the files are in place only now.
         self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
 
     def _save_staged(self, save_directory, is_main_process, state_dict, push_to_hub, **kwargs):
@@ -119,24 +122,24 @@ class PeerCheckpoints:
         earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         with staged_save(save_directory, kwargs.get("variant")) as staging:
             super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
-            if not (staging / "modeling_peer.py").exists():  # a subclass elsewhere: its own file went, or none
+            if not (staging / "modeling_peer.py").exists():  # a subclass elsewhere: its file was copied, or none
                 own = (base for base in type(self).__mro__ if base.__module__.rpartition(".")[2] == "modeling_peer")
                 custom_object_save(next(own), staging)
             for file in staging.glob("*.safetensors"):
                 add_checksum(file)
             saved = {path.name for path in staging.iterdir()}
-        if push_to_hub:  # what Transformers would do after its own save
+        if push_to_hub:  # as Transformers does after its own save
             repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             card = create_and_tag_model_card(repo_id, self.model_tags, token=token)
             write_text(os.path.join(save_directory, "README.md"), str(card))
-            # It uploads what is newer than here: all that was saved, and no save that another process has under way.
+            # It uploads files newer than these: everything this save wrote, and nothing of another process's save.
             earlier = {name: time for name, time in earlier.items() if name not in saved}
             earlier |= dict.fromkeys((path.name for path in staging_folders(save_directory)), float("inf"))
             self._upload_modified_files(os.fspath(save_directory), repo_id, earlier, token=token, **commit)
 
 
 def _identities(path: str | os.PathLike, subfolder: str | None) -> dict[str, tuple[int, int, int]]:
-    """Which files a model in a local folder has: replacing one by an equal one makes a difference."""
+    """Identity of each file of a model in a local folder; it changes even if an equal file replaces one."""
     folder = os.path.join(path, subfolder or "") if path is not None else ""
     found = {}
     for name in os.listdir(folder) if os.path.isdir(folder) else []:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Checksums of weight files, where they are in the files themselves, and damage told from a whole file."""
+"""Checksums of weight files, stored in the files themselves, and the detection of damaged files."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
 
-# The spaces are not those of the safetensors library. A program that copies the metadata of a file to other tensors
-# therefore does not copy the checksum.
+# The safetensors library writes other spaces. A program that copies a file's metadata to other tensors therefore does
+# not produce this text, so the checksum is not copied.
 CHECKSUM_START = b'{"__metadata__": {"crc32": "'
 NO_CHECKSUM = b"0" * 8
-LARGEST_HEADER = 100_000_000  # bytes, of the safetensors format
+LARGEST_HEADER = 100_000_000  # bytes, the safetensors format's limit
 BLOCK = 1 << 24  # bytes read at once
 
 
 def weight_files(
     path: str | os.PathLike, variant=None, subfolder: str = "", cache_dir=None, revision: str | None = None
 ) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads, of a local folder or of what is downloaded of the Hub's."""
+    """The safetensors files that `from_pretrained` reads, in a local folder or downloaded from the Hub."""
 
     def find(name: str) -> Path | None:
         name = os.path.join(subfolder or "", name)
@@ -29,7 +29,7 @@ def weight_files(
             return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
         try:
             cached = huggingface_hub.try_to_load_from_cache(str(path), Path(name).as_posix(), cache_dir, revision)
-        except ValueError:  # no name of a repository
+        except ValueError:  # not a repository name
             return None
         return Path(cached) if isinstance(cached, str) else None
 
@@ -59,7 +59,7 @@ def add_checksum(file: Path):
             return
         header = CHECKSUM_START + NO_CHECKSUM + b'",' + header[len(plain) :].rstrip(b" ")
         header += b" " * (-len(header) % 8)
-        # from the end, since the tensors move by less than a block
+        # backwards from the end, since the tensors move by less than a block
         for start in reversed(range(8 + length, size, BLOCK)):
             stream.seek(start)
             block = stream.read(min(BLOCK, size - start))
@@ -87,7 +87,7 @@ def _checksum_of_rest(stream, checksum: int = 0) -> int:
 
 
 def checksum(file: str | os.PathLike) -> str:
-    """The CRC-32 of a file, eight hexadecimal digits. Computed once as long as size and time of the file stay."""
+    """The CRC-32 of a file, eight hexadecimal digits. Cached until the file's size or time changes."""
     status = os.stat(file)
     return _checksum(os.path.abspath(file), status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -99,7 +99,7 @@ def _checksum(path: str, *_) -> str:
 
 
 def stored_checksum(file: str | os.PathLike) -> str | None:
-    """The checksum in a safetensors file that a PEER model saved; None in those of others."""
+    """The checksum in a safetensors file that a PEER model saved; None for files of other programs."""
     with open(file, "rb") as stream:
         start = stream.read(8 + len(CHECKSUM_START) + len(NO_CHECKSUM))[8:]
     digits = start[len(CHECKSUM_START) :]
@@ -107,7 +107,7 @@ def stored_checksum(file: str | os.PathLike) -> str | None:
 
 
 def find_safetensors_damage(file: str | os.PathLike, verify: bool = True) -> str | None:
-    """One sentence on what is wrong with a safetensors file, with sizes in bytes; None if nothing is.
+    """One sentence that describes the damage to a safetensors file, with sizes in bytes; None if it is sound.
 
     Args:
         verify: whether to read the whole file and compare it with its checksum, if it has one.
@@ -164,11 +164,11 @@ def verify_checkpoint(folder: str | os.PathLike) -> dict[str, bool]:
     """Read every safetensors file in `folder` and compare it with its checksum: one second per GiB.
 
     Returns:
-        For each file, by its path in `folder`, whether it has a checksum. One without is only known to have the size
-        that its header announces: another program saved it, or an older release.
+        For each file, by its path in `folder`, whether it has a checksum. A file without one was saved by another
+        program or an older release. For that file, only the size given in its header is verified.
 
     Raises:
-        OSError: a file is damaged. All that are damaged are named.
+        OSError: a file is damaged. The message names all damaged files.
         FileNotFoundError: there is no safetensors file.
     """
     files = sorted(file for file in Path(folder).rglob("*.safetensors") if file.is_file())

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What the subcommands of `peer` do: a command line's words in, a dict for its last line out.
+"""The subcommands of `peer`: each takes the words of a command line and returns a dict for its last line.
 
-Each imports its own room when it is called, so that none needs what another one does.
+Each imports its own subpackage when it is called, so that none needs the dependencies of another.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def quickstart(words: Sequence[str]) -> dict[str, Any]:
 
 
 def train(words: Sequence[str]) -> dict[str, Any]:
-    """One run of training, as a recipe and the fields after it say."""
+    """Train once, with a recipe and the fields given after it."""
     from modeling_peer.training.language_modeling import train_language_model
     from modeling_peer.training.recipe import parse_recipe
 
@@ -40,14 +40,14 @@ def generate(words: Sequence[str]) -> dict[str, Any]:
 
 
 def compare(words: Sequence[str]) -> dict[str, Any]:
-    """Train what is left of a study, and report on all of it."""
+    """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
 
     return compare_feed_forwards(words)
 
 
 def compare_runs(words: Sequence[str]) -> dict[str, Any]:
-    """Put finished runs side by side."""
+    """Compare finished runs side by side."""
     from modeling_peer.console.command_line import parse_arguments
     from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 
@@ -55,7 +55,7 @@ def compare_runs(words: Sequence[str]) -> dict[str, Any]:
 
 
 def costs(words: Sequence[str]) -> dict[str, Any]:
-    """Count what a model costs."""
+    """Count a model's costs."""
     from modeling_peer.console.command_line import parse_arguments
     from modeling_peer.costs.show_costs import CostArguments, show_costs
 
@@ -63,7 +63,7 @@ def costs(words: Sequence[str]) -> dict[str, Any]:
 
 
 def presets(words: Sequence[str]) -> dict[str, Any]:
-    """Print the table of presets; the rows are also the last line."""
+    """Print the table of presets. The last line has the same rows."""
     from modeling_peer.console.errors import SettingsError
     from modeling_peer.console.tables import as_markdown
     from modeling_peer.costs.presets import describe_presets
@@ -76,7 +76,7 @@ def presets(words: Sequence[str]) -> dict[str, Any]:
 
 
 def bench_layer(words: Sequence[str]) -> dict[str, Any]:
-    """Time and memory of one layer, by many implementations."""
+    """Time and memory of one layer, in many implementations."""
     from modeling_peer.benchmarks.layer import bench_layer
     from modeling_peer.benchmarks.settings import LayerArguments, parse_settings
 
@@ -92,7 +92,7 @@ def bench_model(words: Sequence[str]) -> dict[str, Any]:
 
 
 def bench_usage(words: Sequence[str]) -> dict[str, Any]:
-    """What watching the use of experts, and evening it out, costs of a step."""
+    """What measuring and balancing expert usage adds to the cost of a step."""
     from modeling_peer.benchmarks.model import ModelBenchmark
     from modeling_peer.benchmarks.settings import parse_settings
     from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
@@ -101,7 +101,7 @@ def bench_usage(words: Sequence[str]) -> dict[str, Any]:
 
 
 def compile_kernels(words: Sequence[str]) -> dict[str, Any]:
-    """Compile the Triton kernels for GPUs that are not at hand."""
+    """Compile the Triton kernels for GPUs that this machine does not have."""
     from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
     from modeling_peer.console.command_line import parse_arguments
 

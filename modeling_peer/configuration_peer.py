@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""PeerConfig: every size and option of a PEER model, and the checks that refuse impossible ones."""
+"""PeerConfig: every size and option of a PEER model, and the checks that reject impossible ones."""
 
 import difflib
 import json
@@ -15,11 +15,11 @@ from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 if TYPE_CHECKING:
-    # Never imported: Transformers copies what a file's text names, so a configuration that is saved by itself brings
-    # the code that its `auto_map` promises.
+    # Never imported. Transformers copies the files that a source text imports, so a configuration saved by itself
+    # comes with the code that its `auto_map` names.
     from .modeling_peer import PeerForCausalLM  # noqa: F401
 
-# What may stand in a layer whose `mlp_layer_types` entry is "sparse".
+# The layers available where the `mlp_layer_types` entry is "sparse".
 SPARSE_MLPS = (
     "peer",
     "product_key_memory",
@@ -28,10 +28,10 @@ SPARSE_MLPS = (
     "soft_moe",
     "multilinear_moe",
 )
-# Those of them that find what they use by product keys.
+# Those that retrieve by product keys.
 PRODUCT_KEY_MLPS = ("peer", "product_key_memory")
 
-# Every field that is a number is in one of these two tables, but for token ids; a test holds it.
+# Every numeric field except token ids is in one of these two tables; a test checks that.
 # Integers: the least value. Kernels and file formats count in 32 bits along one axis.
 LARGEST_SIZE = 2**31 - 1
 LEAST_SIZES = {
@@ -65,7 +65,7 @@ INTERVALS = {
     "router_aux_loss_coef": (0, math.inf, False, "0.01, or 0 to leave auxiliary losses out of the loss"),
     "moe_capacity_factor": (0, math.inf, True, "1.25"),
 }
-# The least capacity factor of `expert_choice_moe`, which reads it as a fraction of thousandths.
+# The least capacity factor of `expert_choice_moe`, which rounds it to a fraction of thousandths.
 LEAST_CAPACITY_FACTOR = 1e-3
 
 logger = logging.get_logger(__name__)
@@ -74,17 +74,20 @@ logger = logging.get_logger(__name__)
 @strict
 class PeerConfig(PreTrainedConfig):
     r"""
-    Configuration of a decoder whose feed-forward is, in some layers, a PEER layer: `num_sub_keys**2` experts of one
-    neuron each, of which every token retrieves `num_retrieval_heads * num_experts_per_head` by product keys
-    (He 2024, arXiv:2407.04153). The other fields are those of [`LlamaConfig`].
+    Configuration of a decoder in which some feed-forward layers are PEER layers (He 2024, arXiv:2407.04153).
+
+    A PEER layer has `num_sub_keys**2` experts of one neuron each. Every token retrieves
+    `num_retrieval_heads * num_experts_per_head` of them by product keys. The other fields are those of
+    [`LlamaConfig`].
 
     Args:
         mlp_layer_types (`list[str]`, *optional*):
             `"sparse"` or `"dense"` for each layer. Unset, the middle layer is sparse and the others are dense, as in
             the paper (block 6 of 12).
         sparse_mlp (`str`, *optional*, defaults to `"peer"`):
-            What stands in the sparse layers: `"peer"`, or a rival: `"product_key_memory"`, which has PEER's sizes,
-            `"top_k_moe"`, `"expert_choice_moe"`, `"soft_moe"` (with `is_causal=False`) or `"multilinear_moe"`.
+            The layer used in the sparse layers: `"peer"`, or one that it is compared with. Those are
+            `"product_key_memory"`, which has PEER's sizes, `"top_k_moe"`, `"expert_choice_moe"`, `"soft_moe"` (with
+            `is_causal=False`) and `"multilinear_moe"`.
         parallel_dense_mlp (`bool`, *optional*, defaults to `False`):
             Keep the dense MLP beside the sparse one and add the two outputs. The paper replaces the dense MLP.
         num_sub_keys (`int`, *optional*, defaults to 1024):
@@ -94,60 +97,61 @@ class PeerConfig(PreTrainedConfig):
         num_experts_per_head (`int`, *optional*, defaults to 16):
             Experts each head retrieves, k; at most `num_sub_keys`.
         query_dim (`int`, *optional*, defaults to 256):
-            Width of one head's query, both halves together. The paper does not state it; this is the value of the
+            Width of one head's query, both halves together. The paper does not state it. This is the value in the
             product-key memory notebook it cites.
         share_sub_keys (`bool`, *optional*):
-            One pair of codebooks for all heads rather than one pair per head. Unset, as in the papers: `True` for
-            PEER, `False` for product-key memory.
+            One pair of codebooks for all heads rather than one pair per head. Unset, it is as in the papers: `True`
+            for PEER, `False` for product-key memory.
         query_norm (`str`, *optional*, defaults to `"batch_norm"`):
             Normalisation of the queries: `"batch_norm"` (paper), `"rms_norm"`, `"layer_norm"` or `"none"`.
         gate_activation (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"` over the k scores of one head (paper), or `"sigmoid"` of each score.
         expert_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the single neuron: any Transformers activation, or `"identity"`. The paper names ReLU and
+            Activation of the single neuron: any Transformers activation, or `"identity"`. The paper gives ReLU and
             GELU as examples and does not say which it used.
         gated_experts (`bool`, *optional*, defaults to `False`):
             GLU experts, `act(x · gate) * (x · down) * up`, with a third table.
         share_expert_tables (`bool`, *optional*, defaults to `False`):
-            All sparse layers read and train the same experts; each keeps its own queries and sub-keys, or router.
+            All sparse layers use and train the same experts. Each layer has its own queries and sub-keys, or router.
         expert_dropout (`float`, *optional*, defaults to 0.0):
-            Probability of dropping a retrieved expert of a token in training.
+            Probability of dropping each expert that a token retrieved, in training.
         expert_init_gain (`float`, *optional*, defaults to 4.0):
             Standard deviation of the pre-activations at initialisation; the paper states no initialisation.
         row_sparse_gradients (`bool`, *optional*, defaults to `False`):
-            Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved, so that its
-            memory and time depend on those and not on the size of the pool. The optimizer must take them:
-            [`modeling_peer.training.RowSparseAdamW`]. With `experts_implementation="cpu"` they hold no rows before
-            somebody asks for them, and that optimizer does not.
+            Whether gradients of the expert tables are sparse tensors of the rows that a step retrieved. Memory and
+            time of a step then depend on those rows and not on the size of the pool. The optimizer must accept such
+            gradients: [`modeling_peer.optim.RowSparseAdamW`]. With `experts_implementation="cpu"` the rows are
+            computed only when they are read, and that optimizer does not read them.
         balance_loss (`str`, *optional*):
             Auxiliary loss that evens out the use of rows and columns of the grid of experts: `"switch"` or
-            `"uniformity"` ([`auxiliary_losses_peer.balance_loss`]). The paper has none. In training, and wherever
-            labels are given, `aux_loss` is its sum over the sparse layers, padding left out; where there is a `loss`
-            it includes `router_aux_loss_coef * aux_loss`, in evaluation too, as in Transformers' mixtures of experts.
-            A Trainer that computes the loss itself (`label_smoothing_factor`, `compute_loss_func`) must add it.
+            `"uniformity"` ([`balance_loss_peer.balance_loss`]). The paper has none. In training, and whenever
+            labels are given, `aux_loss` is its sum over the sparse layers, without padding. A `loss` includes
+            `router_aux_loss_coef * aux_loss`, in evaluation too, as in Transformers' mixtures of experts. A Trainer
+            that computes the loss itself (`label_smoothing_factor`, `compute_loss_func`) must add it.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
-            Weight of the auxiliary losses in `loss`. 0.01 is that of the Switch Transformer; Monet's uniformity loss
-            had 0.001.
+            Weight of the auxiliary losses in `loss`. The Switch Transformer uses 0.01; Monet's uniformity loss
+            uses 0.001.
         gated_memory (`bool`, *optional*, defaults to `False`):
-            Product-key memory multiplies what it read by `silu(x W_1)` and projects it, as Memory+ does
+            Product-key memory multiplies its output by `silu(x W_1)` and projects the product, as Memory+ does
             ([`PeerProductKeyMemory`]).
         num_moe_experts (`int`, *optional*, defaults to 8):
-            Coarse experts, each an MLP, of the mixtures (`top_k_moe`, `expert_choice_moe`, `soft_moe`,
+            Number of coarse experts, each an MLP, in the mixtures (`top_k_moe`, `expert_choice_moe`, `soft_moe`,
             `multilinear_moe`).
         moe_intermediate_size (`int`, *optional*):
             Width of one coarse expert; unset, `intermediate_size`.
         num_moe_experts_per_token (`int`, *optional*, defaults to 2):
             Coarse experts of one token in a `top_k_moe` with the router `"noisy_top_k"`. With 1 the router learns
-            of its load loss only.
+            from its load loss only.
         moe_router (`str`, *optional*, defaults to `"noisy_top_k"`):
             Router of `top_k_moe`: `"noisy_top_k"` with importance and load losses (Shazeer et al. 2017), or
-            `"switch"`: one expert, a capacity, and its balance loss (Fedus et al. 2021). `router_aux_loss_coef` weighs
-            the losses of either.
+            `"switch"` with one expert, a capacity and its balance loss (Fedus et al. 2021). `router_aux_loss_coef` is
+            the weight of the losses of both.
         moe_capacity_factor (`float`, *optional*):
-            Places of an expert over the tokens it would get if all got as many: of `"switch"` in training (unset,
-            1.25); of `expert_choice_moe`, where it is the mean number of experts of a token (unset, 2).
+            Capacity of one expert, divided by the number of tokens it would get if all got the same. It applies to
+            `"switch"` in training (unset, 1.25). In `expert_choice_moe` it is the mean number of experts of a token
+            (unset, 2).
         num_slots_per_expert (`int`, *optional*, defaults to 1):
-            Slots of each expert of `soft_moe`, per sequence.
+            Slots of each `soft_moe` expert, per sequence.
         multilinear_form (`str`, *optional*, defaults to `"cp"`):
             How `multilinear_moe` factorises the tensor of its experts: `"cp"` or `"tensor_ring"`.
         multilinear_ranks (`list[int]`, *optional*):
@@ -155,8 +159,8 @@ class PeerConfig(PreTrainedConfig):
             and a fifth of `hidden_size`).
         is_causal (`bool`, *optional*, defaults to `True`):
             Whether a token sees only those before it. `False` is for masked language models and classifiers, and
-            what `soft_moe` needs; there is no cache then, and `position_ids` that start again do not keep packed
-            sequences apart.
+            `soft_moe` needs it. There is no cache then, and `position_ids` that restart do not separate packed
+            sequences.
         classifier_dropout (`float`, *optional*, defaults to 0.0):
             Dropout before the head of [`PeerForTokenClassification`].
 
@@ -171,7 +175,7 @@ class PeerConfig(PreTrainedConfig):
 
     model_type = "peer"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "expert_ids", "expert_gates", "aux_loss"]
-    # Expert tables are sharded by rows (parallel_peer.py), retrieval is replicated.
+    # Expert tables are sharded by rows (parallel_peer.py). Retrieval is replicated.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -266,10 +270,12 @@ class PeerConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """As `PreTrainedConfig.get_config_dict`, to which no file means the defaults: 2.3 billion parameters.
+        """Like `PreTrainedConfig.get_config_dict`, but a missing file is an error.
+
+        There it means the defaults, which are 2.3 billion parameters.
 
         Raises:
-            OSError: there is no config.json, or nothing in it.
+            OSError: there is no config.json, or it is empty.
         """
         fields, others = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not fields:
@@ -285,7 +291,8 @@ class PeerConfig(PreTrainedConfig):
         """The configuration of a preset (`peer presets` lists them), with fields overridden.
 
         Raises:
-            ValueError: no preset of this name, or the package is not installed: presets do not travel.
+            ValueError: there is no preset of this name, or the package is not installed: presets are not copied
+                into checkpoints.
         """
         try:
             folder = files("modeling_peer") / "configuration" / "models"
@@ -300,7 +307,7 @@ class PeerConfig(PreTrainedConfig):
 
     @property
     def has_aux_losses(self) -> bool:
-        """Whether the sparse layers have auxiliary losses: balance losses, or those of a router."""
+        """Whether the sparse layers have auxiliary losses: balance losses or router losses."""
         return self.balance_loss is not None or self.sparse_mlp == "top_k_moe"
 
     @property
@@ -310,12 +317,12 @@ class PeerConfig(PreTrainedConfig):
 
     @property
     def num_active_experts(self) -> int:
-        """Experts one token passes through in one sparse layer, all heads together."""
+        """Experts used by one token in one sparse layer, all heads together."""
         return self.num_retrieval_heads * self.num_experts_per_head
 
     @property
     def multilinear_factor_ranks(self) -> list[int]:
-        """`multilinear_ranks`, or what they are where unset."""
+        """`multilinear_ranks`, or the defaults if unset."""
         if self.multilinear_ranks is not None:
             return self.multilinear_ranks
         if self.multilinear_form == "cp":
@@ -348,10 +355,10 @@ class PeerConfig(PreTrainedConfig):
             logger.warning_once(message)
 
     def _validate_numbers(self):
-        """Each number by itself."""
+        """Check each number on its own."""
         for name, least in LEAST_SIZES.items():
             size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int):  # `@strict` passes over Transformers' own fields
+            if isinstance(size, bool) or not isinstance(size, int):  # `@strict` skips Transformers' own fields
                 raise ValueError(f"{name} must be an integer, got {size!r}.")
             most = LARGEST_NUM_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE
             if name in ("query_dim", "head_dim") and size < least:
@@ -377,8 +384,8 @@ class PeerConfig(PreTrainedConfig):
         self._validate_token_numbers()
 
     def _validate_token_numbers(self):
-        # Of ids outside the vocabulary Transformers warns, since checkpoints have them (-1: none). Refused is what it
-        # cannot mean.
+        # Some checkpoints have ids outside the vocabulary (-1: none), so Transformers only warns of them. Ids that
+        # cannot mean anything are refused.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
             for token in ids if isinstance(ids, list) else [ids]:
@@ -391,7 +398,7 @@ class PeerConfig(PreTrainedConfig):
             )
 
     def _validate_total_sizes(self):
-        """Elements of the largest tensors, which torch counts in 64 bits."""
+        """Check the element counts of the largest tensors, which torch holds in 64 bits."""
         mixture = max(self.num_moe_experts, self.num_slots_per_expert) * self.moe_intermediate_size
         for fields, rows in (
             ("num_sub_keys**2", self.num_peer_experts),
@@ -404,7 +411,7 @@ class PeerConfig(PreTrainedConfig):
                 )
 
     def _what_cannot_learn(self) -> list[str]:
-        """A sentence or two on each choice that is possible, but leaves parameters without a gradient."""
+        """One or two sentences on each choice that is allowed but leaves parameters without a gradient."""
         found = [
             f"{name}={getattr(self, name)} drops all of it in training, so nothing before it learns. Lower it."
             for name in ("attention_dropout", "classifier_dropout")
@@ -442,7 +449,7 @@ class PeerConfig(PreTrainedConfig):
         return found
 
     def _what_cannot_learn_of_mixtures(self) -> list[str]:
-        if self.num_moe_experts == 1 and self.sparse_mlp != "soft_moe":  # whose slots choose among tokens
+        if self.num_moe_experts == 1 and self.sparse_mlp != "soft_moe":  # its slots choose among tokens
             return [
                 f"num_moe_experts=1 with sparse_mlp={self.sparse_mlp!r}: the only expert's gate is always 1, so the "
                 "router does not learn. Set num_moe_experts to 2 or more."
@@ -547,7 +554,7 @@ class PeerConfig(PreTrainedConfig):
 
 
 def _unknown_name(field: str, name: str, known: tuple[str, ...]) -> str:
-    """Message for a `name` that `field` does not know, with the nearest one it does."""
+    """Message for a `name` that is unknown to `field`, with the nearest known one."""
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"{field}={name!r} is unknown.{hint} Known: {', '.join(known)}."

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The files of a folder replaced whole or not at all, whenever the process that does it is killed."""
+"""Replace the files of a folder all or nothing, even if the process is killed."""
 
 import json
 import os
@@ -19,10 +19,10 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 
-# Followed by the host and the process that saves, so that what a killed one left can be told from work in progress.
+# Followed by host and process id, which tell the files of a killed process from a save in progress.
 STAGING_PREFIX = ".saving-"
-# Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a file
-# that the saving process holds locked.
+# Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a lock
+# held by the saving process.
 NEW_FILES, OLD_FILES, EXCHANGE, LOCK = "new", "old", "exchange.json", "lock"
 CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -30,11 +30,11 @@ GENERATION_CONFIG_NAME = "generation_config.json"
 
 @contextmanager
 def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Iterator[Path]:
-    """Yield a folder to save into; on success its files replace those of `directory`, on failure nothing changes.
+    """Yield a folder to save into. On success its files replace those of `directory`; on failure nothing changes.
 
-    The files are on the disk before the first is replaced. Where one file changes, it is replaced in one step, so a
-    save that is killed leaves the old model or the new one. Where more change, `config.json` is taken away first and
-    put back last: a folder without it loads as nothing. The next save then puts the old files back before its own, as
+    The files are on the disk before the first is replaced. If only one file changes, it is replaced in one step, so a
+    killed save leaves the old model or the new one. If more change, `config.json` is removed first and restored last:
+    a folder without it cannot be loaded. The next save then restores the old files before it starts, as
     `restore_old_files` does at any time.
 
     Args:
@@ -43,7 +43,7 @@ def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Ite
 
     Raises:
         NotADirectoryError: `directory` is a file.
-        IsADirectoryError: it has a folder by the name of a file to be saved.
+        IsADirectoryError: it has a folder with the name of a file to be saved.
     """
     directory = Path(directory)
     if directory.is_file():
@@ -66,9 +66,9 @@ def staged_save(directory: str | os.PathLike, variant: str | None = None) -> Ite
 
 
 def restore_old_files(directory: str | os.PathLike) -> None:
-    """Put back the files of a model whose replacement was cut off, and clear what dead processes left in `directory`.
+    """Restore a model's old files after an interrupted exchange, and delete what dead processes left in `directory`.
 
-    Nothing is put back where `directory` has a configuration: it loads as it is.
+    Nothing is restored if `directory` has a configuration, because it can then be loaded as it is.
     """
     directory = Path(directory)
     for staging in staging_folders(directory):
@@ -80,13 +80,13 @@ def restore_old_files(directory: str | os.PathLike) -> None:
 
 
 def staging_folders(directory: str | os.PathLike) -> list[Path]:
-    """Those that may be ours; a link may lead anywhere, and is not."""
+    """Folders that may be our staging folders. Links are left out, since they can point anywhere."""
     found = Path(directory).glob(f"{STAGING_PREFIX}*")
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def _is_abandoned(staging: Path) -> bool:
-    """Whether the process that made this folder is gone. Only a lock tells that of another container's."""
+    """Whether the process that made this folder has ended. For another container's process only a lock shows that."""
     if fcntl is not None and (staging / LOCK).is_file():
         descriptor = os.open(staging / LOCK, os.O_RDWR)
         try:
@@ -104,10 +104,10 @@ def _is_abandoned(staging: Path) -> bool:
 
 
 def _is_running(process_id: int) -> bool:
-    if os.name == "nt":  # there, signal 0 is Ctrl-C
+    if os.name == "nt":  # signal 0 is Ctrl-C on Windows
         return True
     try:
-        os.kill(process_id, 0)  # no signal: only asks
+        os.kill(process_id, 0)  # sends no signal, only checks
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
@@ -117,7 +117,7 @@ def _is_running(process_id: int) -> bool:
 
 @contextmanager
 def _locked(path: Path, create: bool = False) -> Iterator[None]:
-    """Hold a file or folder locked; where that is not possible, go on without."""
+    """Hold a lock on a file or folder; continue without one if the system cannot lock it."""
     if fcntl is None:
         yield
         return
@@ -136,14 +136,14 @@ def _replace_files(staging: Path, directory: Path, variant: str | None):
     is_weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch
 
     source = staging / NEW_FILES
-    # paths in the folder: an adapter may have one of its own
+    # relative paths, because an adapter may have a folder of its own
     new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     stale = set()
     if any(map(is_weights, new)):
         # Transformers prefers `model.safetensors` to an index, so a stale one beside new shards would be loaded.
         stale = {path.name for path in directory.iterdir() if is_weights(path.name) or path.name == index}
         if variant is None and CONFIG_NAME in new and (directory / GENERATION_CONFIG_NAME).exists():
-            stale.add(GENERATION_CONFIG_NAME)  # of a model that generates, where the new one does not
+            stale.add(GENERATION_CONFIG_NAME)  # left by a model that generates; the new one does not
     stale -= new
     changed = {name for name in new if is_weights(name) or not _same_content(source / name, directory / name)}
     for name in sorted(changed | stale):
@@ -176,8 +176,8 @@ def _exchange(staging: Path, directory: Path, exchange: dict):
     """Move old files out of `directory` and new ones into it; if that fails, put the old ones back.
 
     Args:
-        exchange: the names of `new` and `old` files, and the `last` one, without which the folder does not load. It is
-            moved out first and in last.
+        exchange: the names of `new` and `old` files, and the `last` one, without which the folder cannot be loaded. It
+            is moved out first and in last.
     """
     last = exchange["last"]
     (staging / OLD_FILES).mkdir()
@@ -205,11 +205,11 @@ def _exchange(staging: Path, directory: Path, exchange: dict):
 
 
 def _read_exchange(staging: Path) -> dict | None:
-    """The names of an exchange that began and did not end; None of another."""
+    """The names of an exchange that started and did not finish; None if there is no such exchange."""
     try:
         exchange = json.loads((staging / EXCHANGE).read_text(encoding="utf-8"))
         names = [*exchange["new"], *exchange["old"], exchange["last"]]
-        # they may have been written by anyone
+        # anyone may have written these names
         inside = all(not os.path.isabs(name) and ".." not in Path(name).parts for name in names)
         return exchange if inside and (staging / NEW_FILES / exchange["last"]).exists() else None
     except (OSError, ValueError, TypeError, KeyError):
@@ -222,10 +222,10 @@ def _holds_old_files(staging: Path) -> bool:
 
 
 def _put_back(staging: Path, directory: Path):
-    if (exchange := _read_exchange(staging)) is None:  # the last file is moved: all of them are
+    if (exchange := _read_exchange(staging)) is None:  # the last file is moved, so all are
         return
     for name in exchange["new"]:
-        # moved, and nothing stood in its place
+        # moved, and there was no file of this name before
         if name not in exchange["old"] and not (staging / NEW_FILES / name).exists():
             (directory / name).unlink(missing_ok=True)
     for name in sorted(exchange["old"], key=lambda name: (name == exchange["last"], name)):

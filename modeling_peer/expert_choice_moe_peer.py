@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Expert-choice mixture: in training experts choose their tokens; elsewhere a threshold of each expert stands in."""
+"""Expert-choice mixture: in training experts choose their tokens; elsewhere a threshold per expert decides."""
 
 from fractions import Fraction
 
@@ -17,12 +17,13 @@ from .retrieval_peer import real_tokens
 
 
 class PeerScoreThresholds(RunningStatistics):
-    """Running mean of the lowest score that each expert chose in training, `(num_experts,)`, kept as BatchNorm keeps
-    its statistics.
+    """Running mean of the lowest score that each expert chose in training, `(num_experts,)`.
+
+    It is updated like BatchNorm's statistics.
 
     Args:
-        num_experts: coarse experts.
-        momentum: weight of the newest micro-batch; that of PyTorch's BatchNorm.
+        num_experts: number of coarse experts.
+        momentum: weight of the newest micro-batch, as in PyTorch's BatchNorm.
     """
 
     def __init__(self, num_experts: int, momentum: float = 0.1):
@@ -40,37 +41,42 @@ class PeerScoreThresholds(RunningStatistics):
 
     @torch.no_grad()
     def update(self, lowest_scores: torch.Tensor, enough: torch.Tensor):
-        """Count one micro-batch, unless it has not `enough` tokens (a boolean scalar)."""
+        """Add one micro-batch to the means if it has `enough` tokens (a boolean scalar)."""
         if not is_recomputation():
             lowest_scores = torch.where(enough, lowest_scores, self.running_mean).to(self.running_mean.dtype)
             self.running_mean.lerp_(lowest_scores, self.momentum)
 
 
 class PeerExpertChoiceMoe(nn.Module):
-    """Mixture whose experts choose tokens, all the same number of them (Zhou et al. 2022; arXiv:2202.09368).
+    """Mixture whose experts choose tokens, each the same number (Zhou et al. 2022; arXiv:2202.09368).
 
         scores = softmax over experts(x W)
         y      = Σ over the experts that chose x of  score · expert(x)
 
-    In training, as published, an expert takes the `capacity = tokens · moe_capacity_factor / num_moe_experts` tokens
-    of this process's micro-batch that score highest with it. Tokens compete, so who chooses a token depends on later
-    ones and on other sequences, and a loss in training has seen a little of what it predicts.
+    In training, as published, `capacity = tokens · moe_capacity_factor / num_moe_experts`. Each expert takes that many
+    tokens of this process's micro-batch: those that score highest with it. Tokens compete, so the experts of a token
+    depend on later tokens and on other sequences. A training loss thus has seen a little of what it predicts.
 
-    With one token to decode there is no such choice, and evaluation must not look ahead. There, and where thresholds
-    do not learn ([`RunningStatistics`]: in a loaded model, and with a frozen router), an expert takes every token that
-    scores above the expert's threshold, its running mean of the lowest score that it chose in training: a token's
-    experts depend on that token alone, `moe_capacity_factor` of them on average. The thresholds are our choice over
-    the best experts of each token (Berges et al. 2024 evaluate with the best one). Validation loss of 3 layers of
-    width 64, 8 experts in the middle one, after 1,600 steps of 1,024 bytes of WikiText-2, in nats a byte, one seed:
-    1.562 by the rule of training, 1.562 by thresholds (2.01 experts a token), 1.569 with the best two experts, 1.597
-    with the best one.
+    One token to decode leaves no such choice, and evaluation must not look ahead. There an expert takes every token
+    that scores above its threshold, the running mean of the lowest score that it chose in training. The same holds
+    where thresholds do not learn ([`RunningStatistics`]): in a loaded model, and with a frozen router. A token's
+    experts then depend on that token alone, and number `moe_capacity_factor` on average.
+
+    The thresholds are our choice. The alternative is the best experts of each token (Berges et al. 2024 evaluate with
+    the best one). We compared them on 3 layers of width 64, with 8 experts in the middle one, after 1,600 steps of
+    1,024 bytes of WikiText-2. The validation loss, in nats per byte and for one seed, was:
+
+        the rule of training                      1.562
+        thresholds (2.01 experts per token)       1.562
+        the best two experts                      1.569
+        the best one                              1.597
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()
         self.initializer_range = config.initializer_range
         capacity_factor = 2 if config.moe_capacity_factor is None else config.moe_capacity_factor
-        # A fraction: rounded up, 80 tokens · 1.1 / 8 must be 11, with integers of Python and of tensors.
+        # A fraction: 80 tokens · 1.1 / 8, rounded up, must be 11 for Python integers and for tensors.
         self.share_of_tokens = Fraction(capacity_factor).limit_denominator(1000) / config.num_moe_experts
         self.router = nn.Parameter(torch.empty(config.num_moe_experts, config.hidden_size))
         self.thresholds = PeerScoreThresholds(config.num_moe_experts)
@@ -92,8 +98,8 @@ class PeerExpertChoiceMoe(nn.Module):
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding; in training no expert chooses padding.
-            aux_losses: unused, there is nothing to balance.
+            token_mask: `(...)`, true where a token is not padding. In training no expert chooses padding.
+            aux_losses: unused, because there is nothing to balance.
 
         Returns:
             Shape and dtype of `hidden_states`.
@@ -111,14 +117,17 @@ class PeerExpertChoiceMoe(nn.Module):
         return output.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _by_choice(self, tokens, scores, token_mask):
-        """Places for as many tokens as there are, so that shapes do not depend on the mask; those that the real
-        tokens do not fill have a gate of 0."""
+        """Output of the rule of training.
+
+        There are places for all tokens, padding included, so that shapes do not depend on the mask. Places that real
+        tokens do not fill have a gate of 0.
+        """
         places = min(len(tokens), self._capacity(len(tokens)))
         gates, token_ids = scores.masked_fill(~token_mask.unsqueeze(1), -1.0).T.topk(places)  # (experts, places)
         num_real = token_mask.sum()
         capacity = torch.minimum(self._capacity(num_real), num_real)
         empty = torch.arange(places, device=tokens.device) >= capacity
-        # With too few tokens for one each, experts take lower scores than they would among many.
+        # If there are too few tokens for one per expert, experts take lower scores than they would among many.
         enough = num_real * self.share_of_tokens.numerator >= self.share_of_tokens.denominator
         self.thresholds.update(gates.masked_fill(empty, torch.inf).amin(dim=-1), enough)
         written = self.experts.of_slots(tokens[token_ids]) * gates.masked_fill(empty, 0.0).unsqueeze(-1)
@@ -127,16 +136,16 @@ class PeerExpertChoiceMoe(nn.Module):
     def _by_thresholds(self, tokens, scores):
         chosen = scores > self.thresholds.running_mean
         if torch.compiler.is_compiling():
-            # Shapes must not depend on who is chosen: every expert computes every token.
+            # Shapes must not depend on the choice, so every expert computes every token.
             expert_ids = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
             return self.experts(tokens, expert_ids, scores.masked_fill(~chosen, 0.0))
         token_ids, expert_ids = chosen.nonzero(as_tuple=True)
-        # One row for each token and expert, since tokens have unequal numbers of experts.
+        # One row per pair of token and expert, since tokens have unequal numbers of experts.
         written = self.experts(tokens[token_ids], expert_ids.unsqueeze(1), scores[chosen].unsqueeze(1))
         return _sum_by_token(written.to(scores.dtype), token_ids, tokens)
 
     def _capacity(self, num_tokens: int | torch.Tensor) -> int | torch.Tensor:
-        """Tokens that one expert chooses among `num_tokens`, rounded up."""
+        """Number of tokens that one expert chooses among `num_tokens`, rounded up."""
         return -(-num_tokens * self.share_of_tokens.numerator // self.share_of_tokens.denominator)
 
 

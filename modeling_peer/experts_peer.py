@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What the retrieved experts compute: two tables of single neurons, and their gated sum."""
+"""The computation of the retrieved experts: two tables of single neurons, and their gated sum."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,8 +15,8 @@ from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 
-# Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB, or one token's rows where those are more.
-# On CPU a tile then stays in cache; an accelerator needs larger ones to be busy.
+# Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB. One token's rows may be more.
+# On CPU a tile of this size stays in cache. An accelerator needs larger tiles to be busy.
 MAX_TILE_ELEMENTS = {"cpu": 2**20}
 MAX_TILE_ELEMENTS_ACCELERATOR = 2**26
 TABLE_NAMES = ("down_embed", "up_embed", "gate_embed")
@@ -39,12 +39,14 @@ def expert_mixture(
         e_i(x) = up_i
         y      = Σ_k gate_k · e_{id_k}(x)
 
-    `down` reads the token and `up` writes it back: the reverse of the names in Llama's MLP. Rows are gathered tile by
-    tile, forward and backward, so at most `MAX_TILE_ELEMENTS` of a table's values are held at a time whatever the
-    number of tokens; the backward adds one float32 gradient of each table, or of its touched rows. Sums run in float32
-    (float64 for float64 input). A compiler gets the plain formula, and plans memory itself. So do `torch.func`,
-    forward-mode differentiation and `torch.jit.trace`, whose gradients of tables are dense. A gradient of a gradient
-    keeps all rows.
+    `down` reads the token and `up` writes it back: the reverse of the names in Llama's MLP.
+
+    Rows are gathered tile by tile, forward and backward. At most `MAX_TILE_ELEMENTS` of a table's values are held at a
+    time, whatever the number of tokens. The backward also holds one float32 gradient of each table, or of its
+    retrieved rows. Sums run in float32 (float64 for float64 input).
+
+    A compiler gets the plain formula and plans memory itself. So do `torch.func`, forward-mode differentiation and
+    `torch.jit.trace`; their gradients of tables are dense. A gradient of a gradient keeps all rows.
 
     Args:
         hidden_states: `(num_tokens, hidden_size)`.
@@ -52,8 +54,8 @@ def expert_mixture(
         gates: `(num_tokens, num_active)`.
         down_embed, up_embed, gate_embed: `(num_peer_experts, hidden_size)`; `gate_embed` only with `down_embed`.
         activation: elementwise function of the pre-activations.
-        row_sparse_gradients: whether gradients of the tables are sparse COO tensors of the rows that were retrieved,
-            coalesced, rather than as large as the tables.
+        row_sparse_gradients: whether gradients of the tables are coalesced sparse COO tensors of the retrieved rows,
+            rather than as large as the tables.
 
     Returns:
         `(num_tokens, hidden_size)`, dtype of `hidden_states`.
@@ -75,8 +77,10 @@ def expert_mixture(
 
 
 def _needs_formula() -> bool:
-    """Whether someone looks inside, who would not see through `torch.autograd.Function`, or would keep the number of
-    tiles."""
+    """Whether compilation, tracing or a transform needs the plain formula.
+
+    They cannot see into `torch.autograd.Function`, or would fix the number of tiles.
+    """
     return torch.compiler.is_compiling() or is_traced() or forward_ad._current_level >= 0
 
 
@@ -94,7 +98,7 @@ def _write(weights: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor)
 
 
 class _TiledRows(torch.autograd.Function):
-    """`_read` or `_write` tile by tile: the backward gathers rows again, where autograd would keep every one."""
+    """`_read` or `_write` tile by tile. The backward gathers rows again, while autograd would keep all of them."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -148,7 +152,7 @@ def _apply(function, row_sparse, values, table, expert_ids):
 
 
 class _TableGradient:
-    """Adds up a table's gradient: all of its rows, or, `row_sparse`, those that `expert_ids` name."""
+    """Adds up a table's gradient: all of its rows or, with `row_sparse`, the rows in `expert_ids`."""
 
     def __init__(self, table, expert_ids, dtype, row_sparse):
         self.table, self.rows = table, None
@@ -180,7 +184,7 @@ class _TableGradient:
 
 
 def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
-    """Slices of tokens whose gathered rows stay within the bound; at least one token each."""
+    """Slices of tokens whose gathered rows stay within the bound, with at least one token each."""
     num_tokens, num_active = expert_ids.shape
     bound = MAX_TILE_ELEMENTS.get(table.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
     size = max(1, bound // (num_active * table.shape[-1]))
@@ -188,16 +192,16 @@ def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
 
 
 def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token's assignments those to experts `0 <= id < num_rows`, side by side: the others cost nothing.
+    """Keep each token's assignments to experts `0 <= id < num_rows`, side by side, so that the others cost nothing.
 
-    Tokens have unequal numbers of them. Places left over name rows that other tokens retrieved, dealt out evenly (one
-    row for all would have one thread add up its gradient), with a gate of 0.
+    Tokens have unequal numbers of them. Unused places get a gate of 0 and the ids of rows that other tokens retrieved,
+    spread evenly. If they all named one row, one thread would add up its whole gradient.
 
     Args:
         expert_ids, gates: `(num_tokens, num_active)`.
 
     Returns:
-        Both, `(num_tokens, largest number of a token's own)`, at least 1.
+        Both, `(num_tokens, width)`: the width is the largest number of a token's own assignments, at least 1.
     """
     own = (expert_ids >= 0) & (expert_ids < num_rows)
     if torch.compiler.is_compiling():  # the largest number would break the graph
@@ -212,9 +216,11 @@ def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int
 
 
 class PeerExperts(nn.Module):
-    """The pool of experts of one layer: `down_embed` reads a token, `up_embed` writes it back, `gate_embed` (gated
-    experts only) modulates; each is `(num_peer_experts, hidden_size)`, one row an expert. Experts that are not to
-    read (`has_readers=False`) have `up_embed` alone."""
+    """The pool of experts of one layer.
+
+    `down_embed` reads a token, `up_embed` writes it back, and `gate_embed` (gated experts only) modulates. Each is
+    `(num_peer_experts, hidden_size)`, one row per expert. With `has_readers=False` there is `up_embed` only.
+    """
 
     def __init__(self, config: PeerConfig, has_readers: bool = True):
         super().__init__()
@@ -227,18 +233,27 @@ class PeerExperts(nn.Module):
             self.register_parameter(name, None if table is None else nn.Parameter(table))
 
     def reset_parameters(self):
-        """Our choice, the paper states none. Tokens come in with unit variance per feature (RMSNorm), so readers of
-        standard deviation `gain / sqrt(hidden_size)` give pre-activations of standard deviation `gain`; writers are
-        that much smaller than the other matrices, so that the first output is as large whatever the gain. The
-        stronger a neuron, the faster Adam, whose steps are as large for every weight, moves what it writes."""
+        """Initialise the tables. This is our choice: the paper states none.
+
+        Tokens come in with unit variance per feature (RMSNorm). Readers of standard deviation
+        `gain / sqrt(hidden_size)` thus give pre-activations of standard deviation `gain`. Writers are smaller than the
+        other matrices by the same factor, so the first output has the same size for every gain. Adam's steps are the
+        same size for every weight, so the output of a stronger neuron changes faster.
+        """
         gain = self.config.expert_init_gain
         for reader in filter(lambda table: table is not None, (self.down_embed, self.gate_embed)):
             draw_rows_(reader, std=gain * self.config.hidden_size**-0.5)
         draw_rows_(self.up_embed, std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` `(num_tokens, hidden_size)`; `expert_ids` and `gates` `(num_tokens, num_active)`. Where the
-        tables are a block of the pool's rows, ids are counted from its first, and others' experts add nothing."""
+        """Gated sum of the retrieved experts.
+
+        If the tables are a block of the pool's rows, ids count from its first row, and experts outside it add nothing.
+
+        Args:
+            hidden_states: `(num_tokens, hidden_size)`.
+            expert_ids, gates: `(num_tokens, num_active)`.
+        """
         if self.up_embed.shape[0] < self.num_peer_experts:
             expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
         mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
@@ -250,14 +265,13 @@ class PeerExperts(nn.Module):
         return mixture(*inputs)
 
     def tables(self) -> tuple[torch.Tensor | None, ...] | None:
-        """`down_embed`, `up_embed` and `gate_embed`, as they are registered; None where one is computed, as under an
-        adapter."""
+        """`down_embed`, `up_embed` and `gate_embed` as registered; None if one is computed, as under an adapter."""
         if any(name not in self._parameters for name in TABLE_NAMES):
             return None
         return tuple(self._parameters[name] for name in TABLE_NAMES)
 
     def _check_adapted_tables(self):
-        """Raise ValueError where a table plus an update, as under PEFT's `target_parameters`, can't take its place."""
+        """Raise ValueError if a table cannot be replaced by table plus update, as PEFT's `target_parameters` does."""
         if self.config.share_expert_tables:
             raise ValueError(
                 "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update a layer, "
@@ -273,7 +287,7 @@ class PeerExperts(nn.Module):
             )
 
 
-# The compiler knows no sparse gradients: around this call it breaks the graph, or says that it can't (fullgraph=True).
+# The compiler does not support sparse gradients: it breaks the graph at this call, or raises (fullgraph=True).
 @torch.compiler.disable
 def _with_row_sparse_gradients(mixture: Callable, *inputs) -> torch.Tensor:
     if gradient_takers is not None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Files that are whole or as they were, and on the disk."""
+"""File writes that are all or nothing and reach the disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def give_default_permissions(folder: Path):
-    """Give files what the umask leaves to any new file: safetensors writes for the owner alone."""
+    """Give files the permissions that the umask allows any new file: safetensors writes for the owner alone."""
     probe = folder / "permissions"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
@@ -21,8 +21,8 @@ def give_default_permissions(folder: Path):
 
 
 def flush(path: str | os.PathLike):
-    """Bring a file, or the names in a folder, to the disk."""
-    if os.name == "nt":  # there, only what is open for writing can be flushed
+    """Flush a file, or the names in a folder, to the disk."""
+    if os.name == "nt":  # Windows flushes only files that are open for writing
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -35,14 +35,14 @@ def flush(path: str | os.PathLike):
 
 
 def flush_all(paths: Iterable[str | os.PathLike]):
-    """`flush` side by side: a disk takes many waiting writes in about the time of one."""
+    """Call `flush` on all paths in parallel: many waiting writes take a disk about as long as one."""
     with ThreadPoolExecutor(16) as threads:
         for _ in threads.map(flush, paths):
             pass
 
 
 def write_text(path: str | os.PathLike, text: str):
-    """Write a file that is whole, and on the disk, or as it was."""
+    """Write a file to the disk, all or nothing: after a failure it is unchanged."""
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
         path.write_text(text, encoding="utf-8")

@@ -17,9 +17,9 @@ class PeerLayer(nn.Module):
 
         y = Σ_heads Σ_k gate · e_id(x)
 
-    Each head retrieves its own k experts from the one pool, and the heads' outputs are summed. `PeerLayer(config)` is
-    initialised and works by itself; `initialize=False` leaves that to the model that owns it, since drawing billions
-    of numbers twice takes a while.
+    Each head retrieves its own k experts from the one pool, and the heads' outputs are summed. `PeerLayer(config)`
+    initialises itself and can be used alone. With `initialize=False` the model that owns it does so, because drawing
+    billions of numbers twice takes long.
     """
 
     experts_class = PeerExperts
@@ -42,9 +42,9 @@ class PeerLayer(nn.Module):
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding; keeps padding out of BatchNorm's statistics and of
+            token_mask: `(...)`, true where a token is not padding. It keeps padding out of BatchNorm's statistics and
                 balance losses.
-            aux_losses: collects the layer's auxiliary losses, unweighted, where somebody wants them.
+            aux_losses: collects the layer's auxiliary losses, unweighted. With `None` they are not computed.
 
         Returns:
             `(..., hidden_size)`, dtype of `hidden_states`.

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The PEER decoder and its heads: Llama's blocks, with a PEER layer, or a rival of it, where `mlp_layer_types` says
-"sparse"."""
+"""The PEER decoder and its heads: Llama's blocks, with a PEER layer where `mlp_layer_types` is "sparse".
+
+`sparse_mlp` can put one of the layers that PEER is compared with in its place.
+"""
 
 import importlib.machinery
 import inspect
@@ -34,8 +36,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-# A checkpoint has a copy of this file. Where its folder is first on sys.path, as a working directory is, `import
-# modeling_peer` finds that copy and not the package. The files beside it then become a package of another name.
+# A checkpoint has a copy of this file. If its folder is first on sys.path, as the working directory is, then `import
+# modeling_peer` finds that copy instead of the package. The files beside it then become a package of another name.
 if __name__ == "modeling_peer":
     __package__ = "modeling_peer_of_checkpoint"
     __spec__ = importlib.machinery.ModuleSpec(f"{__package__}.modeling_peer", None)
@@ -67,10 +69,10 @@ from .retrieval_peer import PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 
-# Activations that Transformers would leave as they are allocated where a checkpoint lacks their tensors.
+# Activations whose tensors Transformers would leave uninitialised if the checkpoint lacks them.
 ACTIVATIONS_WITH_TENSORS = tuple(ACT2CLS[name] for name in ("prelu", "xielu") if name in ACT2CLS)
 
-# What a forward may be asked to return beside the usual; the first is what Transformers' mixtures of experts have.
+# Optional outputs of a forward. The first belongs to Transformers' own mixtures of experts.
 RECORDABLE = ("output_router_logits", "output_expert_ids", "output_expert_gates")
 
 
@@ -79,7 +81,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = LlamaAttention(config, layer_idx)
-        self.self_attn.is_causal = config.is_causal  # what SDPA goes by where there is no mask
+        self.self_attn.is_causal = config.is_causal  # SDPA reads it when there is no mask
         sparse_mlp = SPARSE_MLP_CLASSES[config.sparse_mlp]
         self.mlp = sparse_mlp(config, initialize=False) if self.is_sparse else LlamaMLP(config)
         self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
@@ -95,8 +97,10 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         with_aux_losses: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Returns the hidden states; and, `with_aux_losses` and where there are any, their sum. The other keywords,
-        the cache among them, are attention's."""
+        """Return the hidden states and, `with_aux_losses` and if there are any, the sum of those losses.
+
+        The other keywords, including the cache, go to attention.
+        """
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -115,7 +119,7 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + output
         if aux_losses is None or aux_losses.total is None:
             return hidden_states
-        # A result, because what leaves a checkpointed (reentrant) forward in any other way has no gradient.
+        # Returned, because only return values of a checkpointed (reentrant) forward have a gradient.
         return hidden_states, aux_losses.total
 
 
@@ -149,38 +153,40 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
                 init.copy_(getattr(module, name), tensor)
 
     def freeze_running_statistics(self, frozen: bool = True):
-        """Freeze what forwards in training learn without a gradient, or let it learn again (`frozen=False`).
+        """Freeze the running statistics, which training forwards update without a gradient, or unfreeze them.
 
-        These are the statistics of the queries' BatchNorm, and the thresholds of `expert_choice_moe`. While they are
-        frozen, the layer computes in training what it computes in evaluation; its parameters train as before.
+        These are the statistics of the queries' BatchNorm and the thresholds of `expert_choice_moe`. While they are
+        frozen, the layer computes the same in training as in evaluation. Its parameters train as before.
 
-        A new model learns them. One from `from_pretrained` has them frozen, which is what fine-tuning wants: policy
-        and reference are the same function, and gradients do not depend on how a batch is cut. To go on pretraining,
-        call this with `frozen=False`.
+        A new model updates them. A model from `from_pretrained` has them frozen, which suits fine-tuning. Policy and
+        reference are then the same function, and gradients do not depend on how a batch is split. To continue
+        pretraining, call this with `frozen=False`.
         """
         freeze_running_statistics(self, frozen)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
-        # Transformers knows the names of its coarse mixtures only. `None` stays: what runs is chosen at each call.
+        # Transformers knows only the names for its coarse mixtures. `None` stays: PEER chooses at each call.
         if self.config.sparse_mlp in PRODUCT_KEY_MLPS:
             return check_experts_implementation(requested_experts)
         return check_moe_experts_implementation(requested_experts)
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str | None] | None):
         """Choose the implementation of the sparse layers from now on; `None` lets PEER choose."""
-        # Transformers switches only models that take all its own names, and tells them by a decorator in their file.
+        # Transformers switches only models that accept all of its own names. It looks for a decorator in their file.
         if isinstance(experts_implementation, dict):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
         self.config._experts_implementation = self.get_correct_experts_implementation(experts_implementation)
 
     def _collect_aux_losses(self, has_labels: bool) -> AuxiliaryLosses | None:
-        """Where the layers put their auxiliary losses; none in generation and in evaluation without labels."""
+        """Collector of the layers' auxiliary losses; None in generation and in evaluation without labels."""
         wanted = self.config.has_aux_losses and (self.training or has_labels)
         return AuxiliaryLosses() if wanted else None
 
     def _add_aux_losses(self, outputs, aux_losses: AuxiliaryLosses | None, share: torch.Tensor | float = 1.0):
-        """Put `aux_loss` into a head's outputs; into their loss as well, weighted by the configuration and by this
-        micro-batch's share of the step."""
+        """Set `aux_loss` in a head's outputs and add it to their loss.
+
+        There it is weighted by the configuration and by this micro-batch's share of the step.
+        """
         if aux_losses is None or aux_losses.total is None:
             return outputs
         outputs["aux_loss"] = aux_losses.total
@@ -190,11 +196,13 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         return outputs
 
     def _check_recorded(self, options: dict, head: str | None = None):
-        """Raise ValueError where `output_...` options of a forward, or of the configuration, ask for what is not
-        recorded here; Transformers would give an empty tuple, or nothing.
+        """Raise ValueError if `output_...` options request an output that is not recorded here.
+
+        The options are those of a forward or of the configuration. Transformers would return an empty tuple, or
+        nothing.
 
         Args:
-            head: name of a head that does not pass on what the decoder recorded.
+            head: name of a head that does not return what the decoder recorded.
         """
         wanted = {name for name in RECORDABLE if options.get(name, getattr(self.config, name, False))}
         if "output_router_logits" in wanted:
@@ -217,7 +225,7 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
     @classmethod
     def prepare_distribute_model(cls, distributed_config, *args, **kwargs):
         prepared = super().prepare_distribute_model(distributed_config, *args, **kwargs)
-        # Transformers' own choice would send every expert its input: hundreds of times the token.
+        # Transformers' own choice would send every expert its input, so each token hundreds of times.
         if getattr(prepared[0], "ep_implementation", None) == "auto":
             prepared = (replace(prepared[0], ep_implementation=EXPERT_ROWS), *prepared[1:])
         return prepared
@@ -233,10 +241,10 @@ class PeerModel(PeerPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: PeerConfig):
-        # Once more: `from_pretrained(..., num_hidden_layers=2)` changes fields after the configuration was checked.
+        # Checked again: `from_pretrained(..., num_hidden_layers=2)` changes fields after the first check.
         config.validate_architecture()
         super().__init__(config)
-        # Transformers warns of a negative id, and it means none; torch would count it from the end.
+        # A negative id means none, and Transformers warns of it. torch would count it from the end.
         self.padding_idx = None if (config.pad_token_id or 0) < 0 else config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -245,14 +253,14 @@ class PeerModel(PeerPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._tied_weights_keys = self._shared_tables()
-        # Those that this model has: Transformers takes a name that matches nothing for a typing error.
+        # Only the modules this model has: Transformers treats a name that matches nothing as a typo.
         float32_modules = {name for name, module in self.named_modules() if isinstance(module, Float32Module)}
         self._keep_in_fp32_modules_strict = {name.rpartition(".")[2] for name in float32_modules}
         self.post_init()
 
     def init_parallel_plans(self):
         super().init_parallel_plans()
-        # The configuration's plans name every MLP and table a PEER model may have; keep the entries this one has.
+        # The configuration's plans name every MLP and table a PEER model can have. Keep the entries of this model.
         names = {re.sub(r"\.\d+", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())}
         if self.config.sparse_mlp not in PRODUCT_KEY_MLPS:  # the plans shard rows; other experts are replicated
             names.discard("layers.*.mlp.experts")
@@ -260,7 +268,7 @@ class PeerModel(PeerPreTrainedModel):
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
 
     def _shared_tables(self) -> dict[str, str]:
-        """Expert tables of the later sparse layers, each with the first one's that it is to be."""
+        """Map each expert table of the later sparse layers to the first sparse layer's table it shares."""
         sparse = [i for i, layer in enumerate(self.layers) if layer.is_sparse]
         if not self.config.share_expert_tables or not sparse:
             return {}
@@ -269,7 +277,7 @@ class PeerModel(PeerPreTrainedModel):
         return {table(i, name): table(sparse[0], name) for i in sparse[1:] for name in names}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        # Transformers would tie only under `tie_word_embeddings`; shared expert tables do not depend on it.
+        # Transformers ties only if `tie_word_embeddings` is set. Shared expert tables do not depend on it.
         return dict(self._tied_weights_keys)
 
     @merge_with_config_defaults
@@ -293,9 +301,9 @@ class PeerModel(PeerPreTrainedModel):
                 `(batch_size, sequence_length, hidden_size)`.
             attention_mask: `(batch_size, past + sequence_length)`, 0 for padding, or any mask Transformers takes.
             position_ids: `(batch_size, sequence_length)`.
-            cache: keys and values of the tokens before these. Transformers before 5.24 says `past_key_values`, and
-                either name is taken.
-            aux_losses: collects the sparse layers' auxiliary losses; `None`: they are not computed.
+            cache: keys and values of the tokens before these. Transformers before 5.24 calls it `past_key_values`;
+                both names work.
+            aux_losses: collects the sparse layers' auxiliary losses. With `None` they are not computed.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`, or no token at all.
@@ -311,7 +319,7 @@ class PeerModel(PeerPreTrainedModel):
             batch_size, sequence_length = inputs_embeds.shape[:2]
             raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
         attention_mask = self._fit_attention_mask(attention_mask, inputs_embeds, cache)
-        # A model that is not causal has nothing to keep: each new token changes what all earlier ones are.
+        # A non-causal model has nothing to cache: each new token changes the states of all earlier ones.
         if use_cache and self.config.is_causal and cache is None:
             cache = DynamicCache(config=self.config)
         num_cached = _num_cached(cache)
@@ -355,10 +363,10 @@ class PeerModel(PeerPreTrainedModel):
         return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
 
     def _fit_attention_mask(self, attention_mask, inputs_embeds, cache):
-        """A mask of padding with one row for each sequence; other masks as they are.
+        """Give a padding mask one row per sequence; return other masks unchanged.
 
         Raises:
-            ValueError: the mask does not fit the input. Attention would broadcast it, or read the wrong columns.
+            ValueError: the mask does not fit the input. Attention would broadcast it or read the wrong columns.
         """
         if not isinstance(attention_mask, torch.Tensor):
             return attention_mask
@@ -366,9 +374,9 @@ class PeerModel(PeerPreTrainedModel):
         seen = _num_seen(cache)
         shape, wanted = attention_mask.shape, f"({batch_size}, {seen + length})"
         if len(shape) == 2:
-            # Longer ones are for a static cache, whose places they may all name.
+            # A longer mask is for a static cache: it can cover all of the cache's positions.
             fits = shape[1] >= seen + length if cache is not None else shape[1] == length
-        else:  # who sees whom; attention broadcasts it
+        else:  # which tokens attend to which; attention broadcasts it
             wanted = f"{wanted} or ({batch_size}, 1, {length}, {seen + length})"
             fits = len(shape) == 4 and shape[1] in (1, self.config.num_attention_heads) and shape[2] in (1, length)
             fits = fits and (cache is not None or shape[3] in (1, length))
@@ -381,8 +389,10 @@ class PeerModel(PeerPreTrainedModel):
         return attention_mask.expand(batch_size, -1) if len(shape) == 2 else attention_mask
 
     def _token_mask(self, attention_mask, inputs_embeds, cache) -> torch.Tensor | None:
-        """Which of the current tokens are real, `(batch_size, sequence_length)`. Masks of other ranks say who sees
-        whom, not which tokens are padding."""
+        """Which of the current tokens are not padding: `(batch_size, sequence_length)`.
+
+        Masks of other ranks say which tokens attend to which, not which ones are padding.
+        """
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
             return None
         length = inputs_embeds.shape[1]
@@ -393,14 +403,16 @@ class PeerModel(PeerPreTrainedModel):
 
 
 def _num_seen(cache: Cache | None) -> int:
-    """Tokens that `cache` holds; 0 where it does not say so without waiting for a device, as static ones."""
+    """Number of tokens in `cache`; 0 if finding out would wait for a device, as with static caches."""
     seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
     return seen if isinstance(seen, int) else 0
 
 
 def _num_cached(cache: Cache | None) -> int | None:
-    """Tokens that a cache holds; None where there is none, or nobody may ask: a compiled graph would depend on it, and
-    a static cache on an accelerator would be waited for."""
+    """Number of tokens in a cache; None if there is no cache or the number must not be read.
+
+    A compiled graph would depend on it, and a static cache on an accelerator would make the CPU wait.
+    """
     if not isinstance(cache, Cache) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     length = cache.get_seq_length()
@@ -459,8 +471,8 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
     ) -> PeerCausalLMOutputWithPast:
         """
         Args:
-            labels: `(batch_size, sequence_length)`; -100 where no loss is wanted. Shifted inside.
-            logits_to_keep: compute logits of the last so many positions only (0: of all), or of these positions:
+            labels: `(batch_size, sequence_length)`; -100 for tokens without a loss. The model shifts them.
+            logits_to_keep: compute logits only for this many last positions (0: for all), or for these positions:
                 `(num_positions,)`, `(batch_size, num_positions)`, or a boolean `(batch_size, sequence_length)`.
             output_expert_ids, output_expert_gates: see [`PeerModelOutputWithPast`].
 
@@ -497,7 +509,7 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
 
 
 class PeerForMaskedLM(PeerLanguageModel):
-    """A language model that predicts masked tokens from both their sides (`is_causal=False`)."""
+    """A language model that predicts masked tokens from the tokens on both sides (`is_causal=False`)."""
 
     def __init__(self, config: PeerConfig):
         if config.is_causal:
@@ -519,7 +531,8 @@ class PeerForMaskedLM(PeerLanguageModel):
     ) -> PeerMaskedLMOutput:
         """
         Args:
-            labels: `(batch_size, sequence_length)`, the tokens that were masked; -100 where none was. Not shifted.
+            labels: `(batch_size, sequence_length)`, the original token where one was masked, elsewhere -100. Not
+                shifted.
 
         The other arguments are those of [`PeerModel`].
         """
@@ -549,12 +562,12 @@ class PeerForMaskedLM(PeerLanguageModel):
 
 
 def _asked_for(**options: bool | None) -> dict[str, bool]:
-    """The options that were given: of one that was not, the configuration decides."""
+    """The options that were given; the configuration decides the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tensor) -> torch.Tensor:
-    # Transformers has this function too, but not yet in the oldest release we support.
+    # Transformers has this function too, but not in the oldest release we support.
     if isinstance(positions, int):
         return hidden_states[:, -positions:]
     if positions.dim() == 2 and positions.dtype != torch.bool:
@@ -563,8 +576,10 @@ def _positions_to_keep(hidden_states: torch.Tensor, positions: int | torch.Tenso
 
 
 def _with_aux_losses(forward: Callable, output_class: type) -> Callable:
-    """The `forward` of one of Transformers' Generic heads, whose loss then has the auxiliary ones: it passes keywords
-    on to the base model, but nothing of the base model's output that it does not know."""
+    """Add the auxiliary losses to the loss of one of Transformers' Generic heads.
+
+    Such a `forward` passes keywords on to the base model, but it drops outputs of the base model it does not know.
+    """
     names = list(inspect.signature(forward).parameters)[1:]  # without self
 
     @wraps(forward)
@@ -580,9 +595,10 @@ def _with_aux_losses(forward: Callable, output_class: type) -> Callable:
     return forward_with_aux_losses
 
 
-# The Generic classes bring `forward`; their `__init__` would build the base model through AutoModel, which asks again
-# for consent to run code when the model was loaded from a folder's code. Their losses are means over a micro-batch
-# whatever `num_items_in_batch` says (transformers#47688): Trainer must divide them by the accumulation steps.
+# The Generic classes supply `forward`. Their `__init__` would build the base model through AutoModel. That asks for
+# consent to run code a second time if the model was loaded from a folder's code. Their losses are means over a
+# micro-batch whatever `num_items_in_batch` is (transformers#47688), so Trainer must divide them by the accumulation
+# steps.
 class PeerForSequenceClassification(GenericForSequenceClassification, PeerPreTrainedModel):
     """The decoder with a classifier on the last token that is not padding."""
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Coarse experts, whole MLPs, of the mixtures that PEER is compared with."""
+"""Coarse experts, each a whole MLP, for the mixtures that PEER is compared with."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from .configuration_peer import PeerConfig
 
 
 class PeerMoeExpertsInterface(ExpertsInterface):
-    """Transformers' implementations of coarse experts, by its names; unset, the one that suits the experts at hand."""
+    """Transformers' implementations of coarse experts, by its names; unset, the one that suits the given experts."""
 
     def get_interface(self, experts_implementation: str | None, default: Callable) -> Callable:
         if experts_implementation is None:
@@ -24,7 +24,7 @@ class PeerMoeExpertsInterface(ExpertsInterface):
 
 
 class _InPrecision:
-    """Experts that have their weights in another precision."""
+    """Experts with their weights cast to another precision."""
 
     def __init__(self, experts: "PeerMoeExperts", dtype: torch.dtype):
         self.experts = experts
@@ -37,12 +37,12 @@ class _InPrecision:
 def _grouped_or_eager(experts: "PeerMoeExperts", *args, eager: Callable) -> torch.Tensor:
     device = experts.down_proj.device.type
     if torch.is_autocast_enabled(device) and experts.down_proj.dtype != torch.float64:
-        # Which knows no grouped products: they would run in the weights' precision, unlike all others.
+        # Autocast does not cover grouped products: they would run in the weights' precision, unlike all others.
         experts = _InPrecision(experts, torch.get_autocast_dtype(device))
     weight = experts.down_proj
-    # While compiling, Transformers has an operator of its own instead of torch's, except for bfloat16.
+    # While compiling, Transformers uses its own operator instead of torch's, except for bfloat16.
     any_size = torch.compiler.is_compiling() and weight.dtype != torch.bfloat16
-    # What torch's `grouped_mm` asks for; models sized to a budget may have any width.
+    # `grouped_mm` of torch requires this; models sized to a budget may have any width.
     whole_lines = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
     if any_size or (whole_lines and weight.dtype != torch.float64):
         return grouped_mm_experts_forward(experts, *args)
@@ -53,7 +53,7 @@ MOE_EXPERTS_FUNCTIONS = PeerMoeExpertsInterface()
 
 
 def check_moe_experts_implementation(name: str | None) -> str | None:
-    """Return `name` if coarse experts can be computed by it, `None` (chosen at each call) included.
+    """Return `name` if it can compute coarse experts; `None` (chosen at each call) is allowed.
 
     Raises:
         ValueError: Transformers has no such implementation.
@@ -69,8 +69,10 @@ def check_moe_experts_implementation(name: str | None) -> str | None:
 
 @use_experts_implementation(experts_interface=MOE_EXPERTS_FUNCTIONS)
 class PeerMoeExperts(nn.Module):
-    """`num_moe_experts` gated MLPs of width `moe_intermediate_size`, in Transformers' layout for mixtures of experts,
-    so that its grouped implementations compute them: `down(act(gate(x)) * up(x))`."""
+    """`num_moe_experts` gated MLPs of width `moe_intermediate_size`: `down(act(gate(x)) * up(x))`.
+
+    They have Transformers' layout for mixtures of experts, so its grouped implementations can compute them.
+    """
 
     def __init__(self, config: PeerConfig):
         super().__init__()
@@ -87,7 +89,7 @@ class PeerMoeExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Weighted sum of each token's experts, one expert after the other; what `"eager"` runs.
+        """Weighted sum of each token's experts, one expert after the other. This is what `"eager"` runs.
 
         Args:
             hidden_states: `(num_tokens, hidden_size)`.
@@ -107,6 +109,6 @@ class PeerMoeExperts(nn.Module):
         return output
 
     def of_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """Every expert on inputs of its own: `(num_experts, num_slots, hidden_size)` in and out."""
+        """Run every expert on its own inputs: `(num_experts, num_slots, hidden_size)` in and out."""
         gate, up = torch.bmm(slots, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
         return torch.bmm(self.act_fn(gate) * up, self.down_proj.transpose(1, 2))

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Multilinear mixture of experts (Oldfield et al. 2024; arXiv:2402.12550): many experts, none of them ever formed.
+"""Multilinear mixture of experts (Oldfield et al. 2024; arXiv:2402.12550): many experts, none materialised.
 
-The matrices of N experts are slices of one tensor W, of which there are only factors. A token z gives each expert a
+The matrices of N experts are slices of one tensor W, which exists only as factors. A token z gives each expert a
 coefficient, and is multiplied by the mixed matrix, with a channel of ones for the bias:
 
     a = entmax(norm(z G));    y_o = Σ_n Σ_i a_n [z; 1]_i W_nio
@@ -21,15 +21,15 @@ from .configuration_peer import PeerConfig
 class _Entmax15(torch.autograd.Function):
     @staticmethod
     def forward(logits):
-        # Halves of the logits, the largest 0: with a threshold τ below it, Σ (x - τ)₊² is to be 1.
+        # Halves of the logits, shifted so that the largest is 0. The threshold τ below it must give Σ (x - τ)₊² = 1.
         x = (logits - logits.amax(-1, keepdim=True)) / 2
         largest = x.sort(-1, descending=True).values
         size = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-        # τ if just the so many largest were above it, the smaller solution of a quadratic equation
+        # τ if exactly the `size` largest were above it: the smaller solution of a quadratic equation
         mean = largest.cumsum(-1) / size
         variance = largest.square().cumsum(-1) / size - mean.square()
         thresholds = mean - (1 / size - variance).clamp(min=0).sqrt()
-        num_above = (thresholds <= largest).sum(-1, keepdim=True).clamp(min=1)  # none where logits are not numbers
+        num_above = (thresholds <= largest).sum(-1, keepdim=True).clamp(min=1)  # 0 if logits are NaN
         return (x - thresholds.gather(-1, num_above - 1)).clamp(min=0).square()
 
     @staticmethod
@@ -47,9 +47,9 @@ class _Entmax15(torch.autograd.Function):
 
 
 def entmax15(logits: torch.Tensor) -> torch.Tensor:
-    """Entmax with α = 1.5 over the last dimension, between softmax and sparsemax: probabilities, some exactly 0.
+    """Entmax with α = 1.5 over the last dimension, between softmax and sparsemax: some probabilities are exactly 0.
 
-    Exact, by sorting, and so is the gradient (Peters et al. 2019; arXiv:1905.05702).
+    It is computed exactly, by sorting, and so is the gradient (Peters et al. 2019; arXiv:1905.05702).
 
     Args:
         logits: `(..., num_moe_experts)`, float32 or more.
@@ -63,7 +63,7 @@ def entmax15(logits: torch.Tensor) -> torch.Tensor:
 class PeerCPLinear(nn.Module):
     """W = Σ_r expert_factor[:, r] ∘ input_factor[:, r] ∘ output_factor[:, r], of one rank (eq. 2 of the paper).
 
-    Initialised as in the authors' code: experts' entries around 1, so that they begin as variations of one matrix.
+    Initialised as in the authors' code: the experts' entries are around 1, so all start as variations of one matrix.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, ranks: list[int]):
@@ -87,7 +87,7 @@ class PeerCPLinear(nn.Module):
 class PeerTensorRingLinear(nn.Module):
     """W_nio = trace(expert_core[:, n] @ input_core[:, i] @ output_core[:, o]), of three ranks (eq. 4 of the paper).
 
-    Initialised as in the authors' code: experts' slices are diagonal, their entries around 1.
+    Initialised as in the authors' code: the experts' slices are diagonal, with entries around 1.
     """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, ranks: list[int]):
@@ -115,11 +115,12 @@ MULTILINEAR_FORMS = {"cp": PeerCPLinear, "tensor_ring": PeerTensorRingLinear}
 
 
 class PeerMultilinearMoe(nn.Module):
-    """Feed-forward of two multilinear layers that share their coefficients, GELU between, as in the authors' GPT-2.
+    """Feed-forward of two multilinear layers with shared coefficients and a GELU between, as in the authors' GPT-2.
 
-    Gating weights begin at zero, so all experts count alike; their logits go through LayerNorm without parameters, in
-    float32. (BatchNorm, which the authors have for images, would let tokens see each other.) The inner width is
-    `moe_intermediate_size`. The decoder has normalised the input; the authors do so for the experts, not for the gate.
+    Gating weights start at zero, so all experts count equally. Their logits go through LayerNorm without parameters,
+    in float32. (BatchNorm, which the authors use for images, would let tokens see each other.) The inner width is
+    `moe_intermediate_size`. The decoder normalises the input of experts and gate. The authors normalise it for the
+    experts only.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
@@ -142,7 +143,7 @@ class PeerMultilinearMoe(nn.Module):
         token_mask: torch.Tensor | None = None,
         aux_losses: AuxiliaryLosses | None = None,
     ) -> torch.Tensor:
-        """Every token by itself, padding or not; there are no auxiliary losses.
+        """Compute every token on its own, padding or not; there are no auxiliary losses.
 
         Args:
             hidden_states: `(..., hidden_size)`.
@@ -156,7 +157,7 @@ class PeerMultilinearMoe(nn.Module):
         return output.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _coefficients(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of every expert for every token, `(num_tokens, num_moe_experts)`, float32 or more."""
+        """Coefficient of every expert for every token: `(num_tokens, num_moe_experts)`, float32 or more."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with maybe_autocast(tokens.device.type, enabled=False):
             logits = tokens.to(dtype) @ self.gating.to(dtype)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A PEER layer in one call: whether the modules of one can be passed over, and what the call is then given.
+"""A PEER layer in one call: whether its modules can be skipped, and the arguments of the call.
 
-For a token or a few without gradients the cost of a layer is that of its dozen calls. One compiled call gives the same
-output, unless a hook, a replaced `forward` or another class wants to be called: then the parts are called.
+With one or a few tokens and no gradients, a layer's time is the overhead of its dozen calls. One compiled call gives
+the same output. If a hook, a replaced `forward` or another class must be called, the parts are called instead.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .experts_peer import PeerExperts
 from .query_norms_peer import PeerBatchNorm, PeerLayerNorm, PeerRMSNorm
 from .retrieval_peer import PeerRetrieval
 
-# Of the norms that the call knows: what they normalise with.
+# The tensors of each norm that the call supports.
 _NORM_TENSORS = {
     PeerBatchNorm: ("running_mean", "running_var", "weight", "bias"),
     PeerLayerNorm: ("weight", "bias"),
@@ -32,8 +32,10 @@ _forwards: dict[type, Callable] = {}
 
 
 def remember_forwards(*classes: type[nn.Module]) -> None:
-    """Note what the `forward` of these classes is, so that `is_unobserved` notices when another one is put into its
-    place later. One that was replaced before is not noted: its modules count as observed."""
+    """Record the `forward` of these classes, so that `is_unobserved` detects a later replacement.
+
+    A `forward` that was replaced before is not recorded: its modules count as observed.
+    """
     for cls in classes:
         forward = cls.forward
         if forward.__module__ in {base.__module__ for base in cls.__mro__} and not hasattr(forward, "__wrapped__"):
@@ -44,8 +46,11 @@ remember_forwards(PeerRetrieval, PeerExperts, nn.Linear, GELUActivation, *_NORM_
 
 
 def is_unobserved(module: nn.Module) -> bool:
-    """Whether calling `module` does what its class was written to do, and nothing else: no hook, no `forward` of its
-    own, none that replaced its class's, and the class is one that `remember_forwards` was given."""
+    """Whether calling `module` does only what its class defines.
+
+    It has no hook and no `forward` of its own, its class's `forward` was not replaced, and the class was passed to
+    `remember_forwards`.
+    """
     cls, own = type(module), vars(module)
     return (
         cls.forward is _forwards.get(cls, own)
@@ -57,13 +62,13 @@ def is_unobserved(module: nn.Module) -> bool:
 
 
 def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tensor) -> torch.Tensor | None:
-    """Output of a layer in evaluation, as decoding wants it.
+    """Output of a layer in evaluation, for decoding.
 
     Args:
         tokens: `(num_tokens, hidden_size)`.
 
     Returns:
-        `(num_tokens, hidden_size)`; None where the implementation has no such call, the tokens are too many for it, or
+        `(num_tokens, hidden_size)`. None if the implementation has no such call, there are too many tokens for it, or
         the parts have to be called.
     """
     if torch.compiler.is_compiling():
@@ -71,7 +76,7 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     if type(retrieval) is not PeerRetrieval or not isinstance(experts, PeerExperts):
         return None
     sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
-    # Offloaded tables come when the parts are called.
+    # Offloaded tables are loaded when the parts are called.
     if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
         return None
     run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
@@ -88,12 +93,12 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
 
 
 def _query_network(retrieval: PeerRetrieval) -> "one_call.QueryNetwork | None":
-    """Weights of its query network; None if it is of another kind, or its norm still learns."""
+    """Weights of the query network; None if it is of another kind, or its norm still learns."""
     projection, norm = retrieval._modules["query_proj"], retrieval._modules["query_norm"]
     names = _NORM_TENSORS.get(type(norm))
     if type(projection) is not nn.Linear or names is None or norm.training:
         return None
-    # Looked up where modules register them: in a fifth of the time of their attributes. FSDP registers others.
+    # Looked up in the modules' registries, which takes a fifth of the time of attributes. FSDP registers others.
     weight, bias = map(projection._parameters.get, ("weight", "bias"))
     tensors = {**norm._parameters, **norm._buffers}
     eps = getattr(norm, "eps", 0.0)
@@ -103,7 +108,7 @@ def _query_network(retrieval: PeerRetrieval) -> "one_call.QueryNetwork | None":
 
 
 def _activation_name(activation: nn.Module) -> str | None:
-    """What the call knows an activation by; None if it does not."""
+    """The call's name for an activation; None if it does not support it."""
     if type(activation) is GELUActivation and activation.act is _GELU is F.gelu:
         return "gelu"
     return _ACTIVATION_NAMES.get(type(activation))

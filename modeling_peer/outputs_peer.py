@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Outputs of PEER models: Transformers' own, and what the sparse layers retrieved and lost."""
+"""Outputs of PEER models: Transformers' own, plus the sparse layers' retrieved experts and auxiliary losses."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import (
 
 @dataclass
 class PeerModelOutputWithPast(BaseModelOutputWithPast):
-    """`BaseModelOutputWithPast` and what the sparse layers retrieved, one entry per sparse layer.
+    """`BaseModelOutputWithPast` and the retrieved experts, one entry per sparse layer.
 
     Args:
         expert_ids: with `output_expert_ids=True`; int64
@@ -30,8 +30,10 @@ class PeerModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class PeerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`, the unweighted
-    sum of the sparse layers' auxiliary losses, where they were computed."""
+    """`CausalLMOutputWithPast`, the retrieved experts of [`PeerModelOutputWithPast`], and `aux_loss`.
+
+    `aux_loss` is the unweighted sum of the sparse layers' auxiliary losses, if they were computed.
+    """
 
     expert_ids: tuple[torch.LongTensor, ...] | None = None
     expert_gates: tuple[torch.FloatTensor, ...] | None = None

@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Expert tables sharded by rows over processes: every rank keeps, reads and trains the experts that are its own.
+"""Expert tables sharded by rows over processes: every rank stores, reads and trains its own experts.
 
-A rank sees all tokens of its group, adds up what its own experts say, and the ranks' sums are added: the traffic of a
-tensor-parallel MLP, whatever the number of experts (docs/scaling.md compares). Sharding and collectives are those of
-Transformers' plans and of DTensor; under the one name `EXPERT_ROWS` they are found as
+A rank sees all tokens of its group and sums the outputs of its own experts. The ranks' sums are then added. This is
+the traffic of a tensor-parallel MLP, whatever the number of experts (docs/scaling.md compares). Sharding and
+collectives are those of Transformers' plans and of DTensor. They are registered under one name, `EXPERT_ROWS`, as
 
     a style of tensor-parallel plans, for groups whose ranks have the same tokens, and
-    an implementation of expert parallelism, for groups whose ranks have tokens of their own, gathered first.
+    an implementation of expert parallelism, for groups whose ranks have their own tokens, gathered first.
 
-Rows are dealt in blocks of `ceil(num_peer_experts / num_ranks)`; the last block may be smaller.
+Rows are assigned in blocks of `ceil(num_peer_experts / num_ranks)`; the last block may be smaller.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ if torch.distributed.is_available():
     )
 
     class ExpertRowsParallel(TensorParallelLayer):
-        """Style of an experts module and of its tables. Its ranks have the same tokens."""
+        """Style of an experts module and of its tables, for ranks with the same tokens."""
 
         def shard_param(self, module, param, mesh):
             table = module._parameters[param]
             if table is None:
                 return
             num_experts, num_ranks = table.shape[0], mesh.size()
-            # Under this name Transformers' implementations of expert parallelism look for it.
+            # Transformers' implementations of expert parallelism look for this name.
             module.num_experts = -(-num_experts // num_ranks)
             if module.num_experts * (num_ranks - 1) >= num_experts:
                 raise ValueError(
@@ -71,8 +71,10 @@ if torch.distributed.is_available():
     def _inputs_of_rank(
         inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh, placement: Placement, num_rows: int
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states, expert ids and gates of all tokens of the group; ids are counted from this rank's first row.
-        A rank computes part of their gradients, which are summed on the way back."""
+        """Hidden states, expert ids and gates of all tokens of the group; ids count from this rank's first row.
+
+        A rank computes part of their gradients, which the backward sums.
+        """
         hidden_states, expert_ids, gates = (
             _redistribute(values, mesh, placement, Replicate(), grad_placements=[Partial()]) for values in inputs
         )
@@ -91,8 +93,10 @@ if torch.distributed.is_available():
         return _RowSparseRows.apply(table) if row_sparse and table.requires_grad else table.to_local()
 
     class _RowSparseRows(torch.autograd.Function):
-        """This rank's rows of a table, whose gradient becomes a DTensor around a row-sparse one. Autograd itself would
-        ask the sparse tensor for strides, so it is set here."""
+        """This rank's rows of a table, whose gradient becomes a DTensor around a row-sparse one.
+
+        Autograd itself would read strides of the sparse tensor, so the gradient is set here.
+        """
 
         @staticmethod
         def forward(ctx, table):
@@ -104,12 +108,12 @@ if torch.distributed.is_available():
             earlier = ctx.table.grad
             if earlier is not None:
                 grad = earlier._local_tensor + grad
-                grad = grad.coalesce() if type(grad) is torch.Tensor else grad  # or it multiplies out rows when asked
+                grad = grad.coalesce() if type(grad) is torch.Tensor else grad  # would compute a lazy one's rows
             ctx.table.grad = DTensor(grad, ctx.table._spec, requires_grad=False)
             return None
 
 
-# Older releases of Transformers have none to choose from: there, tables are sharded by the tensor-parallel plan only.
+# Older releases of Transformers have no such choice. There, only the tensor-parallel plan shards tables.
 try:
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 except ImportError:
@@ -117,8 +121,11 @@ except ImportError:
 else:
 
     class ExpertRows(EPImplementation):
-        """Gathers tokens and scatters sums. With hundreds of experts a token, nearly every rank has some of them, and
-        to send every expert its input (`"all_to_all"`) would be as many times the traffic."""
+        """Gathers tokens and scatters sums.
+
+        With hundreds of experts per token, nearly every rank has some of them. Sending every expert its input
+        (`"all_to_all"`) would be hundreds of times the traffic.
+        """
 
         def __call__(self, hidden_states, top_k_index, top_k_weights):
             if self.shares_batch:
@@ -128,11 +135,11 @@ else:
             inputs = (hidden_states, top_k_index, top_k_weights)
             num_tokens = len(hidden_states)
             num_shares = self.tp_mesh.size()
-            # DTensor wants blocks of equal size; batches of other ranks may be longer.
+            # DTensor needs blocks of equal size; batches of other ranks may be longer.
             share = torch.tensor(-(-num_tokens // num_shares), device=hidden_states.device)
             dist.all_reduce(share, dist.ReduceOp.MAX, group=self.ep_mesh.get_group())
             inputs = tuple(_padded(values, int(share) * num_shares) for values in inputs)
-            if num_shares > 1:  # ranks with the same tokens bring a share of them each
+            if num_shares > 1:  # ranks with the same tokens take a share each
                 inputs = tuple(_redistribute(values, self.tp_mesh, Replicate(), Shard(0)) for values in inputs)
             output = self._on_own_rows(inputs, Shard(0))
             if num_shares > 1:
@@ -147,17 +154,18 @@ else:
 
 
 def rows_of_rank(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The expert tables of which this rank has a block of rows."""
+    """The expert tables of which this rank holds a block of rows."""
     tables = {name: value for name, value in state_dict.items() if ".experts." in name}
     return {name: table for name, table in tables.items() if hasattr(table, "placements")}
 
 
 def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tables, on the CPU of the first rank of their mesh; nothing on the others. Blocks are sent one by one, and
-    tables that share memory do so again.
+    """Gather whole tables on the CPU of the first rank of their mesh; the other ranks get nothing.
+
+    Blocks are sent one by one. Tables that share memory share it again in the result.
 
     Args:
-        rows: of `rows_of_rank`, the same names on all ranks.
+        rows: result of `rows_of_rank`, with the same names on all ranks.
     """
     tables, names = {}, {}
     for name, table in rows.items():
@@ -180,8 +188,11 @@ def gather_on_first_rank(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def draw_rows_(table: torch.Tensor, std: float) -> None:
-    """`init.normal_`, with numbers that no other rank draws for its rows. On accelerators DTensor sees to that; on CPU
-    ranks, seeded alike so that what is replicated is the same on all, would make the same experts."""
+    """`init.normal_`, with different random numbers on every rank.
+
+    On accelerators DTensor ensures that. CPU ranks have the same seed, so that replicated parameters are equal.
+    Without this function they would all draw the same experts.
+    """
     if not hasattr(table, "placements") or table.device.type != "cpu":
         init.normal_(table, std=std)
         return
@@ -195,7 +206,7 @@ def draw_rows_(table: torch.Tensor, std: float) -> None:
 
 
 def require_dense_gradients(distributed_config) -> None:
-    """Raise ValueError where gradients of the tables pass through FSDP2, which knows no sparse ones.
+    """Raise ValueError if gradients of the tables pass through FSDP2, which does not support sparse ones.
 
     Args:
         distributed_config: `transformers.distributed.DistributedConfig`, whose sizes count ranks.

@@ -11,11 +11,13 @@ MAX_TILE_SCORES = 2**22
 def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Retrieve the `top_k` best experts of every head without scoring them all.
 
-    A product key joins one sub-key from each codebook, so its score is a sum of two, and the best of
-    `num_sub_keys**2` are among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Of those only the pairs
-    whose ranks satisfy `(i + 1) * (j + 1) <= top_k` can win: any other is beaten by `top_k` pairs that rank no
-    lower in both lists. The result is exact. Tokens are scored tile by tile, so that memory beyond the results is
-    bounded by `MAX_TILE_SCORES` values a codebook, forward and backward (top-k keeps ids, not scores).
+    A product key joins one sub-key from each codebook, so its score is a sum of two. The best of `num_sub_keys**2`
+    are thus among `top_k**2` candidates (He 2024, eq. 5; arXiv:2407.04153). Only the pairs whose ranks satisfy
+    `(i + 1) * (j + 1) <= top_k` can win. Any other pair is beaten by `top_k` pairs that rank no lower in both lists.
+    The result is exact.
+
+    Tokens are scored tile by tile. Memory beyond the results is at most `MAX_TILE_SCORES` values per codebook, forward
+    and backward (top-k saves ids, not scores).
 
     Args:
         query: `(num_tokens, num_heads, query_dim)`.
@@ -47,20 +49,22 @@ def _top_k_of_tile(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> t
 
 
 def token_tiles(query: torch.Tensor, sub_keys: torch.Tensor, max_scores: int) -> list[slice]:
-    """Slices of tokens whose scores stay within `max_scores` values a codebook; at least one token each."""
+    """Slices of tokens whose scores stay within `max_scores` values per codebook, with at least one token each."""
     num_tokens, num_heads, _ = query.shape
     size = max(1, max_scores // (num_heads * sub_keys.shape[-2]))
-    # A compiler plans memory itself, and a Python loop over tokens would be unrolled and specialised to their number,
-    # by `torch.jit.trace` in silence.
+    # A compiler plans memory itself. It would unroll a Python loop over tokens and specialise it to their number;
+    # `torch.jit.trace` would do so silently.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or num_tokens <= size:
         return [slice(None)]
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
 def sub_key_scores(query: torch.Tensor, sub_keys: torch.Tensor) -> torch.Tensor:
-    """Scores of all sub-keys of both codebooks, `(2, num_tokens, num_heads, num_sub_keys)`, float32 or more; arguments
-    as in `product_key_top_k`."""
-    # float32: in bfloat16 most tokens have ties at the last rank, and which expert wins would be an accident.
+    """Scores of all sub-keys of both codebooks: `(2, num_tokens, num_heads, num_sub_keys)`, float32 or more.
+
+    Arguments are those of `product_key_top_k`.
+    """
+    # float32: in bfloat16 most tokens have ties at the last rank, so the winning expert would be arbitrary.
     dtype = torch.promote_types(query.dtype, torch.float32)
     query, sub_keys = query.to(dtype), sub_keys.to(dtype)
     codebooks = "hcnd" if sub_keys.dim() == 4 else "cnd"
@@ -70,5 +74,5 @@ def sub_key_scores(query: torch.Tensor, sub_keys: torch.Tensor) -> torch.Tensor:
 
 
 def _candidate_ranks(top_k: int) -> list[tuple[int, int]]:
-    """Pairs of ranks, row and column, of which the `top_k` best sums are some: 50 of 256 for `top_k` 16."""
+    """Pairs of ranks (row, column) that include the `top_k` best sums: 50 of 256 for `top_k` 16."""
     return [(i, j) for i in range(top_k) for j in range(top_k) if (i + 1) * (j + 1) <= top_k]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Norms of queries, and the statistics that BatchNorm learns: when they are learned, frozen, or at rest."""
+"""Norms of queries, and BatchNorm's running statistics: when they are updated, frozen, or at rest."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ class Float32Module(nn.Module):
     """Keeps its own parameters and buffers float32 in a half-precision model."""
 
     def _apply(self, fn, recurse=True):
-        # `model.bfloat16()` and `.to(dtype)` come through here: move, but do not round.
+        # `model.bfloat16()` and `.to(dtype)` call this: move, but do not round.
         def keep_precision(tensor):
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
@@ -26,11 +26,11 @@ class Float32Module(nn.Module):
 
 
 def _norm_dtype() -> torch.dtype:
-    """float32 also while `from_config(dtype=torch.bfloat16)` builds a model in another default."""
+    """float32, even while `from_config(dtype=torch.bfloat16)` builds a model with another default dtype."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
-# The names tell Transformers how to initialise them.
+# Transformers chooses the initialisation by these class names.
 class PeerRMSNorm(Float32Module, nn.RMSNorm):
     """RMSNorm of one head's query."""
 
@@ -40,30 +40,31 @@ class PeerLayerNorm(Float32Module, nn.LayerNorm):
 
 
 class RunningStatistics(Float32Module):
-    """Statistics that forwards in training learn, without a gradient, and that evaluation uses.
+    """Statistics that training forwards update, without a gradient, and that evaluation uses.
 
-    They are learned unless
-        - `statistics_frozen` is set, as `from_pretrained` does where a checkpoint brings statistics that have learned
+    They are updated unless
+
+        - `statistics_frozen` is set, as `from_pretrained` does if the checkpoint has statistics that were updated
           (`PeerPreTrainedModel.freeze_running_statistics` changes it); or
-        - the weight they belong to does not train, as under an adapter, whose file would not hold them; or
+        - the weight they belong to does not train, as under an adapter, whose file would not contain them; or
         - this module is in evaluation mode, as it is for a step of generation (`statistics_at_rest`).
 
-    Where they are not learned, the module computes in training what it computes in evaluation.
+    While they are not updated, the module computes the same in training as in evaluation.
     """
 
     statistics_frozen = False
 
     def learns_with(self, weight: torch.Tensor) -> bool:
-        """Whether a forward in this state learns; `weight` is the parameter that the statistics belong to."""
+        """Whether a forward now updates the statistics; `weight` is the parameter they belong to."""
         return self.training and weight.requires_grad and not self.statistics_frozen
 
     def have_learned(self) -> bool:
-        """Whether the statistics differ from those of a new module; true where they cannot be read (`meta`)."""
+        """Whether the statistics differ from those of a new module; true if they cannot be read (`meta`)."""
         raise NotImplementedError
 
 
 def freeze_running_statistics(model: nn.Module, frozen: bool = True, only_learned: bool = False) -> None:
-    """Freeze every `RunningStatistics` of `model`, or let it learn; `only_learned`: pass over new ones."""
+    """Freeze or unfreeze every `RunningStatistics` of `model`; `only_learned` skips new ones."""
     for module in model.modules():
         if isinstance(module, RunningStatistics) and (module.have_learned() or not only_learned):
             module.statistics_frozen = frozen
@@ -71,7 +72,7 @@ def freeze_running_statistics(model: nn.Module, frozen: bool = True, only_learne
 
 @contextmanager
 def statistics_at_rest(model: nn.Module) -> Iterator[None]:
-    """Every `RunningStatistics` of `model` acts as in evaluation here, whatever mode the model is in."""
+    """Inside this context every `RunningStatistics` of `model` acts as in evaluation, whatever the model's mode."""
     learning = [module for module in model.modules() if isinstance(module, RunningStatistics) and module.training]
     for module in learning:
         module.training = False
@@ -83,8 +84,10 @@ def statistics_at_rest(model: nn.Module) -> Iterator[None]:
 
 
 def cached_steps_teach_nothing(forward: Callable) -> Callable:
-    """Decorate a decoder's `forward`: without gradients and with a cache given, it is a step of generation, and
-    statistics are at rest, also in a model that was left in training mode."""
+    """Decorate a decoder's `forward` so that generation does not update running statistics.
+
+    A call with a cache and without gradients is a step of generation, even if the model is in training mode.
+    """
 
     @wraps(forward)
     def forward_at_rest(self, *args, **kwargs):
@@ -104,19 +107,19 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
     Differences from `nn.BatchNorm1d`:
         - Padding does not enter the statistics.
         - Fewer than two tokens are normalised with the running statistics, and do not change them.
-        - A forward that gradient checkpointing recomputes does not count again.
+        - A forward that gradient checkpointing recomputes does not update them again.
         - The statistics stay float32 in a half-precision model.
-        - In the cases that `RunningStatistics` names it acts as in evaluation. Frozen statistics leave `weight` and
-          `bias` free to train; `weight.requires_grad = False` freezes all of it.
-        - `num_batches_tracked` is not saved, and counts only where `momentum` is None.
+        - In the cases listed in `RunningStatistics` it acts as in evaluation. With frozen statistics `weight` and
+          `bias` still train; `weight.requires_grad = False` freezes everything.
+        - `num_batches_tracked` is not saved, and counts only if `momentum` is None.
 
-    While it learns, a token's query depends on the other tokens of this process's micro-batch, later ones included. So
-    gradients of 4 micro-batches of 2 sequences are not those of one batch of 8. In evaluation, and with frozen
-    statistics, a query depends on its token alone, and the two are equal.
+    While statistics are updated, a token's query depends on the other tokens of this process's micro-batch, later ones
+    included. So gradients of 4 micro-batches of 2 sequences differ from those of one batch of 8. In evaluation, and
+    with frozen statistics, a query depends on its token alone, and the gradients are equal.
 
-    Averaged weights (`torch.optim.swa_utils.AveragedModel`) need statistics of their own. `update_bn` measures them;
+    Averaged weights (`torch.optim.swa_utils.AveragedModel`) need their own statistics. `update_bn` measures them;
     `use_buffers=True` averages those of the models. `update_bn` sets `momentum` to None, for a plain mean over
-    batches. Statistics are then learned in training mode even if they are frozen: it has reset them before.
+    batches. Statistics are then updated in training mode even if they are frozen, because `update_bn` has reset them.
 
     Args:
         num_features: features of one token's query, all heads together.
@@ -126,7 +129,7 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1):
         super().__init__(num_features, eps, momentum, dtype=_norm_dtype())
-        # Not in checkpoints: nothing but `update_bn` needs it, which sets it to zero.
+        # Not in checkpoints: only `update_bn` needs it, and sets it to zero first.
         self.register_buffer("num_batches_tracked", self.running_mean.new_zeros(()), persistent=False)
 
     def reset_parameters(self):
@@ -136,7 +139,7 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
             init.zeros_(zeros)
 
     def _load_from_state_dict(self, *args):
-        # Not nn.BatchNorm1d's, which adds the counter to a state that has none and then finds it unexpected.
+        # Not nn.BatchNorm1d's: it adds the counter to a state without one and then reports it as unexpected.
         nn.Module._load_from_state_dict(self, *args)
 
     def extra_repr(self) -> str:
@@ -147,8 +150,12 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
         return self.running_mean.is_meta or bool(self.running_mean.any() or (self.running_var != 1).any())
 
     def forward(self, query: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Normalise each feature of `query` `(num_tokens, num_features)`; `token_mask` `(num_tokens,)` is true
-        where a token is not padding."""
+        """Normalise each feature of `query`.
+
+        Args:
+            query: `(num_tokens, num_features)`.
+            token_mask: `(num_tokens,)`, true where a token is not padding.
+        """
         if not (self.learns_with(self.weight) or (self.training and self.momentum is None)):
             return F.batch_norm(query, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if token_mask is None and query.shape[0] > 1 and self.momentum is not None:
@@ -158,9 +165,9 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
         return torch.addcmul(self.bias - mean * scale, query, scale)
 
     def _normalize_all(self, query):
-        """What the rest of this module computes, where no token is padding: in a third of the time."""
-        # Copies: a recomputation must not count, and what a backward keeps must not change before it, as it does when
-        # DDP broadcasts buffers.
+        """Same result as the rest of this module if no token is padding, in a third of the time."""
+        # Copies: a recomputation must not update the statistics. Tensors saved for the backward must not change before
+        # it, as they do when DDP broadcasts buffers.
         running = self.running_mean.clone(), self.running_var.clone()
         normalized = F.batch_norm(query, *running, self.weight, self.bias, True, self.momentum, self.eps)
         if not is_recomputation():
@@ -194,7 +201,7 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
 
 
 def is_recomputation() -> bool:
-    """Whether this forward is gradient checkpointing's second run, inside the backward pass."""
+    """Whether this forward is the recomputation of gradient checkpointing, inside the backward pass."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which experts a token gets: the query network, the product keys, and their exact top-k."""
+"""Selection of a token's experts: the query network, the product keys, and their exact top-k."""
 
 import torch
 from torch import nn
@@ -14,11 +14,12 @@ from .query_norms_peer import PeerBatchNorm, build_query_norm
 
 
 def real_tokens(token_mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
-    """`token_mask` as booleans, one of each token, `(num_tokens,)`.
+    """`token_mask` as booleans, one per token: `(num_tokens,)`.
 
     Args:
-        token_mask: of any dtype, zero where a token is padding; its shape broadcasts to `shape`. `None` stays.
-        shape: of the tokens.
+        token_mask: any dtype, zero where a token is padding; its shape broadcasts to `shape`. `None` is returned as
+            it is.
+        shape: shape of the tokens.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -49,7 +50,7 @@ class PeerRetrieval(nn.Module):
 
         query = norm(x W_q + b);  ids, scores = top-k of the product keys;  gate = softmax(scores) per head
 
-    Scores are neither scaled nor perturbed, and nothing is dropped (He 2024, section 2).
+    Scores are neither scaled nor perturbed, and no expert is dropped (He 2024, section 2).
     """
 
     def __init__(self, config: PeerConfig):
@@ -66,8 +67,11 @@ class PeerRetrieval(nn.Module):
         self.sub_keys = nn.Parameter(torch.empty(codebooks if config.share_sub_keys else (self.num_heads, *codebooks)))
 
     def reset_parameters(self):
-        """Our choice, the paper states none: normalised queries then give product scores of variance one, so the
-        softmax over a head's k experts starts neither flat nor one-hot."""
+        """Initialise the weights. This is our choice: the paper states none.
+
+        Normalised queries then give product scores of variance one. The softmax over a head's k experts thus starts
+        neither flat nor one-hot.
+        """
         init.normal_(self.query_proj.weight, std=self.config.initializer_range)
         init.zeros_(self.query_proj.bias)
         init.normal_(self.sub_keys, std=self.query_dim**-0.5)
@@ -83,8 +87,8 @@ class PeerRetrieval(nn.Module):
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding; for BatchNorm in training, and balance losses.
-            aux_losses: where the balance loss goes, if the configuration has one; `None`: it is not computed.
+            token_mask: `(...)`, true where a token is not padding. BatchNorm in training and balance losses use it.
+            aux_losses: collects the balance loss, if the configuration has one. With `None` it is not computed.
 
         Returns:
             gates: `(..., num_heads, top_k)`, float32.

@@ -13,23 +13,24 @@ from .retrieval_peer import real_tokens
 
 
 class PeerSoftMoe(nn.Module):
-    """Mixture that sends no token anywhere (Puigcerver et al. 2023, section 2; arXiv:2308.00951).
+    """Mixture without routing of single tokens (Puigcerver et al. 2023, section 2; arXiv:2308.00951).
 
         logits = x̂ (scale · Φ̂)ᵀ            tokens and slots, with rows of length 1, in the router only
         slots  = softmax over tokens(logits)ᵀ x                 each a convex mixture of the sequence's tokens
         y      = softmax over slots(logits) · experts(slots)    and each token's output one of the slots' outputs
 
-    Every expert has `num_slots_per_expert` slots, whatever the length of a sequence: the work depends on their number
-    alone. Nothing is dropped, and there is nothing to balance. Each token's output depends on all tokens of its
-    sequence, later ones included, which is why causal models refuse it; padding is in no slot. As in the authors'
-    code, Φ starts LeCun normal and the scale, a learned number, at 1; they have as many slots as tokens, we a setting.
+    Every expert has `num_slots_per_expert` slots, whatever the length of a sequence: the work depends on the number of
+    slots alone. No token is dropped, and there is nothing to balance. Each token's output depends on all tokens of its
+    sequence, later ones included, so causal models refuse this layer. Padding enters no slot. As in the authors' code,
+    Φ starts LeCun normal and the scale, a learned number, starts at 1. They have as many slots as tokens; here the
+    number is a setting.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()
         self.num_experts, self.num_slots = config.num_moe_experts, config.num_slots_per_expert
         self.slot_embed = nn.Parameter(torch.empty(self.num_experts * self.num_slots, config.hidden_size))  # Φᵀ
-        # Not a scalar: FSDP2 shards none.
+        # Not a scalar, because FSDP2 cannot shard scalars.
         self.scale = nn.Parameter(torch.empty(1))
         self.experts = PeerMoeExperts(config)
         if initialize:
@@ -48,7 +49,7 @@ class PeerSoftMoe(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states: `(..., sequence_length, hidden_size)`, each sequence by itself; or one token
+            hidden_states: `(..., sequence_length, hidden_size)`, each sequence on its own; or one token
                 `(hidden_size,)`.
             token_mask: `(..., sequence_length)`, true where a token is not padding.
             aux_losses: unused.
@@ -60,7 +61,7 @@ class PeerSoftMoe(nn.Module):
         logits = self._logits(tokens)  # (..., sequence_length, slots of all experts)
         dispatched = logits
         if token_mask is not None:
-            # Not -inf: a sequence that is all padding would be NaN.
+            # Not -inf: a sequence of padding alone would give NaN.
             padding = ~real_tokens(token_mask, hidden_states.shape[:-1]).view(tokens.shape[:-1]).unsqueeze(-1)
             dispatched = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
         slots = dispatched.softmax(dim=-2).to(tokens.dtype).mT @ tokens
@@ -75,7 +76,7 @@ class PeerSoftMoe(nn.Module):
             return _unit_length(tokens.to(dtype)) @ slots.T
 
     def _of_experts(self, slots):
-        """Each slot through its expert, the i-th through expert `i // num_slots`; `(..., slots, hidden_size)`."""
+        """Run each slot through its expert, the i-th through `i // num_slots`: `(..., slots, hidden_size)`."""
         by_expert = slots.unflatten(-2, (self.num_experts, self.num_slots)).movedim(-3, 0)
         written = self.experts.of_slots(by_expert.flatten(1, -2)).view(by_expert.shape)
         return written.movedim(0, -3).flatten(-3, -2)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What may stand in a sparse layer, by the name that `PeerConfig.sparse_mlp` gives it.
+"""The layers available as sparse MLP, by their name in `PeerConfig.sparse_mlp`.
 
 Each is built as `sparse_mlp(config, initialize=True)` and called as `sparse_mlp(hidden_states, token_mask=None,
 aux_losses=None)`; see [`PeerLayer`] for the arguments.
@@ -25,9 +25,9 @@ SPARSE_MLP_CLASSES = {
     "multilinear_moe": PeerMultilinearMoe,
 }
 
-# Modules with a `reset_parameters` of ours, which a model calls where it has no checkpoint's weights. Every one that
-# has parameters or buffers of its own must be here, or be one that Transformers knows. It asks each module by itself,
-# and passes over one whose own tensors were all loaded, whatever its children lack.
+# Modules with our own `reset_parameters`, which a model calls for weights that no checkpoint supplies. Every module
+# with parameters or buffers of its own must be listed here, or be known to Transformers. Transformers checks each
+# module on its own, and skips one whose own tensors were all loaded, even if tensors of its children are missing.
 WITH_OWN_INITIALIZATION = (
     PeerRetrieval,
     PeerBatchNorm,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Sparsely gated mixtures: each token goes through the few MLPs that a linear map of it scores best."""
+"""Sparsely gated mixtures: each token runs through the few MLPs that score best in a linear map of it."""
 
 import torch
 import torch.nn.functional as F
@@ -12,20 +12,21 @@ from .configuration_peer import PeerConfig
 from .moe_experts_peer import PeerMoeExperts
 from .retrieval_peer import real_tokens
 
-# Least standard deviation of the noise, and what keeps CV² of nothing finite: those of the authors' Tensor2Tensor.
+# Least standard deviation of the noise, and the term that keeps CV² finite if all is 0. Both are the values of the
+# authors' Tensor2Tensor.
 NOISE_EPSILON = 1e-2
 CV_EPSILON = 1e-10
 INPUT_JITTER = 1e-2  # the Switch Transformer's
-CAPACITY_FACTOR = 1.25  # it finds small ones best, 1 and 1.25
+CAPACITY_FACTOR = 1.25  # the Switch Transformer works best with small ones, 1 and 1.25
 
 
 class PeerTopKMoe(nn.Module):
-    """Mixture of `num_moe_experts` MLPs, of which every token uses its own few.
+    """Mixture of `num_moe_experts` MLPs, of which every token uses a few.
 
         y = Σ_k gate · e_id(x)
 
-    `moe_router` names who chooses: [`PeerNoisyTopKRouter`] or [`PeerSwitchRouter`]. Both sources have experts with one
-    ReLU layer; ours are gated MLPs, like the dense ones of this decoder, so that only the routing is compared.
+    `moe_router` selects the router: [`PeerNoisyTopKRouter`] or [`PeerSwitchRouter`]. In both sources an expert has one
+    ReLU layer. Ours are gated MLPs, like the dense ones of this decoder, so that only the routing is compared.
     """
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
@@ -45,9 +46,9 @@ class PeerTopKMoe(nn.Module):
         """
         Args:
             hidden_states: `(..., hidden_size)`.
-            token_mask: `(...)`, true where a token is not padding: padding takes no place of an expert's capacity and
-                does not enter the auxiliary losses.
-            aux_losses: collects the router's auxiliary losses, unweighted, where somebody wants them.
+            token_mask: `(...)`, true where a token is not padding. Padding does not use an expert's capacity or enter
+                the auxiliary losses.
+            aux_losses: collects the router's auxiliary losses, unweighted. With `None` they are not computed.
 
         Returns:
             `(..., hidden_size)`, dtype of `hidden_states`.
@@ -65,13 +66,13 @@ class PeerNoisyTopKRouter(nn.Module):
         H = x W_g + N(0, 1) · (softplus(x W_noise) + 0.01)
         gates = softmax over the k largest of H
 
-    There is noise in training only. Its auxiliary loss is CV²(importance) + CV²(load), with CV² the variance over the
-    squared mean of the experts: the importance of an expert is the sum of its gates, its load the expected number of
-    its tokens, were the noise of that expert drawn again. In evaluation nothing is drawn, and the load is the number
-    of its tokens: what the expectation becomes as the noise vanishes.
+    There is noise in training only. The auxiliary loss is CV²(importance) + CV²(load), where CV² is the variance over
+    the squared mean of the experts. The importance of an expert is the sum of its gates. Its load is the expected
+    number of its tokens if the noise of that expert were drawn again. In evaluation there is no noise, and the load is
+    the number of its tokens: the limit of the expectation as the noise vanishes.
 
-    Both matrices start at zero, so that at first the noise alone chooses, evenly. With k = 1 the gate is always 1, and
-    the router learns of the load loss only.
+    Both matrices start at zero, so at first the noise alone chooses, evenly. With k = 1 the gate is always 1, and the
+    router learns from the load loss only.
     """
 
     def __init__(self, config: PeerConfig):
@@ -111,7 +112,7 @@ class PeerNoisyTopKRouter(nn.Module):
         return expert_ids, gates
 
     def _load(self, scores, noise_std, best, expert_ids):
-        """Probability of each expert to be among a token's k when its own noise is drawn again: `(num_tokens, E)`."""
+        """Probability that each expert is among a token's k if its own noise is drawn again: `(num_tokens, E)`."""
         chosen = torch.zeros_like(scores).scatter(1, expert_ids, 1.0)
         if noise_std is None or self.top_k == scores.shape[1]:
             return chosen
@@ -123,17 +124,21 @@ class PeerNoisyTopKRouter(nn.Module):
 class PeerSwitchRouter(nn.Module):
     """The router of the Switch Transformer: one expert a token (Fedus et al. 2021, section 2.1; arXiv:2101.03961).
 
-        p = softmax(x W_r);  the expert is the one of the largest p, and p its gate
+        p = softmax(x W_r);  the expert is the one with the largest p, and p is its gate
 
-    Its auxiliary loss is N · Σ_i f_i P_i, with f the share of the tokens that choose expert i and P the mean of p: 1
-    when even (eqs. 4-6). In training what the router reads is multiplied by noise of U(0.99, 1.01), and an expert
-    takes at most `ceil(num_tokens / N · moe_capacity_factor)` of the micro-batch's tokens, the earlier ones; for the
-    others the layer adds nothing to the residual. So an output in training depends on earlier tokens, of its own
-    sequence and of those before it in the batch, and on the number of tokens, but not on later ones. In evaluation no
-    token is dropped (the source only raises the capacity): else generation could not equal the forward of the whole.
+    Its auxiliary loss is N · Σ_i f_i P_i (eqs. 4-6). f is the share of the tokens that choose expert i, and P is the
+    mean of p. The loss is 1 when even.
 
-    Our choice: weights start at N(0, `initializer_range`²), as elsewhere in this decoder; the paper's truncated normal
-    of variance 0.1 / hidden_size is as wide at 256.
+    In training the router's input is multiplied by noise from U(0.99, 1.01). An expert takes at most
+    `ceil(num_tokens / N · moe_capacity_factor)` of the micro-batch's tokens, the earlier ones. For the others the
+    layer adds nothing to the residual. So a training output depends on the number of tokens and on earlier tokens,
+    also those of earlier sequences in the batch. It does not depend on later ones.
+
+    In evaluation no token is dropped; the source only raises the capacity. Otherwise generation could not equal the
+    forward of the whole sequence.
+
+    Our choice: weights start at N(0, `initializer_range`²), as elsewhere in this decoder. The paper's truncated normal
+    of variance 0.1 / hidden_size has the same width at 256.
     """
 
     def __init__(self, config: PeerConfig):
@@ -149,7 +154,7 @@ class PeerSwitchRouter(nn.Module):
     def forward(
         self, tokens: torch.Tensor, real: torch.Tensor, aux_losses: AuxiliaryLosses | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`PeerNoisyTopKRouter.forward`], with k = 1; the gate of a dropped token is 0."""
+        """Like [`PeerNoisyTopKRouter.forward`], with k = 1. The gate of a dropped token is 0."""
         if self.training:
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - INPUT_JITTER, 1 + INPUT_JITTER)
@@ -164,7 +169,7 @@ class PeerSwitchRouter(nn.Module):
             aux_losses.add(probabilities.shape[1] * (shares * mean_probabilities).sum())
         if self.training:
             capacity = (real.sum() * self.capacity_factor / probabilities.shape[1]).ceil()
-            place = chosen.cumsum(0).gather(1, expert_ids)  # in its expert's queue, from 1
+            place = chosen.cumsum(0).gather(1, expert_ids)  # position in its expert's queue, from 1
             gates = gates.masked_fill(place > capacity, 0.0)
         return expert_ids, gates
 
@@ -173,15 +178,18 @@ ROUTERS = {"noisy_top_k": PeerNoisyTopKRouter, "switch": PeerSwitchRouter}
 
 
 def _float32_linear(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`tokens @ weight.T` in float32 whatever the model's precision: rounded scores would choose other experts."""
+    """`tokens @ weight.T` in float32, whatever the model's precision: rounded scores would choose other experts."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with maybe_autocast(tokens.device.type, enabled=False):
         return F.linear(tokens.to(dtype), weight.to(dtype))
 
 
 def _best_first(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and ids of the experts, `(num_tokens, E)` each. Of equals, as all are at first, the lower id comes first,
-    on every device and whatever the other tokens: `topk` promises no order."""
+    """Scores and ids of the experts, best first: `(num_tokens, E)` each.
+
+    Among equal scores, as all are at first, the lower id comes first. That holds on every device and whatever the
+    other tokens are; `topk` guarantees no order.
+    """
     return scores.sort(dim=-1, descending=True, stable=True)
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The names under which Transformers takes and returns things, looked up at import.
+"""Names of Transformers' arguments, outputs and methods, checked at import.
 
-Most calls of Transformers end in `**kwargs`, so a keyword that a release renamed is swallowed and the model goes on
-without it. 5.24 renamed `past_key_values` to `cache` in attention, masks, generation and outputs: a model that went on
-saying `past_key_values` forgot the past. Here each callee's signature is read, and a name that is not there raises.
+Most functions of Transformers accept `**kwargs`, so they silently ignore a keyword that a release renamed. 5.24
+renamed `past_key_values` to `cache` in attention, masks, generation and outputs. A model that still passed
+`past_key_values` lost its cache. This module reads each function's signature and raises if a name is missing.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRotaryEmbedding
 
-# The releases on which `make test-releases` ran; later ones may work, and refuse below if they do not.
+# The releases on which `make test-releases` ran. Later ones may work; if not, the checks below raise.
 TESTED_RELEASES = ("5.17", "5.24")
 CACHE_NAMES = ("cache", "past_key_values")  # newest first
 
 
 def argument_name(function: Callable, *names: str) -> str:
-    """The first of `names` that `function` takes as an argument of its own, decorators looked through.
+    """The first of `names` that is an argument of `function` itself, under any decorators.
 
     Raises:
-        ImportError: it takes none of them.
+        ImportError: `function` has none of them.
     """
     known = inspect.signature(function).parameters
     for name in names:
@@ -43,13 +43,13 @@ def argument_name(function: Callable, *names: str) -> str:
 
 
 def require_arguments(function: Callable, *names: str) -> None:
-    """Raise ImportError unless `function` takes each of `names`."""
+    """Raise ImportError unless `function` has each of `names` as an argument."""
     for name in names:
         argument_name(function, name)
 
 
 def require_methods(owner: type, *names: str) -> None:
-    """Raise ImportError unless `owner` has each of `names`: an override of a method that is gone is never called."""
+    """Raise ImportError unless `owner` has each of `names`: an override of a removed method is never called."""
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         raise _unsupported(f"{owner.__qualname__} has no {', '.join(missing)}")
@@ -71,23 +71,23 @@ def _unsupported(difference: str) -> ImportError:
     )
 
 
-# The cache of keys and values: one name for all that take it or return it.
+# The cache of keys and values: one name in all functions that take or return it.
 CACHE = argument_name(LlamaAttention.forward, *CACHE_NAMES)
 
 _CALLED = {
     LlamaAttention.forward: ("hidden_states", "attention_mask", "position_embeddings"),
-    # Gradient checkpointing takes the cache from a layer's arguments by the name that Llama's layer has.
+    # Gradient checkpointing removes the cache from a layer's arguments by its name in Llama's layer.
     LlamaDecoderLayer.forward: (CACHE,),
     LlamaRotaryEmbedding.forward: ("position_ids",),
     create_causal_mask: ("config", "inputs_embeds", "attention_mask", "position_ids", CACHE),
     DynamicCache.__init__: ("config",),
     Cache.get_seq_length: (),
     GenerationMixin.prepare_inputs_for_generation: ("input_ids", CACHE),
-    # The Generic heads call the decoder by the names that they take themselves.
+    # The Generic heads pass arguments to the decoder under the names of their own.
     GenericForSequenceClassification.forward: ("input_ids", "attention_mask", "position_ids", "labels", CACHE),
     GenericForTokenClassification.forward: ("input_ids", "attention_mask", "position_ids", "labels", CACHE),
     GenericForQuestionAnswering.forward: ("input_ids", "attention_mask", "start_positions", "end_positions", CACHE),
-    # Trainer hands `num_items_in_batch` to a model's forward, which hands it to the loss.
+    # Trainer passes `num_items_in_batch` to a model's forward, which passes it to the loss.
     ForCausalLMLoss: ("logits", "labels", "vocab_size", "num_items_in_batch", "shift_labels"),
     ForMaskedLMLoss: ("logits", "labels", "vocab_size", "num_items_in_batch"),
 }
@@ -95,7 +95,7 @@ for _function, _names in _CALLED.items():
     require_arguments(_function, *_names)
 for _output in (BaseModelOutputWithPast, CausalLMOutputWithPast):
     require_fields(_output, CACHE, "hidden_states", "attentions")
-# Methods that PeerPreTrainedModel overrides, or calls though they are private.
+# Methods that PeerPreTrainedModel overrides, and private ones that it calls.
 require_methods(
     PreTrainedModel,
     *("_init_weights", "get_correct_experts_implementation", "set_experts_implementation"),
@@ -106,10 +106,10 @@ require_methods(
 
 
 def one_cache(cache: object | None, past_key_values: object | None, others: dict) -> object | None:
-    """The cache of a call that may name it as any release does.
+    """The cache of a call, which may name it as any release does.
 
     Args:
-        others: the call's other keywords, none of which may hold a cache: nobody would read it.
+        others: the call's other keywords. None of them may be a cache, because it would be ignored.
 
     Raises:
         TypeError: two caches, or one under a name that PEER does not know.
@@ -124,7 +124,7 @@ def one_cache(cache: object | None, past_key_values: object | None, others: dict
 
 def cache_argument(cache: object | None) -> dict[str, object | None]:
     """`cache` as a keyword for Llama's attention."""
-    # Before 5.24 the paged cache of continuous batching was no `Cache`, and found beside it by this name.
+    # Before 5.24 the paged cache of continuous batching was not a `Cache`, and was passed beside it under this name.
     return {CACHE if cache is None or isinstance(cache, Cache) else "cache": cache}
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How tokens use the experts of a layer: how many were retrieved, how evenly, and which never."""
+"""Expert usage of a layer: how many experts were retrieved, how evenly, and which never."""
 
 import math
 import re
@@ -8,43 +8,44 @@ import torch
 
 
 def expert_usage(gate_sums: torch.Tensor) -> torch.Tensor:
-    """Share of the experts whose sum of gates, `(num_experts,)`, is not zero (He 2024, section 3.3)."""
+    """Share of the experts whose sum of gates is not zero (He 2024, section 3.3); `gate_sums` is `(num_experts,)`."""
     return gate_sums.ne(0).sum() / gate_sums.numel()
 
 
 def unevenness(gate_sums: torch.Tensor) -> torch.Tensor:
-    """KL divergence to the uniform distribution of the gates' sums (He 2024, section 3.3, Table 2; arXiv:2407.04153).
+    """KL divergence of the gate sums from the uniform distribution (He 2024, section 3.3, Table 2; arXiv:2407.04153).
 
         z_i = gate_sums_i / Σ gate_sums;  log N + Σ z_i log z_i,  natural logarithm
 
-    0 when every expert was given as much, log N when one was given all. `gate_sums` is `(num_experts,)`, not all zero.
+    It is 0 if all experts have equal sums, and log N if one has everything. `gate_sums` is `(num_experts,)`, not all
+    zero.
     """
     total = gate_sums.sum(dtype=torch.float64)
-    # With z' = total · z. Float32 terms: a float64 copy of a million sums would take longer than the rest.
+    # With z' = total · z. Terms are float32: a float64 copy of a million sums would take longer than the rest.
     weighted_logs = torch.special.xlogy(gate_sums, gate_sums).sum(dtype=torch.float64)
     return (math.log(gate_sums.numel()) - total.log() + weighted_logs / total).clamp(min=0.0)
 
 
 class ExpertUsage:
-    """Adds up the gates that each expert of one layer is given; 8 bytes an expert, and no waiting for the device.
+    """Adds up the gates of each expert of one layer: 8 bytes per expert, without waiting for the device.
 
     Args:
         num_experts: experts in the layer's pool.
-        device: where to count; best where gates and ids are.
+        device: device of the sums; best the one of gates and ids.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
-        # Gates given to each expert: by all, and by the heads whose best it was. Float32: sums in the millions are
-        # good to seven digits, and a gate that is lost on a larger sum changes neither usage nor unevenness.
+        # Gates of each expert: from all heads, and from the heads whose best it was. Float32 keeps seven digits of
+        # sums in the millions. A gate lost to rounding on a larger sum changes neither usage nor unevenness.
         self.sums = torch.zeros(2, num_experts, device=device)
 
     @torch.no_grad()
     def add(self, gates: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
-        """Count one forward.
+        """Add one forward.
 
         Args:
-            gates, expert_ids: what the tokens retrieved, `(..., num_heads, top_k)`, the best of a head first.
-            token_mask: `(...)`, true where a token is not padding; `None`: none is.
+            gates, expert_ids: the retrieved experts, `(..., num_heads, top_k)`, a head's best one first.
+            token_mask: `(...)`, true where a token is not padding; `None` means no padding.
         """
         if token_mask is not None:
             gates = gates.masked_fill(~token_mask[..., None, None], 0.0)
@@ -53,12 +54,12 @@ class ExpertUsage:
         self.sums[1].index_add_(0, expert_ids[..., 0].flatten(), gates[..., 0].flatten())
 
     def measure(self) -> dict[str, float]:
-        """The figures of what was added; empty if that was nothing.
+        """The measurements of all added forwards; empty if there were none.
 
         Returns:
             expert_usage: share of the experts that were retrieved.
-            top_1_usage: share of the experts that some head liked best: with many experts per head nearly all may be
-                retrieved and few of them matter (Kim & Jung 2020; arXiv:2010.03881).
+            top_1_usage: share of the experts that were the best of some head. With many experts per head, nearly all
+                may be retrieved while few of them matter (Kim & Jung 2020; arXiv:2010.03881).
             unevenness: see `unevenness`.
             dead_experts: number of experts that were not retrieved.
         """
@@ -70,14 +71,14 @@ class ExpertUsage:
         return {"expert_usage": used, "top_1_usage": used_best, "unevenness": divergence, "dead_experts": int(dead)}
 
     def reset(self) -> None:
-        """Forget what was added."""
+        """Set all sums to zero."""
         self.sums.zero_()
 
 
 def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The modules that retrieve experts, each with a name such as `layer_5`.
 
-    By the names of their classes: a model loaded with a checkpoint's own code has other classes.
+    They are found by class name, because a model loaded with a checkpoint's own code has other classes.
     """
     found = []
     for path, module in model.named_modules():

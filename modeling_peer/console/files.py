@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Files that commands read and write: found by name, checked, and written whole or not at all."""
+"""Files that commands read and write: found by name, checked, and written all or nothing."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import yaml
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.files_peer import write_text
 
-# configuration/ and model_cards/ are links in a checkout, and copies where the package is installed.
+# configuration/ and model_cards/ are links in a checkout, and copies in an installed package.
 RESOURCES = Path(str(files("modeling_peer")))
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
-    """Find a file by path, from here or from the package, or by bare name in `folder` of the package."""
+    """Find a file by a path relative to the working directory or the package, or by name in the package's `folder`."""
     candidates = [Path(name), RESOURCES / name, RESOURCES / folder / f"{name.removesuffix(suffix)}{suffix}"]
     for path in candidates:
-        if os.path.isfile(path):  # False, not an error, for a name that no file can have
+        if os.path.isfile(path):  # False, not an error, for an invalid file name
             return path
     known = sorted(path.stem for path in (RESOURCES / folder).glob(f"*{suffix}"))
     hint = nearest(Path(name).name.removesuffix(suffix), known)
@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid YAML: {error}") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
-    except (ValueError, RecursionError) as error:  # a date that no calendar has; brackets without end
+    except (ValueError, RecursionError) as error:  # an invalid date; brackets nested too deeply
         raise SettingsError(f"{path} is not valid YAML: {error}.") from error
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}.") from error
@@ -55,10 +55,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; an empty dict if there is none."""
+    """The content of a JSON file; an empty dict if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a file that is whole, and on the disk, or as it was."""
+    """Write a file to the disk, all or nothing: after a failure it is unchanged."""
     write_text(path, json.dumps(content, indent=1) + "\n")

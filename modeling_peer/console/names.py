@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a name of a model, tokenizer or data set means: a folder here, or a repository of the Hub that answers.
+"""Resolves the name of a model, tokenizer or data set to a local folder, or to an existing repository of the Hub.
 
-The libraries take whatever is not here for a repository of the Hub, and ask for it again and again for a minute. Here
-a name that is nobody's `owner/name` is refused at once, and the Hub is asked once.
+The libraries treat every name that is no local folder as a repository of the Hub, and retry for a minute. Here a name
+that cannot be an `owner/name` is refused at once, and the Hub gets a single request.
 """
 
 import difflib
@@ -18,10 +18,10 @@ from modeling_peer.console.files import RESOURCES
 from modeling_peer.console.run_files import SETTINGS_FILE, list_checkpoints
 
 PRESETS_FOLDER = "configuration/models"
-# folders of ours: no owner on the Hub is meant
+# Our own folders, not owners on the Hub.
 LOCAL_ROOTS = ("runs", "configuration")
 HUB_TIMEOUT = 10  # seconds
-# a file of each kind of repository that has been used before is in the cache
+# If a repository of this kind was used before, one of these files is in the cache.
 CACHED_FILES = {
     "model": ("config.json", "adapter_config.json"),
     "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
@@ -32,12 +32,12 @@ SIGNS_OF_A_RUN = (SETTINGS_FILE, "training_args.bin", "trainer_state.json", "_un
 
 
 def preset_files() -> dict[str, Path]:
-    """The configurations of the repository, by name."""
+    """The preset configurations of this repository, by name."""
     return {path.stem: path for path in sorted((RESOURCES / PRESETS_FOLDER).glob("*.json"))}
 
 
 def exists(path: str | Path) -> bool:
-    """Whether it is there; not so a name that no file can have."""
+    """Whether `path` exists; False for an invalid file name."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):  # too long, or with a null character
@@ -48,10 +48,11 @@ def locate_model(name: str, trained: bool) -> str:
     """The folder or the Hub id to load a checkpoint from.
 
     Args:
-        trained: whether a configuration, which has no weights, would not do.
+        trained: whether weights are required, so that a configuration alone is not enough.
 
     Raises:
-        SettingsError: nothing there, or no model in it; with the cause and the nearest name that is there.
+        SettingsError: it does not exist, or contains no model. The message has the cause and the nearest existing
+            name.
     """
     path = Path(name).expanduser()
     if exists(path):
@@ -79,7 +80,7 @@ def locate_data_set(name: str, others: tuple[str, ...] = ()) -> str:
     """The folder or the Hub id to load a data set from; raises SettingsError as `locate_model` does.
 
     Args:
-        others: names that stand for something else, of which one may be meant.
+        others: names with another meaning, which the user may have intended.
     """
     path = Path(name).expanduser()
     if exists(path):
@@ -92,7 +93,7 @@ def locate_data_set(name: str, others: tuple[str, ...] = ()) -> str:
 
 
 def no_such_folder(name: str) -> str:
-    """In words that there is none, and the nearest one that there is."""
+    """A message that there is no such folder, with the nearest one that exists."""
     return f"no such folder.{_hint(name, {})}"
 
 
@@ -102,7 +103,7 @@ def _locate(name: str, kind: str, meanings: dict[str, str]) -> str:
         raise SettingsError(f"no such folder.{hint or _way_out(name, kind)}")
     if "/" not in name:
         if kind in CACHED_FILES and _cached_folder(name, kind):
-            return name  # of the Hub's first years; used before
+            return name  # from the Hub's first years; used before
         raise SettingsError(f"no such folder{_or_else(kind)}.{hint or _way_out(name, kind)}")
     return _ask_hub(name, kind)
 
@@ -132,7 +133,7 @@ def _way_out(name: str, kind: str) -> str:
 
 
 def _hint(name: str, meanings: dict[str, str]) -> str:
-    """A sentence with the nearest of `meanings` and of the folders here, or nothing when none is near."""
+    """A sentence with the nearest of `meanings` and the local folders, or nothing if none is near."""
     known = dict(meanings)
     path = Path(name).expanduser()
     for parent, keys in ((path.parent, (str, None)), (Path("runs"), (str, lambda found: found.name))):
@@ -179,7 +180,7 @@ def _require_json_objects(folder: Path) -> None:
         path = folder / name
         try:
             content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:  # of JSON, or of UTF-8
+        except ValueError as error:  # from JSON or from UTF-8
             raise SettingsError(f"{path} is damaged or cut short: {error}.") from error
         except OSError as error:
             raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
@@ -200,11 +201,11 @@ def _cached_folder(name: str, kind: str) -> str | None:
 
 @functools.cache
 def _ask_hub(name: str, kind: str) -> str:
-    """`name` if the Hub has it, or the folder in the cache where the Hub can't be reached."""
+    """`name` if the Hub has it, or the folder in the cache if the Hub cannot be reached."""
     what = "data set" if kind == "dataset" else "model"
     cached = _cached_folder(name, kind)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        if cached or kind == "dataset":  # of these the library knows what is cached
+        if cached or kind == "dataset":  # the library checks its own cache for these
             return name
         raise SettingsError("no such folder here, nor in the Hub's cache, and HF_HUB_OFFLINE forbids to ask the Hub.")
     try:
@@ -214,12 +215,12 @@ def _ask_hub(name: str, kind: str) -> str:
     except HFValidationError as error:
         raise SettingsError(f"no such folder, and no name that the Hub could have: {error}") from error
     except GatedRepoError:
-        return name  # the library says whom to ask
+        return name  # the library says where to request access
     except RepositoryNotFoundError as error:
         raise SettingsError(
             f"no such folder, and the Hub has no such {what}, or shows it to its owner only (set HF_TOKEN)."
         ) from error
-    except Exception as error:  # of the transport, which is another package from one release to the next
+    except Exception as error:  # from the HTTP library, which changes from one release to the next
         if cached:
             return cached
         cause = str(error).strip().splitlines()[:1] or [""]

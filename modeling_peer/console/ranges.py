@@ -1,18 +1,18 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The numbers that a setting can have, by its name: what is outside could train nothing, or end in a traceback."""
+"""The valid range of each numeric setting, by name. Values outside train nothing or end in a traceback."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
-LARGEST = 2**53  # of counts: beyond, a float is no longer every integer
+LARGEST = 2**53  # for counts: above, a float cannot represent every integer
 MOST_PROCESSES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """A test, and in words what a value must be."""
+    """A test, and a description of the values that pass it."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -66,12 +66,12 @@ RANGES = {
 
 
 def find_out_of_range(arguments: Any, kind: type | None = None) -> tuple[str, Any, str] | None:
-    """Of the first field of a dataclass that is a number it can't be: its name, the value, and what it must be.
+    """The first field of a dataclass with a number out of range: its name, the value, and what it must be.
 
-    None and what is not declared a number are passed over. A number without a range of its own must be finite.
+    None, and fields that are not declared as numbers, are skipped. A number without its own range must be finite.
 
     Args:
-        kind: look only at the fields of this dataclass, by default at all that `arguments` has.
+        kind: check only the fields of this dataclass; by default, all fields of `arguments`.
     """
     for field in dataclasses.fields(kind or arguments):
         value = getattr(arguments, field.name, None)
@@ -81,7 +81,7 @@ def find_out_of_range(arguments: Any, kind: type | None = None) -> tuple[str, An
         allowed = RANGES.get(field.name, FINITE)
         if not isinstance(value, int | float):
             return field.name, value, "a number"
-        if isinstance(value, int) and abs(value) > LARGEST:  # more than a float can hold, maybe
+        if isinstance(value, int) and abs(value) > LARGEST:  # may be too large for a float
             return field.name, value, allowed.words if value < 0 and allowed is not FINITE else f"at most {LARGEST:,}"
         if not allowed.holds(value):
             return field.name, value, allowed.words

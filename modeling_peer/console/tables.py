@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Numbers as tables show them."""
+"""Numbers formatted for tables."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def mean_and_deviation(values: Sequence[float]) -> list[float | None]:
-    """Mean and sample standard deviation; None where there are too few values."""
+    """Mean and sample standard deviation; None if there are too few values."""
     if not values:
         return [None, None]
     return [round(mean(values), 5), round(stdev(values), 5) if len(values) > 1 else None]
 
 
 def with_deviation(pair: Sequence[float | None], spec: str) -> str:
-    """What `mean_and_deviation` returns, as a table shows it."""
+    """The result of `mean_and_deviation`, formatted for a table."""
     center, deviation = pair
     if center is None:
         return "-"
@@ -22,7 +22,7 @@ def with_deviation(pair: Sequence[float | None], spec: str) -> str:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table for the README."""
+    """A Markdown table for the README."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
     for row in rows:

@@ -1,18 +1,18 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Size a model to another one's budget, so that a comparison is at equal compute, equal size or equal time.
+"""Size a model to the budget of another, so that they are compared at equal compute, equal size or equal time.
 
     fit = fit_to_budget(peer, reference=dense, budget="flops")
     fit.config, fit.fields, fit.ratio       # {"intermediate_size": 416}, 0.9965
 
-| budget | what is made equal | ratio at most from 1 |
+| budget | made equal | largest distance of the ratio from 1 |
 |---|---|---|
-| `"flops"` | forward FLOPs per token, and with them those of training | 1 % |
+| `"flops"` | forward FLOPs per token, and thus those of training | 1 % |
 | `"parameters"` | all parameters | 1 % |
-| `"time"` | median seconds of a training step, measured in turns | 5 % |
+| `"time"` | median seconds of a training step, measured in alternation | 5 % |
 
-The knobs that are turned, unless the caller names others:
+The knobs that are changed, unless the caller names others:
 
-| what stands in the sparse layers | `"flops"` and `"time"` | `"parameters"` |
+| sparse layers | `"flops"` and `"time"` | `"parameters"` |
 |---|---|---|
 | nothing: a dense model | intermediate_size | the same |
 | peer, product_key_memory | intermediate_size, of the dense layers | num_sub_keys, then intermediate_size |
@@ -20,8 +20,8 @@ The knobs that are turned, unless the caller names others:
 | soft_moe | num_slots_per_expert, then moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
 | multilinear_moe | the last of multilinear_ranks | the same |
 
-Not num_sub_keys for FLOPs: to cost as much as the MLP it replaces, the layer of `peer_million` would need nine million
-experts, where the paper has one million. Only where no layer is dense is that the knob.
+The knob for FLOPs is not num_sub_keys. To cost as much as the MLP it replaces, the layer of `peer_million` would need
+nine million experts; the paper has one million. It is num_sub_keys only if no layer is dense.
 """
 
 import copy
@@ -36,7 +36,7 @@ from modeling_peer.configuration_peer import PRODUCT_KEY_MLPS
 from modeling_peer.costs.counting import model_cost
 
 TOLERANCES = {"flops": 0.01, "parameters": 0.01, "time": 0.05}
-# Knobs and their steps; the last one turned takes the second where multiples of the first are too coarse.
+# Knobs and their steps. The last knob uses the second step if multiples of the first are too coarse.
 KNOBS = {
     "intermediate_size": (8, 1),
     "num_sub_keys": (8, 1),
@@ -47,7 +47,7 @@ KNOBS = {
     "num_slots_per_expert": (1,),
     "multilinear_ranks": (1,),
 }
-# Fields that a knob may not go below.
+# Fields that are a knob's lower bound.
 LOWER_BOUNDS = {"num_sub_keys": "num_experts_per_head", "num_moe_experts": "num_moe_experts_per_token"}
 
 
@@ -56,9 +56,9 @@ class Fit:
     """A configuration sized to a budget.
 
     Args:
-        config: the one sized.
-        fields: what to override in the one given to get it.
-        ratio: its cost over the reference's.
+        config: the sized configuration.
+        fields: overrides that turn the given configuration into it.
+        ratio: its cost divided by the reference's.
     """
 
     config: PeerConfig
@@ -75,24 +75,25 @@ def fit_to_budget(
     tolerance: float | None = None,
     time_ratio: Callable[[PeerConfig, PeerConfig], float] | None = None,
 ) -> Fit:
-    """Turn the knobs of `config` until it costs what `reference` costs.
+    """Change the knobs of `config` until it costs as much as `reference`.
 
-    A knob before the last takes its largest value within the budget, the other knobs being as they are, or its
-    smallest; the last one takes what comes nearest.
+    Each knob before the last takes its largest value within the budget while the others stay unchanged, or its
+    smallest value. The last knob takes the value with the nearest cost.
 
     Args:
-        config: what is sized; it stays as it is.
-        reference: whose budget is met: usually the dense twin; or a PEER model, for a dense one as large.
+        config: the configuration to size; it is not changed.
+        reference: the configuration whose budget is met: usually the dense twin, or a PEER model for a dense one of
+            the same size.
         budget: `"flops"`, `"parameters"` or `"time"`.
         knobs: fields to change, in this order; default: see above.
         sequence_length: tokens of a sequence; default: the reference's max_position_embeddings.
-        tolerance: how far from 1 the ratio may be; default: see above.
-        time_ratio: seconds of a training step of its first argument over those of its second; default:
-            `modeling_peer.costs.step_time.step_time_ratio` with sequences of `sequence_length`.
+        tolerance: largest distance of the ratio from 1; default: see above.
+        time_ratio: function that returns seconds of a training step of its first argument over those of its second.
+            Default: `modeling_peer.costs.step_time.step_time_ratio` with sequences of `sequence_length`.
 
     Raises:
-        ValueError: the budget is not met within `tolerance`, and how near it is; or a knob that there is not, or that
-            does not change what is counted.
+        ValueError: the budget is not met within `tolerance`; the message says how near it is. Or a knob does not
+            exist, or does not change the cost.
     """
     if budget not in TOLERANCES:
         raise ValueError(f"budget={budget!r} is none of {', '.join(TOLERANCES)}.")
@@ -110,11 +111,11 @@ def fit_to_budget(
         return time_ratio(candidate, reference)
 
     if budget == "time" and time_ratio is None:
-        from modeling_peer.costs.step_time import step_time_ratio  # needs what training needs
+        from modeling_peer.costs.step_time import step_time_ratio  # needs the packages of training
 
         time_ratio = partial(step_time_ratio, sequence_length=length)
     _require_knobs(config, knobs, budget, counted_ratio)
-    # What is measured can't come nearer than it scatters.
+    # A measured ratio cannot come nearer than its own scatter.
     ratio, near_enough = (measured_ratio, tolerance) if budget == "time" else (counted_ratio, 0.0)
     for knob in knobs:
         is_last = knob == knobs[-1]
@@ -134,7 +135,7 @@ def fit_to_budget(
 
 
 def default_knobs(config: PeerConfig, budget: str) -> tuple[str, ...]:
-    """The fields that [`fit_to_budget`] changes where it is told none."""
+    """The fields that [`fit_to_budget`] changes by default."""
     has_dense = config.parallel_dense_mlp or "dense" in config.mlp_layer_types
     if "sparse" not in config.mlp_layer_types:
         return ("intermediate_size",)
@@ -159,7 +160,7 @@ def _turn(
     to_nearest: bool,
     near_enough: float,
 ) -> tuple[int, float]:
-    """The largest value at which `ratio` is at most 1, or the nearest; and the ratio there. Costs grow with knobs."""
+    """The largest value with a `ratio` of at most 1, or the nearest, and its ratio. Costs grow with knobs."""
 
     @cache
     def ratio_at(value):
@@ -192,7 +193,7 @@ def _current(config: PeerConfig, knob: str) -> int:
 
 
 def _turned(config: PeerConfig, knob: str, value: int) -> PeerConfig:
-    """A copy with the knob at `value`; of several ranks the last one is turned."""
+    """A copy with the knob at `value`; of several ranks, the last one is changed."""
     config = copy.deepcopy(config)
     if knob == "multilinear_ranks":
         config.multilinear_ranks = [*config.multilinear_factor_ranks[:-1], value]
@@ -203,7 +204,7 @@ def _turned(config: PeerConfig, knob: str, value: int) -> PeerConfig:
 
 
 def _require_knobs(config: PeerConfig, knobs: tuple[str, ...], budget: str, ratio: Callable[[PeerConfig], float]):
-    """Raise ValueError for a knob that there is not, or that turns nothing of this model."""
+    """Raise ValueError for a knob that does not exist, or that changes nothing in this model."""
     if not knobs:
         raise ValueError(f"knobs is empty: name at least one of {', '.join(KNOBS)}.")
     for knob in knobs:

@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a model costs by its configuration alone: parameters, those a token uses, and the FLOPs of its forward.
+"""Costs of a model from its configuration alone: parameters, those a token uses, and the FLOPs of its forward.
 
     model_cost(config, sequence_length=512).forward_flops          # per token
     model_parts(config, sequence_length=512)["routing"].parameters
 
 FLOPs are those of matrix products in the forward of a training step, two per multiply-add, as
-`torch.utils.flop_counter` counts them: norms, activations, softmax, entmax, top-k and look-ups are free, and attention
-counts every pair of positions, those that a causal mask hides included. PEER's experts and a memory's rows, which are
-no matrix products to PyTorch, count as if they were.
+`torch.utils.flop_counter` counts them. Norms, activations, softmax, entmax, top-k and look-ups are free. Attention
+counts every pair of positions, including those that a causal mask hides. PEER's experts and a memory's rows are not
+matrix products in PyTorch, but count as if they were.
 """
 
 from collections.abc import Callable
@@ -15,19 +15,20 @@ from dataclasses import dataclass
 
 from modeling_peer import PeerConfig
 
-# A product of matrices needs two more of its size in the backward: for the gradient of either factor. What gradient
-# checkpointing computes again is overhead of an implementation and not counted.
+# A matrix product needs two more of its size in the backward: one for the gradient of each factor. Recomputation by
+# gradient checkpointing is overhead of an implementation and not counted.
 TRAINING_FLOPS_PER_FORWARD_FLOP = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one part of a model.
+    """Cost of one part of a model.
 
     Args:
-        parameters: all of them.
-        active_parameters: those by which one token is multiplied, on average over the tokens; embeddings count whole.
-        forward_flops: per token.
+        parameters: number of all parameters.
+        active_parameters: number of parameters that multiply one token, on average over the tokens. Embeddings count
+            whole.
+        forward_flops: FLOPs per token.
     """
 
     parameters: int = 0
@@ -46,7 +47,7 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """Per token, forward and backward."""
+        """FLOPs per token, forward and backward."""
         return TRAINING_FLOPS_PER_FORWARD_FLOP * self.forward_flops
 
 
@@ -56,21 +57,21 @@ def model_cost(config: PeerConfig, sequence_length: int) -> Cost:
 
 
 def sum_of_parts(parts: dict[str, Cost]) -> Cost:
-    """Of [`model_parts`], or of one layer's."""
+    """Sum of the parts from [`model_parts`], or of one layer's parts."""
     return sum(parts.values(), Cost())
 
 
 def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Cost of a language model, causal or masked, by part. (The head of a classifier costs next to nothing.)
+    """Cost of a language model, causal or masked, by part. (The head of a classifier costs almost nothing.)
 
     Args:
         config: a PEER configuration.
-        sequence_length: tokens of a sequence, for attention and for slots, whose number does not grow with it.
+        sequence_length: tokens of a sequence. Attention depends on it, and so do slots, since their number is fixed.
 
     Returns:
-        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head; and of Memory+ its output
-        gate. What several layers share, or embeddings and head, has its parameters once; every token still uses it as
-        often.
+        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, and the output gate of
+        Memory+. Parameters shared by several layers, or by embeddings and head, count once. Every token still uses
+        them in each place.
     """
     if config.model_type != "peer":
         raise ValueError(f"costs are counted for PEER configurations, got model_type={config.model_type!r}.")
@@ -98,7 +99,7 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def attention_cost(config: PeerConfig, sequence_length: int) -> Cost:
-    """Llama's attention: four projections, scores of a token with all others, and the sum of their values."""
+    """Llama's attention: four projections, a token's scores with all others, and the sum of their values."""
     width, bias = config.hidden_size, config.attention_bias
     query_width = config.num_attention_heads * config.head_dim
     key_width = config.num_key_value_heads * config.head_dim
@@ -123,14 +124,14 @@ def peer_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def product_key_memory_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Product-key memory: PEER's retrieval, one table of values, and Memory+'s gate and projection where asked for."""
+    """Product-key memory: PEER's retrieval, one table of values, and optionally Memory+'s gate and projection."""
     values = _chosen(_matrix(config.hidden_size, 1), config)
     gate = {"output gate": _matrix(config.hidden_size, config.hidden_size) * 2} if config.gated_memory else {}
     return {"routing": retrieval_cost(config), "experts": values, **gate}
 
 
 def retrieval_cost(config: PeerConfig) -> Cost:
-    """The query network and the scores of all sub-keys; a balance loss scores them once more."""
+    """The query network and the scores of all sub-keys. A balance loss scores them a second time."""
     num_heads, num_keys, query_dim = config.num_retrieval_heads, config.num_sub_keys, config.query_dim
     norm_width = num_heads * query_dim if config.query_norm == "batch_norm" else query_dim
     num_norm_vectors = {"batch_norm": 2, "layer_norm": 2, "rms_norm": 1, "none": 0}[config.query_norm]
@@ -143,22 +144,24 @@ def retrieval_cost(config: PeerConfig) -> Cost:
 
 
 def top_k_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Sparsely gated mixture, whose noise has scores too; or Switch, which computes the tokens that it drops."""
+    """Sparsely gated mixture, whose noise has scores too, or Switch, which also computes the tokens it drops."""
     noisy = config.moe_router == "noisy_top_k"
     router = _matrix(config.hidden_size, config.num_moe_experts) * (2 if noisy else 1)
     return {"routing": router, "experts": _mixture(config, config.num_moe_experts_per_token if noisy else 1)}
 
 
 def expert_choice_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Expert choice: of a token `moe_capacity_factor` experts on average."""
+    """Expert choice: `moe_capacity_factor` experts per token on average."""
     capacity = 2 if config.moe_capacity_factor is None else config.moe_capacity_factor
     router = _matrix(config.hidden_size, config.num_moe_experts)
     return {"routing": router, "experts": _mixture(config, min(capacity, config.num_moe_experts))}
 
 
 def soft_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Soft mixture: the tokens of a sequence share its slots. Every slot is scored, filled from and spread over all
-    tokens."""
+    """Soft mixture: the tokens of a sequence share its slots.
+
+    Every slot is scored against all tokens, filled from them, and spread over them.
+    """
     num_slots = config.num_moe_experts * config.num_slots_per_expert
     slots = _matrix(config.hidden_size, num_slots)
     mixing = Cost(forward_flops=2 * slots.forward_flops)
@@ -166,8 +169,10 @@ def soft_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def multilinear_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Multilinear mixture: two layers with the same coefficients, each a factorised tensor of experts, inputs with a
-    channel of ones, and outputs."""
+    """Multilinear mixture: two layers with the same coefficients.
+
+    Each is a factorised tensor of experts, inputs with a channel of ones, and outputs.
+    """
     width, inner = config.hidden_size, config.moe_intermediate_size
     layer = {"cp": _cp_layer, "tensor_ring": _tensor_ring_layer}[config.multilinear_form]
     return {
@@ -220,7 +225,7 @@ def _chosen(row: Cost, config: PeerConfig) -> Cost:
 
 
 def _some_of(expert: Cost, num_experts: int, num_per_token: float) -> Cost:
-    """A pool of experts of which a token uses some; heads may choose the same one, which then computes for each."""
+    """A pool of experts of which a token uses some. If heads choose the same one, it computes once for each head."""
     return Cost(
         num_experts * expert.parameters,
         round(min(num_per_token, num_experts) * expert.active_parameters),

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What many processes send and hold: bytes per token for each way to shard expert tables, memory per rank.
+"""Traffic and memory of many processes: bytes per token for each way to shard expert tables, and memory per rank.
 
 python -m modeling_peer.costs.many_processes
 python -m modeling_peer.costs.many_processes --hidden_size 256 --num_active 64
@@ -15,12 +15,12 @@ POOLS = (2**20, 10**9)
 def bytes_per_token(num_ranks: int, hidden_size: int, num_active: int, value_bytes: int = 2) -> dict[str, int]:
     """Bytes that all ranks of a group together send for one token of one layer, forward and backward.
 
-    `docs/scaling.md` derives the formulas. Collectives are rings: of `v` bytes an all-reduce sends `2 (r - 1) v` over
-    `r` ranks, an all-gather or a reduce-scatter `(r - 1) v`.
+    `docs/scaling.md` derives the formulas. Collectives are rings. For `v` bytes over `r` ranks, an all-reduce sends
+    `2 (r - 1) v`, and an all-gather or a reduce-scatter sends `(r - 1) v`.
 
     Args:
-        num_active: retrieved experts of a token, all heads together; a float32 each for gates and dot products.
-        value_bytes: of one value of a hidden state.
+        num_active: retrieved experts of a token, all heads together. Gates and dot products are a float32 each.
+        value_bytes: bytes of one value of a hidden state.
     """
     hops, hidden, active = num_ranks - 1, hidden_size * value_bytes, num_active * FLOAT32
     return {
@@ -34,14 +34,14 @@ def bytes_per_token(num_ranks: int, hidden_size: int, num_active: int, value_byt
 def bytes_per_rank(num_experts: int, num_ranks: int, hidden_size: int, training: bool) -> int:
     """Memory of one layer's two tables on a rank: bfloat16 weights, or float32 weights and both moments of AdamW.
 
-    A row-sparse gradient comes on top with the rows of a step only, a dense one with four bytes a value.
+    Gradients come on top: a row-sparse one with only the rows of a step, a dense one with four bytes per value.
     """
     rows = -(-num_experts // num_ranks)
     return 2 * rows * hidden_size * (3 * FLOAT32 if training else 2)
 
 
 def tables(hidden_size: int = 1024, num_active: int = 128) -> str:
-    """Both, as Markdown."""
+    """Both tables as Markdown."""
     names = list(bytes_per_token(1, hidden_size, num_active))
     lines = [f"| KiB per token, d = {hidden_size:,}, h·k = {num_active} | " + " | ".join(names) + " |"]
     lines.append("|---|" + "---:|" * len(names))

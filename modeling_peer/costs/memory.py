@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Memory as it is measured: what is held, the peak of a call, what can still be had."""
+"""Measured memory: memory in use, the peak of a call, and memory still available."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ import torch
 
 
 def forget_peak_memory(device: torch.device) -> str | None:
-    """Take the peak of memory from here on; or say why it can't be."""
+    """Reset the peak of memory, or return why that is impossible."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -20,15 +20,18 @@ def forget_peak_memory(device: torch.device) -> str | None:
         return f"peak resident memory is read from /proc, which {sys.platform} does not have"
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the high-water mark starts anew
+            file.write("5")  # resets the high-water mark
     except OSError as error:
         return f"the kernel does not reset its high-water mark here: {error}"
     return None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held since `forget_peak_memory`: on CUDA what PyTorch allocated, on a CPU what is resident of this
-    process, which counts compilers and Numba's code, too."""
+    """Peak memory since `forget_peak_memory`.
+
+    On CUDA it is the memory allocated by PyTorch. On a CPU it is the resident memory of this process, which includes
+    compilers and Numba's code.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
@@ -36,7 +39,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What is held now, as `peak_memory_bytes` counts."""
+    """Memory in use now, counted as in `peak_memory_bytes`."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
 
 
@@ -49,9 +52,9 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str | None]:
-    """Most memory that `call` holds beyond what was there before it; or None, and why that cannot be told.
+    """Peak memory of `call` beyond the memory in use before it; or None, and why it cannot be measured.
 
-    Pages that were freed but not yet returned to the system are returned first.
+    Freed pages that the process still holds are first returned to the system.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -64,7 +67,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | Non
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device."""
+    """Memory still available on the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

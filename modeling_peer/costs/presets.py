@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The configurations in configuration/models, and what each costs."""
+"""The configurations in configuration/models, and their costs."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from modeling_peer.hub.loading import load_preset
 
 
 def preset_names() -> list[str]:
-    """Names to give as `--model`, fewest parameters first."""
+    """Names for `--model`, sorted by number of parameters."""
     names = [path.stem for path in (RESOURCES / PRESETS_FOLDER).glob("*.json")]
     return sorted(names, key=lambda name: (cost_of_preset(name)["total parameters"], name))
 
 
 def describe_presets() -> list[dict[str, Any]]:
-    """One row for each preset: its sizes, parameters, and FLOPs of a token's forward."""
+    """One row per preset: its sizes, parameters, and forward FLOPs per token."""
     rows = []
     for name in preset_names():
         config = load_preset(name)
@@ -34,7 +34,7 @@ def describe_presets() -> list[dict[str, Any]]:
 
 
 def cost_of_preset(name: str) -> dict[str, int]:
-    """As [`modeling_peer.costs.counting`] counts, in sequences as long as the model takes."""
+    """Cost of a preset by [`modeling_peer.costs.counting`], with sequences of the model's maximum length."""
     config = load_preset(name)
     parts = model_parts(config, config.max_position_embeddings)
     cost = sum_of_parts(parts)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Where a result comes from: the machine, the versions, the commit."""
+"""Provenance of a result: the machine, the versions, the commit."""
 
 import importlib.metadata
 import os
@@ -13,8 +13,8 @@ PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor and its widest vectors, cores this process may use, threads, memory, and a GPU if one is measured."""
-    import psutil  # of an extra that versions do without
+    """Processor and its widest vectors, available cores, threads, memory, and the GPU if one is measured."""
+    import psutil  # from an extra that versions do not need
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
@@ -33,14 +33,14 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_versions(commit: str | None = None) -> dict[str, Any]:
-    """Of Python and of the packages that decide the figures (None: not installed), and the commit measured."""
+    """Versions of Python and of the packages that affect results (None: not installed), and the measured commit."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    versions["torch"] = torch.__version__  # with the build, such as +cpu
+    versions["torch"] = torch.__version__  # includes the build, such as +cpu
     changes = _git("status", "--porcelain")
     versions["modeling_peer"] = _git("rev-parse", "HEAD") or commit
     versions["uncommitted_changes"] = None if changes is None else bool(changes)

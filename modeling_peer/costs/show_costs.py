@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The table of what a model costs: what `peer costs` prints."""
+"""The table of a model's costs, for `peer costs`."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from modeling_peer.hub.loading import load_preset
 
 @dataclass
 class CostArguments:
-    """Which model, and what it is sized to."""
+    """Which model, and the budget it is sized to."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
     model_overrides: Overrides = field(
@@ -40,7 +40,7 @@ def show_costs(arguments: CostArguments) -> dict[str, Any]:
     """Print parameters and FLOPs by part.
 
     Returns:
-        parts and total, each with its `Cost`; training_flops per token; with a fit, its fields and ratio as well.
+        parts and total, each with its `Cost`; training_flops per token; after a fit, also its fields and ratio.
     """
     overrides = arguments.model_overrides
     config = load_preset(arguments.model, overrides)

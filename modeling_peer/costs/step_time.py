@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How long a training step of one model takes beside another's."""
+"""Time of a training step of one model relative to another's."""
 
 import copy
 
@@ -20,10 +20,10 @@ def step_time_ratio(
     repeats: int = 9,
     max_seconds: float = 20.0,
 ) -> float:
-    """Median seconds of a training step of new weights of `config` over those of `reference`, measured in turns.
+    """Median seconds of a training step of `config` over those of `reference`, with new weights, measured alternately.
 
     Args:
-        device: default: CUDA where there is any.
+        device: default: CUDA if available.
         repeats, max_seconds: as in `interleave`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How long calls take: interleaved, on inputs they have not seen, as medians."""
+"""Timing of calls: interleaved, on new inputs, as medians."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ import torch
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 EVICTION_BYTES = 2**28  # larger than the cache of any GPU
 MIN_REPEATS = 3
-# Shorter calls are measured several in a row: a decoding loop, too, finds its code and its weights in the cache.
+# Shorter calls are measured several in a row: a decoding loop also has its code and weights in the cache.
 # On CUDA one event pair encloses one call.
 MIN_SECONDS = {"cpu": 0.02, "cuda": 0.0}
 MAX_CALLS_IN_A_ROW = 64
@@ -21,7 +21,7 @@ MAX_CALLS_IN_A_ROW = 64
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one contender's times, in milliseconds."""
+    """Summary of one contender's times, in milliseconds."""
 
     median_ms: float
     lower_quartile_ms: float
@@ -47,17 +47,17 @@ def interleave(
     max_seconds: float,
     min_seconds: float = 0.0,
 ) -> dict[str, Summary]:
-    """Measure each contender in turn, round after round, so that a slower minute slows them all.
+    """Measure each contender in turn, round after round, so that a slow minute of the machine affects all of them.
 
-    Every call has an input of its own, drawn alike for all: on the input of another contender it would find the rows
-    of the tables they share in the cache. The first calls of each are not counted. Each contender may use an equal
-    share of `max_seconds`; one that would need more is left out of some rounds, spread evenly, but measured
-    `MIN_REPEATS` times at least (or `repeats`, if fewer).
+    Every call has its own input, drawn the same way for all. With another contender's input, the rows of shared tables
+    would be in the cache. The first calls of each contender are not counted. Each contender may use an equal share of
+    `max_seconds`. One that needs more is left out of some rounds, spread evenly. It is still measured at least
+    `MIN_REPEATS` times (or `repeats`, if fewer).
 
     Args:
-        calls: by contender; each takes an input.
+        calls: one function per contender; each takes an input.
         new_input: makes an input from its number, 0, 1, 2, ...
-        clock: seconds that a call takes.
+        clock: returns the seconds of a call.
         min_seconds: calls shorter than this are measured several in a row, and their mean counts once.
     """
     numbers = itertools.count()
@@ -86,11 +86,11 @@ def _is_due(times: list[float], round_number: int, repeats: int, share: float) -
 
 
 class Clock:
-    """Seconds that a call takes on a device.
+    """Seconds of a call on a device.
 
-    On CUDA between two events, from an idle device whose cache was swept: launching is included, and weights come from
-    memory, as in a deep model whose other layers used the cache. On a CPU a sweep would take the interpreter out of
-    the cache too; there, inputs not seen before make sure that rows come from memory.
+    On CUDA the time is between two events, starting on an idle device whose cache was evicted. So the launch is
+    included, and weights come from memory, as in a deep model whose other layers used the cache. On a CPU, eviction
+    would remove the interpreter from the cache too. There, new inputs ensure that rows come from memory.
     """
 
     def __init__(self, device: torch.device):
@@ -100,7 +100,7 @@ class Clock:
     def __call__(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
             return self._seconds_on_cuda(call)
-        # OpenMP's threads spin for a while after the contender before, and would take this call's core.
+        # OpenMP's threads spin for a while after the previous contender, and would occupy this call's core.
         time.sleep(0.002)
         start = time.perf_counter()
         call()
@@ -118,7 +118,7 @@ class Clock:
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
-    """Bytes per second of copying a buffer much larger than the caches, counting what is read and what is written."""
+    """Bytes per second for copying a buffer much larger than the caches, counting bytes read and bytes written."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
@@ -126,11 +126,11 @@ def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
     num_bytes = 2 * source.nbytes
     if device.type == "cuda":
         del source, target
-        torch.cuda.empty_cache()  # for the processes that measure
+        torch.cuda.empty_cache()  # frees memory for the measuring processes
     return 1000 * num_bytes / summarize(seconds).median_ms
 
 
 def set_threads(threads: int | None) -> None:
-    """Use so many CPU threads; PEER's CPU kernels follow PyTorch's number."""
+    """Use this number of CPU threads. PEER's CPU kernels follow PyTorch's number."""
     if threads is not None:
         torch.set_num_threads(threads)

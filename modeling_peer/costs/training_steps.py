@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whole steps of training a language model, to be timed or measured."""
+"""Whole training steps of a language model, for timing and memory measurement."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,18 +8,18 @@ from transformers import PreTrainedModel
 
 from modeling_peer.optim import RowSparseAdamW
 
-# so small that a benchmark's steps leave the routing as it is
+# so small that a benchmark's steps do not change the routing
 LEARNING_RATE = 1e-7
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], row_sparse_gradients: bool) -> torch.optim.Optimizer:
-    """AdamW as anyone would use it, or the one that takes row-sparse gradients."""
+    """PyTorch's AdamW with its usual settings, or the AdamW for row-sparse gradients."""
     options = {"lr": LEARNING_RATE, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     return (RowSparseAdamW if row_sparse_gradients else torch.optim.AdamW)(parameters, **options)
 
 
 def make_training_step(model: PreTrainedModel, row_sparse_gradients: bool) -> Callable[[torch.Tensor], None]:
-    """A whole step of training a language model, its update included, as a function of token ids."""
+    """A whole training step of a language model, including the update, as a function of token ids."""
     optimizer = build_optimizer(model.parameters(), row_sparse_gradients)
 
     def train(input_ids):
@@ -32,6 +32,6 @@ def make_training_step(model: PreTrainedModel, row_sparse_gradients: bool) -> Ca
 
 
 def make_token_ids(vocab_size: int, shape: tuple[int, int], seed: int, number: int, device: str) -> torch.Tensor:
-    """Random token ids `(batch_size, length)`, others for each number."""
+    """Random token ids `(batch_size, length)`, different for each `number`."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + number)
     return torch.randint(vocab_size, shape, generator=generator, device=generator.device).to(device)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Where the text comes from: Hub or local data set, files, or the interpreter's own sources, as one kind of corpus."""
+"""Sources of text: Hub or local data set, files, or the interpreter's own sources, all as one kind of corpus."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from modeling_peer.data.python_sources import PYTHON_STDLIB, find_python_sources
 from modeling_peer.data.text_files import find_text_files, read_pieces, require_text
 
 ENDS_DOCUMENT = "ends_document"
-# our rows; data sets from elsewhere have their own columns and no ends_document
+# columns of our rows; other data sets have their own columns and no ends_document
 FEATURES = datasets.Features({"text": datasets.Value("string"), ENDS_DOCUMENT: datasets.Value("bool")})
 
 
 @dataclass
 class DataArguments:
-    """Which text, how it is cut, what is held out."""
+    """Which text, how it is split into blocks, and what is held out."""
 
     dataset_name: str | None = field(
         default=None,
@@ -86,8 +86,8 @@ class DataArguments:
 class Corpus:
     """Text to train on and text held out.
 
-    `train` and `validation` have a string column named `text_column`; where the column `ends_document` is present it
-    is false for a row whose document continues in the next one. `validation` is None when there is none.
+    `train` and `validation` have a string column named `text_column`. If there is a column `ends_document`, it is
+    false for a row whose document continues in the next one. `validation` may be None.
     """
 
     train: datasets.Dataset | datasets.IterableDataset
@@ -98,16 +98,16 @@ class Corpus:
     dataset_id: str | None = None
 
     def documents(self, split: str, max_bytes: int | None = None) -> list[str]:
-        """The whole documents of `split`, the last one cut so that all together have at most `max_bytes` of UTF-8."""
+        """The whole documents of `split`; the last one is cut so that the total is at most `max_bytes` of UTF-8."""
         rows = getattr(self, split)
         return list(_limit_bytes(_join_pieces(rows, self.text_column, self.rows_are_lines), max_bytes))
 
 
 def load_corpus(arguments: DataArguments) -> Corpus:
-    """Open what the arguments name, and check that there is text in it, without reading it all.
+    """Open the corpus that the arguments name, and check that it has text, without reading all of it.
 
     Raises:
-        SettingsError: missing, empty, not text, no such split or column; the message says which.
+        SettingsError: it is missing, empty or not text, or has no such split or column. The message says which.
     """
     if arguments.dataset_name and arguments.train_file:
         raise SettingsError(
@@ -130,7 +130,7 @@ def load_corpus(arguments: DataArguments) -> Corpus:
 
 
 def _from_files(arguments: DataArguments, train: list[Path], validation: list[Path], description: str) -> Corpus:
-    # .jsonl keeps its column's name in the file; our rows always say "text"
+    # .jsonl has its own column name in the file; our rows always use "text"
     parts = []
     for files in (train, validation):
         if not files:
@@ -145,7 +145,7 @@ def _from_files(arguments: DataArguments, train: list[Path], validation: list[Pa
 
 
 def _open_files(files: list[Path], text_column: str, streaming: bool):
-    # size and time are part of the cache's key: a file that changed is read again
+    # size and time are part of the cache key, so a changed file is read again
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     kind = datasets.IterableDataset if streaming else datasets.Dataset
     try:
@@ -210,7 +210,7 @@ def _require_text(rows: Iterable[dict], text_column: str, place: str) -> None:
 
 
 def _hold_out(corpus: Corpus, percent: float) -> None:
-    # from the end, not at random: pieces of one document would otherwise stand on both sides
+    # from the end, not at random: otherwise pieces of one document would be on both sides
     if isinstance(corpus.train, datasets.IterableDataset):
         return
     rows = len(corpus.train)
@@ -237,7 +237,7 @@ def _limit_bytes(documents: Iterable[str], max_bytes: int | None) -> Iterator[st
     for document in documents:
         encoded = document.encode("utf-8")
         if len(encoded) >= left:
-            # ignore: a character cut in two is dropped
+            # ignore: drops a character cut in two
             yield encoded[: int(left)].decode("utf-8", errors="ignore") if len(encoded) > left else document
             return
         left -= len(encoded)

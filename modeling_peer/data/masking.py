@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Masked language modelling: blocks some of whose tokens are hidden from a model that sees both sides of each."""
+"""Masked language modelling: blocks with some tokens hidden, for a model that sees both sides of each token."""
 
 import numpy as np
 import torch
@@ -9,15 +9,16 @@ from modeling_peer.console.errors import SettingsError
 
 
 class MaskedBlocks(torch.utils.data.Dataset):
-    """Blocks as a masked language model takes them: `{"input_ids": (block_size,), "labels": (block_size,)}`, int64.
+    """Blocks for a masked language model: `{"input_ids": (block_size,), "labels": (block_size,)}`, int64.
 
-    Of the tokens to predict 80 % are the mask, 10 % another token, 10 % themselves, and all others' labels are -100
-    (Devlin et al. 2019, section 3.1; arXiv:1810.04805). Which they are follows from seed, epoch and block alone, so a
-    run that is resumed sees what it would have seen.
+    Of the tokens to predict, 80 % become the mask, 10 % another token, and 10 % stay unchanged. The labels of all
+    other tokens are -100 (Devlin et al. 2019, section 3.1; arXiv:1810.04805). The choice depends only on seed, epoch
+    and block. So a resumed run sees the same masks as an uninterrupted one.
 
     Args:
-        blocks: of unmasked tokens, under `input_ids`.
-        probability: of a token to be predicted; special tokens are not, and at least one other of a block is.
+        blocks: blocks of unmasked tokens, under `input_ids`.
+        probability: probability that a token is to be predicted. Special tokens never are, and at least one other
+            token of a block is.
 
     Raises:
         SettingsError: the tokenizer has no mask token.
@@ -29,12 +30,12 @@ class MaskedBlocks(torch.utils.data.Dataset):
         require_mask_token(tokenizer)
         self.blocks = blocks
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # seen by data-loader workers
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # read by data-loader workers
         self._collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
 
     @property
     def epoch(self) -> int:
-        """Which epoch's masks they have."""
+        """The epoch of the current masks."""
         return int(self._epoch)
 
     @epoch.setter
@@ -48,9 +49,9 @@ class MaskedBlocks(torch.utils.data.Dataset):
         seed = np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)
         self._collator.generator = generator = torch.Generator().manual_seed(int(seed[0]))
         tokens, tokenizer = self.blocks[index]["input_ids"], self._collator.tokenizer
-        # a copy: it is masked in place
+        # a copy, because masking is in place
         input_ids, labels = (row[0] for row in self._collator.torch_mask_tokens(tokens.clone().unsqueeze(0)))
-        if (labels == -100).all():  # a batch of these would have no loss
+        if (labels == -100).all():  # a batch of such blocks would have no loss
             candidates = (
                 (~torch.isin(tokens, torch.tensor(tokenizer.all_special_ids, device=tokens.device)))
                 .nonzero()
@@ -62,7 +63,7 @@ class MaskedBlocks(torch.utils.data.Dataset):
 
 
 class NewMasksEveryEpoch(TrainerCallback):
-    """Tells training blocks which epoch it is; those of an evaluation keep their masks."""
+    """Sets the epoch of the training blocks; evaluation blocks keep their masks."""
 
     def __init__(self, blocks: MaskedBlocks):
         self.blocks = blocks
@@ -72,7 +73,7 @@ class NewMasksEveryEpoch(TrainerCallback):
 
 
 def require_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise SettingsError when there is nothing to mask tokens with."""
+    """Raise SettingsError if the tokenizer has no mask token."""
     if tokenizer.mask_token_id is None:
         raise SettingsError(
             "a model with is_causal=false learns to predict masked tokens, and the tokenizer has no mask token: "

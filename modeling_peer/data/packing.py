@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""From text to training examples: tokens of all documents end to end, cut into blocks of one length, no padding."""
+"""Text to training examples: the tokens of all documents in sequence, cut into blocks of one length, no padding."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -13,26 +13,26 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import ENDS_DOCUMENT
 from modeling_peer.data.tokenizers import encode_texts
 
-# `datasets` keeps tokens by the arguments of `tokenize`, not by what it does: to be raised with every change of that
+# `datasets` caches tokens by the arguments of `tokenize`, not by its code. Raise this number with every change of it.
 TOKENIZATION = 2
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """Tokenized rows seen as blocks of `block_size` tokens, none lost but the last incomplete block.
+    """A view of tokenized rows as blocks of `block_size` tokens. Only an incomplete last block is lost.
 
-    The tokens stay where the data set has them (memory-mapped on disk); a block is cut out when asked for.
+    The tokens stay in the data set's storage (memory-mapped on disk). A block is cut out when it is read.
 
     Args:
-        rows: a data set with a column `input_ids`, as `tokenize` gives it.
+        rows: a data set with a column `input_ids`, as `tokenize` returns it.
         block_size: tokens per example.
 
     Raises:
-        SettingsError: fewer tokens than one block.
+        SettingsError: there are fewer tokens than one block.
     """
 
     def __init__(self, rows: datasets.Dataset, block_size: int, name: str = "training"):
         column = rows.with_format("arrow")[:]["input_ids"]  # views, not copies
-        # .flatten() and not .values: of a slice, the latter returns the whole array
+        # .flatten() and not .values: for a slice, the latter returns the whole array
         self.chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
         self.starts = [0, *accumulate(len(chunk) for chunk in self.chunks)]
         self.block_size = block_size
@@ -45,7 +45,7 @@ class PackedBlocks(torch.utils.data.Dataset):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the text, those of an incomplete last block included."""
+        """Tokens of the text, including those of an incomplete last block."""
         return self.starts[-1]
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class PackedBlocks(torch.utils.data.Dataset):
         return {"input_ids": input_ids, "labels": input_ids.clone()}  # the model shifts the labels
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
-        """How often each token occurs, `(vocab_size,)` int64."""
+        """Number of occurrences of each token: `(vocab_size,)`, int64."""
         return sum(np.bincount(chunk, minlength=vocab_size) for chunk in self.chunks)
 
 
@@ -82,7 +82,7 @@ def pack(
 ) -> PackedBlocks | datasets.IterableDataset:
     """Tokenize rows and cut the tokens into blocks: `{"input_ids": (block_size,), "labels": (block_size,)}`, int64.
 
-    A stream stays a stream; there an incomplete block is dropped every 1,000 rows instead of once.
+    A stream remains a stream. There, an incomplete block is dropped every 1,000 rows instead of once.
     """
     settings = {"tokenizer": tokenizer, "text_column": text_column, "rows_are_lines": rows_are_lines}
     settings["version"] = TOKENIZATION
@@ -109,8 +109,10 @@ def tokenize(
     rows_are_lines: bool,
     version: int = TOKENIZATION,
 ) -> dict:
-    """Token ids of each row; the tokenizer's end-of-text token, where it has one, closes each document, and is nowhere
-    else: a document that mentions it goes on."""
+    """Token ids of each row, with the tokenizer's end-of-text token, if it has one, at the end of each document.
+
+    That token occurs nowhere else: a document that mentions it does not end there.
+    """
     texts = [text or "" for text in batch[text_column]]
     ends = batch.get(ENDS_DOCUMENT) or [not rows_are_lines] * len(texts)
     ids = encode_texts(tokenizer, texts)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The embedded corpus: the sources of the running interpreter's standard library, split by file.
 
-Real text of some 10 MB that every Python brings, so that a first run needs no download. It differs a little from one
-Python version to the next, so figures on it compare runs of one machine, not papers.
+It is about 10 MB of real text that comes with every Python, so a first run needs no download. It differs slightly
+between Python versions, so use results on it to compare runs on one machine, not to compare with papers.
 """
 
 import hashlib
@@ -13,21 +13,21 @@ from pathlib import Path
 from modeling_peer.console.errors import SettingsError
 
 PYTHON_STDLIB = "python_stdlib"
-# tests are repetitive, encodings are tables of characters, site-packages differs everywhere; _sysconfigdata holds the
-# build's own paths
+# tests are repetitive, encodings are tables of characters, and site-packages differs between machines; _sysconfigdata
+# has the build's own paths
 SKIPPED_FOLDERS = {"encodings", "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_PREFIXES = ("_sysconfigdata",)
 VALIDATION_PERCENT = 5
 
 
 def find_python_sources(root: str | Path | None = None) -> tuple[list[Path], list[Path]]:
-    """List the library's files as (train, validation), sorted; which side a file is on depends on its name alone.
+    """List the library's files as (train, validation), sorted. The split depends only on the file name.
 
     Args:
-        root: the library's folder; that of the running interpreter by default (in a virtual environment too).
+        root: the library's folder; by default that of the running interpreter (in a virtual environment too).
 
     Raises:
-        SettingsError: the interpreter comes without its sources (zipped or stripped).
+        SettingsError: the interpreter has no sources (zipped or stripped).
     """
     root = Path(root or sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py") if _is_corpus(path, root))
@@ -42,7 +42,7 @@ def find_python_sources(root: str | Path | None = None) -> tuple[list[Path], lis
 
 
 def is_validation(name: str) -> bool:
-    """Whether the file of this relative path, with forward slashes, is held out (about VALIDATION_PERCENT are)."""
+    """Whether the file with this relative path (forward slashes) is held out; about VALIDATION_PERCENT are."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big") % 100 < VALIDATION_PERCENT
 
 
@@ -53,4 +53,4 @@ def _is_corpus(path: Path, root: Path) -> bool:
     try:
         return bool(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, OSError):
-        return False  # a handful declare another encoding
+        return False  # a few files declare another encoding

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from modeling_peer.console.errors import SettingsError, nearest
 
-# looked for in a folder; a file named by itself may have any name
+# suffixes searched for in a folder; a file given directly may have any name
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
 COMPRESSED_SUFFIXES = (".gz", ".xz")
 REFUSED_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".zip", ".zst", ".bz2", ".tar")
-# a document longer than this becomes several rows: none fills the memory, and a part of one file can be held out
+# a longer document becomes several rows, so that none fills the memory, and part of one file can be held out
 PIECE_CHARACTERS = 2048
 
 
@@ -25,7 +25,7 @@ def find_text_files(path: str | Path) -> list[Path]:
         path: a file, or a folder that is searched with its subfolders.
 
     Raises:
-        SettingsError: nothing there, nothing readable as text there, or no text in it.
+        SettingsError: the path does not exist, has nothing readable as text, or has no text in it.
     """
     path = Path(path).expanduser()
     if path.is_file():
@@ -53,7 +53,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def require_text(files: Iterable[Path], text_column: str) -> None:
-    """Raise SettingsError unless some file holds at least one character; reads only as far as the first."""
+    """Raise SettingsError unless a file has at least one character. Reading stops at the first."""
     files = list(files)
     for path in files:
         if any(text for text, _ in read_pieces(path, text_column)):
@@ -64,10 +64,10 @@ def require_text(files: Iterable[Path], text_column: str) -> None:
 def read_pieces(path: Path, text_column: str) -> Iterator[tuple[str, bool]]:
     """Read one file a piece at a time.
 
-    A file is one document, except .jsonl, where a line is.
+    A file is one document; in a .jsonl file, each line is one.
 
     Yields:
-        text: joined, the pieces of a document are exactly its text, line ends unchanged.
+        text: a piece. Joined, the pieces of a document are exactly its text, with line ends unchanged.
         ends_document: whether this is the document's last piece.
     """
     try:
@@ -90,13 +90,13 @@ def read_pieces(path: Path, text_column: str) -> Iterator[tuple[str, bool]]:
 
 
 def open_text(path: Path):
-    """Open for reading as UTF-8, decompressing by suffix; newline="" keeps every byte of a line's end countable."""
+    """Open for reading as UTF-8, decompressed by suffix. newline="" keeps every byte of a line end for counting."""
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
     return opener(path, "rt", encoding="utf-8", newline="")
 
 
 def _next_piece(handle) -> str:
-    # up to the end of the line, so that words stay whole; bounded, since some corpora have no line ends at all
+    # up to the end of the line, so that words stay whole; bounded, because some corpora have no line ends
     piece = handle.read(PIECE_CHARACTERS)
     return piece + handle.readline(PIECE_CHARACTERS) if piece else ""
 
@@ -113,7 +113,7 @@ def _text_of_row(line: str, text_column: str, place: str) -> str:
         raise SettingsError(f"{place} has no text under {text_column!r}; it has: {keys}. Set --text_column.")
     try:
         row[text_column].encode("utf-8")
-    except UnicodeEncodeError as error:  # \ud800 to \udfff: JSON can say them, UTF-8 cannot
+    except UnicodeEncodeError as error:  # \ud800 to \udfff: possible in JSON, not in UTF-8
         raise SettingsError(f"{place} holds half a character, {error.object[error.start]!a}.") from error
     return row[text_column]
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tokenizers learned from the training text, byte-level BPE or one token a byte, whether one fits a model, and text as
-its tokens."""
+"""Tokenizers trained on the training text: byte-level BPE, or one token per byte.
+
+Also checks that a tokenizer fits a model, and encodes text.
+"""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,19 +13,19 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
 NUM_BYTES = 256
-# merges settle long before; more text costs time and memory for the same tokens
+# merges converge long before; more text takes time and memory and gives the same tokens
 MAX_TRAINING_CHARACTERS = 50_000_000
 
 
 def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, with_mask: bool = False) -> PreTrainedTokenizerFast:
     """Learn merges of bytes, most frequent pair first (Sennrich et al. 2016; bytes as in GPT-2).
 
-    Every text can be encoded and decoded back, since all 256 bytes are tokens.
+    Every text can be encoded and decoded again, because all 256 bytes are tokens.
 
     Args:
         texts: read up to `MAX_TRAINING_CHARACTERS`.
-        vocab_size: tokens in all: special ones, 256 bytes, and merges. Small texts may give fewer.
-        with_mask: have a mask token beside the end-of-text token, for masked language models.
+        vocab_size: total number of tokens: special ones, 256 bytes, and merges. Small texts may give fewer.
+        with_mask: add a mask token beside the end-of-text token, for masked language models.
     """
     special_tokens = _special_tokens(with_mask)
     smallest = NUM_BYTES + len(special_tokens)
@@ -43,7 +45,7 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int, with_mask: bool 
 
 
 def byte_tokenizer(with_mask: bool = False) -> PreTrainedTokenizerFast:
-    """One token a byte, and the special ones: nothing to learn, and bits per token are bits per byte."""
+    """One token per byte, and the special ones. It needs no training, and bits per token are bits per byte."""
     special_tokens = _special_tokens(with_mask)
     tokenizer = _empty_tokenizer()
     trainer = trainers.BpeTrainer(
@@ -57,13 +59,13 @@ def byte_tokenizer(with_mask: bool = False) -> PreTrainedTokenizerFast:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text and nothing else: text that mentions a special token, such as `<|endoftext|>`, is text.
+    """Token ids of each text without special tokens: a mention of one, such as `<|endoftext|>`, counts as text.
 
-    Most tokenizers can be asked for that (`split_special_tokens`). For one that finds special tokens all the same, the
-    text is cut within them.
+    Most tokenizers have an option for that (`split_special_tokens`). If one finds special tokens anyway, the text is
+    cut inside them.
 
     Raises:
-        ValueError: the tokenizer makes a special token of text in any case, or a text is not Unicode.
+        ValueError: the tokenizer still turns text into a special token, or a text is not Unicode.
     """
     for text in texts:
         require_whole_characters(text)
@@ -83,14 +85,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """`encode_texts` of one text, with the special tokens that the tokenizer puts around it."""
+    """`encode_texts` of one text, with the special tokens that the tokenizer adds around it."""
     ids = encode_texts(tokenizer, [prompt])[0]
-    # one that had to be cut has no place for others' tokens
+    # a text that had to be cut cannot get these special tokens
     return _encode(tokenizer, [prompt], True)[0] if ids == _encode(tokenizer, [prompt])[0] else ids
 
 
 def require_whole_characters(text: str) -> None:
-    """Raise ValueError for a text with a surrogate, half of a character: UTF-8 has no bytes for it."""
+    """Raise ValueError if a text has a surrogate, which is half a character: UTF-8 has no bytes for it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -104,12 +106,12 @@ def _encode(tokenizer, texts: list[str], add_special_tokens: bool = False) -> li
     options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
     try:
         return tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
-    except (TypeError, ValueError):  # Mistral's own, which reads text as text anyway, has no such option
+    except (TypeError, ValueError):  # Mistral's own has no such option, and always reads text as text
         return tokenizer(texts, **options)["input_ids"]
 
 
 def _special_tokens_found(row: list[int], text: str, special: dict[int, str], tokenizer) -> set[str]:
-    # an unknown character is one, if the text does not name it
+    # the unknown token counts only if the text names it; otherwise it stands for an unknown character
     return {special[i] for i in special.keys() & set(row) if i != tokenizer.unk_token_id or special[i] in text}
 
 
@@ -131,7 +133,7 @@ def _empty_tokenizer() -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer, with_mask: bool) -> PreTrainedTokenizerFast:
-    # one token begins, ends and pads: packed training never pads, and the start of a text follows the end of another
+    # one token for begin, end and padding: packed training never pads, and a text's start follows another text's end
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Score any causal checkpoint on any text: what `peer evaluate` runs."""
+"""Score any causal checkpoint on any text, for `peer evaluate`."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from modeling_peer.hub.loading import load_checkpoint
 
 @dataclass
 class EvaluationArguments:
-    """Which model, which text, and how wide the window is."""
+    """Which model, which text, and the width of the window."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     tokenizer: str | None = field(
@@ -61,10 +61,10 @@ class EvaluationArguments:
 
 
 def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
-    """Perplexity and bits per byte, with what they were measured on.
+    """Perplexity and bits per byte, with the data they were measured on.
 
     Raises:
-        SettingsError: no such model or text, or a window that does not fit the model.
+        SettingsError: the model or text does not exist, or the window does not fit the model.
     """
     if arguments.output_file:
         _require_writable(Path(arguments.output_file))

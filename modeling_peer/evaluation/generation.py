@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Continue prompts with any causal checkpoint: what `peer generate` runs."""
+"""Continue prompts with any causal checkpoint, for `peer generate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,7 +46,7 @@ class GenerationArguments:
 
 
 def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:
-    """Load, continue every prompt, print the texts; they are also in the result."""
+    """Load the model, continue every prompt, and print the texts, which the result contains too."""
     model, tokenizer = load_checkpoint(
         arguments.model,
         dtype=arguments.dtype,
@@ -67,7 +67,7 @@ def continue_texts(
     prompts: Sequence[str],
     arguments: GenerationArguments,
 ) -> list[str]:
-    """Each prompt with its continuation. One prompt at a time: no padding, so neighbours change nothing."""
+    """Each prompt with its continuation. Prompts run one by one, without padding, so they do not affect each other."""
     was_training = model.training
     model.eval()
     set_seed(arguments.seed)

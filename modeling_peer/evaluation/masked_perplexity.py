@@ -19,23 +19,23 @@ def masked_perplexity(
     batch_size: int = 8,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Perplexity of every token given those of its block that are not masked with it.
+    """Perplexity of every token, given the tokens of its block that are not masked with it.
 
-    A block is read `ceil(1 / masked_share)` times, each time with other tokens masked, until every one was. (Salazar
-    et al. 2020, arXiv:1910.14659, mask one at a time, which takes as many readings as a block has tokens.) Special
-    tokens stay: models are not trained to predict them. It is no probability of the text, and compares only with that
-    of other masked models in as many rounds and with the same tokenizer.
+    A block is read `ceil(1 / masked_share)` times, each time with other tokens masked, until each was masked once.
+    Salazar et al. 2020 (arXiv:1910.14659) mask one at a time, which takes as many readings as a block has tokens.
+    Special tokens are never masked, because models are not trained to predict them. The result is not a probability of
+    the text. It is comparable only between masked models with the same tokenizer and number of rounds.
 
     Args:
-        model: masked language model; left in the mode it is in.
+        model: masked language model; its mode is not changed.
         tokenizer: its tokenizer, with a mask token.
         blocks: `(num_blocks, block_size)`, int64.
-        masked_share: of a block's tokens that are masked at a time, at most; above 0 and at most 1.
+        masked_share: largest share of a block's tokens that is masked at a time; above 0 and at most 1.
 
     Returns:
         perplexity: exp of the mean negative log-likelihood of a token.
-        num_tokens: how many were scored.
-        num_rounds: readings of each block.
+        num_tokens: number of scored tokens.
+        num_rounds: number of readings of each block.
     """
     if not 0 < masked_share <= 1:
         raise ValueError(f"masked_share ({masked_share}) must be above 0 and at most 1.")

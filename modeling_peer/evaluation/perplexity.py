@@ -4,11 +4,11 @@
     from modeling_peer.evaluation.perplexity import CausalPerplexity
     CausalPerplexity().compute(data=texts, model="path/or/id")
 
-or, since `evaluate` loads a file by its path and needs no network for it,
+or, since `evaluate` can load a file by its path without network,
 
     evaluate.load("modeling_peer/evaluation/perplexity.py").compute(data=texts, model=model, tokenizer=tokenizer)
 
-Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere: import nothing of the package here.
+Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere, so it must not import the package.
 """
 
 import math
@@ -47,10 +47,10 @@ Returns:
 
 
 class CausalPerplexity(evaluate.Measurement):
-    """Sliding-window perplexity and bits per byte; see the module's docstring and `_INPUTS`."""
+    """Sliding-window perplexity and bits per byte. See the module's docstring and `_INPUTS`."""
 
     def __init__(self, *args, keep_in_memory: bool = True, **kwargs):
-        # in memory: runs side by side would contend for one cache file
+        # in memory, because parallel runs would compete for one cache file
         super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self):
@@ -79,7 +79,7 @@ class CausalPerplexity(evaluate.Measurement):
             model.to("cuda" if torch.cuda.is_available() else "cpu")
         if tokenizer is None:
             raise ValueError("a model object needs its tokenizer too: compute(data=..., model=..., tokenizer=...).")
-        # not every model has the field; one without it takes any length
+        # not every model has the field; a model without it accepts any length
         longest = getattr(model.config, "max_position_embeddings", None) or math.inf
         context_length = min(longest, 1024) if context_length is None else context_length
         stride = max(1, context_length // 2) if stride is None else stride
@@ -128,7 +128,7 @@ class CausalPerplexity(evaluate.Measurement):
 
 
 def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
-    """Token ids whose first is context only, and the bytes of text that the others stand for."""
+    """Token ids, the first of which is only context, and the number of bytes of text in the others."""
     tokens = _text_tokens(text, tokenizer)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is not None:
@@ -137,7 +137,7 @@ def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
 
 
 def _text_tokens(text: str, tokenizer) -> list[int]:
-    """Its tokens, where a special token that the text mentions is text; as `training.tokenizers.encode_texts`."""
+    """Tokens of a text; special tokens mentioned in it count as text, as in `data.tokenizers.encode_texts`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -145,7 +145,7 @@ def _text_tokens(text: str, tokenizer) -> list[int]:
     options = {"add_special_tokens": False, "verbose": False}
     try:
         tokens = tokenizer(text, split_special_tokens=True, **options)["input_ids"]
-    except (TypeError, ValueError):  # Mistral's own, which reads text as text anyway, has no such option
+    except (TypeError, ValueError):  # Mistral's own has no such option, and always reads text as text
         tokens = tokenizer(text, **options)["input_ids"]
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     if found := sorted(special[i] for i in special.keys() & set(tokens) if special[i] in text):
@@ -157,16 +157,16 @@ def _text_tokens(text: str, tokenizer) -> list[int]:
 
 
 def _num_bytes(token: int, tokenizer) -> int:
-    """UTF-8 bytes of a token of text, also of one that is part of a character."""
+    """Number of UTF-8 bytes of a text token, even if it is only part of a character."""
     piece, name = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
     if "\ufffd" not in piece or "\ufffd" in name:
         return len(piece.encode("utf-8"))
-    # a part of a character: "<0xF0>" where such bytes are tokens of their own, else a letter for each byte
+    # part of a character: "<0xF0>" if bytes are separate tokens, otherwise a letter for each byte
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name)
 
 
 def _windows(sequences: list[list[int]], context_length: int, stride: int) -> Iterator[tuple[list, list, int]]:
-    """Yield inputs, targets (one token ahead) and how many leading targets an earlier window has scored."""
+    """Yield inputs, targets (one token ahead) and the number of leading targets that earlier windows scored."""
     for tokens in sequences:
         inputs, targets = tokens[:-1], tokens[1:]
         begin, scored = 0, 0

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The baseline that knows how often each token occurs and nothing of their order."""
+"""A baseline that uses the frequency of each token, but not their order."""
 
 import math
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from modeling_peer.data.tokenizers import encode_texts
 
 
 def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tokenizer) -> float:
-    """Bits per UTF-8 byte of `texts` under token frequencies counted on the training text, add-one smoothed.
+    """Bits per UTF-8 byte of `texts` under add-one smoothed token frequencies of the training text.
 
     Args:
         training_counts: `(vocab_size,)`, occurrences of each token.
         texts: held-out documents.
-        tokenizer: the one that the counts are of.
+        tokenizer: the tokenizer of the counts.
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
     bits = -np.log2(probabilities)

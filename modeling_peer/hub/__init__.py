@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Models and tokenizers by preset, folder or Hub id, and the model card that goes with them."""
+"""Models and tokenizers by preset, folder or Hub id, and their model card."""

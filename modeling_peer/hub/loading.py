@@ -28,10 +28,10 @@ from modeling_peer.console.names import PRESETS_FOLDER, locate_model, locate_tok
 
 NEXT_TOKEN = "the next token"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# a checkpoint's weights that do not fit its configuration are a RuntimeError, damaged ones a SafetensorError
+# Weights that do not fit the configuration raise RuntimeError, damaged ones SafetensorError.
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, TypeError, KeyError, AttributeError)
 TOO_LARGE = re.compile(r"allocate memory|out of memory|[Oo]verflow|Storage size|MemoryError|too large")
-# fields of another type, or such that no number of them can be had
+# fields of the wrong type, or with impossible numbers
 CONFIG_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError)
 CONFIG_ERRORS += (StrictDataclassError,)
 
@@ -51,7 +51,7 @@ class ModelArguments:
         default_factory=Overrides,
         metadata={
             "nargs": "+",
-            "action": "extend",  # several times on the command line, or in the recipe as well: they add up
+            "action": "extend",  # repeated uses add up, on the command line and in the recipe
             "help": "Configuration fields to change, as key=value pairs or one JSON object: "
             'num_sub_keys=64 \'mlp_layer_types=["dense", "sparse"]\'. Added to those of the recipe.',
         },
@@ -93,12 +93,12 @@ def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
     """Read a configuration from JSON (any `model_type` known to AutoConfig), with fields overridden.
 
     Raises:
-        SettingsError: no such file or field, or fields that do not fit each other.
+        SettingsError: the file or a field does not exist, or fields do not fit together.
     """
     path = find_file(model, PRESETS_FOLDER, ".json")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # from JSON or from UTF-8
         raise SettingsError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise SettingsError(f"{path} must be a JSON object with a model_type, such as 'peer'.")
@@ -115,7 +115,7 @@ def load_preset(model: str, overrides: dict | None = None) -> PreTrainedConfig:
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The configuration of the new model or of the checkpoint, overrides applied."""
+    """The configuration of the new model or of the checkpoint, with overrides applied."""
     if arguments.model is None:
         raise SettingsError(
             "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
@@ -133,7 +133,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 
 def check_dtype(name: str) -> str:
-    """`name` if it is a type that weights can have, else SettingsError."""
+    """Return `name` if weights can have this dtype; otherwise raise SettingsError."""
     if name not in DTYPES:
         raise SettingsError(f"--dtype {name!r} is none of {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
     return name
@@ -149,7 +149,7 @@ def load_checkpoint(
     """A trained model in evaluation mode, on the GPU if there is one, and its tokenizer.
 
     Raises:
-        SettingsError: nothing there, or not a causal language model.
+        SettingsError: the checkpoint does not exist, or is not a causal language model.
     """
     if not model:
         raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
@@ -174,12 +174,12 @@ def language_model_class(config: PreTrainedConfig) -> type:
 
 
 def predicts_masked_tokens(config: PreTrainedConfig) -> bool:
-    """Whether a language model of this configuration is a masked one: it is if it is not causal."""
+    """Whether a language model of this configuration is a masked one, which means not causal."""
     return not getattr(config, "is_causal", True)
 
 
 def objective(config: PreTrainedConfig, masking_probability: float) -> str:
-    """What a language model of this configuration learns to predict, in words."""
+    """A description of what a language model of this configuration learns to predict."""
     if predicts_masked_tokens(config):
         return f"masked tokens, {100 * masking_probability:g} % at a time"
     return NEXT_TOKEN
@@ -188,12 +188,12 @@ def objective(config: PreTrainedConfig, masking_probability: float) -> str:
 def open_tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(locate_tokenizer(source), trust_remote_code=trust_remote_code)
-    except Exception as error:  # what the tokenizers library raises has no class of its own
+    except Exception as error:  # the tokenizers library has no error class of its own
         raise SettingsError(f"cannot load a tokenizer from {source!r}: {error}") from error
 
 
 def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model: str, trust_remote_code: bool) -> None:
-    """Raise SettingsError unless `tokenizer` has the tokens of the one saved with the checkpoint, if there is one."""
+    """Raise SettingsError if the checkpoint has a tokenizer whose tokens differ from those of `tokenizer`."""
     try:
         own = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code).get_vocab()
     except (OSError, ValueError):
@@ -207,7 +207,7 @@ def require_own_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str, model:
 
 
 def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, way_out: str) -> None:
-    """Raise SettingsError when some token has no embedding."""
+    """Raise SettingsError if a token has no embedding."""
     if len(tokenizer) > num_embeddings:
         raise SettingsError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {num_embeddings} embeddings. {way_out}"
@@ -215,7 +215,7 @@ def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, 
 
 
 def cause_of(error: Exception) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # advice for a program, not for a command line
+    if "ignore_mismatched_sizes" in str(error):  # that advice is for code, not for a command line
         return (
             "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
             "cannot change the size of a weight."
@@ -224,7 +224,7 @@ def cause_of(error: Exception) -> str:
 
 
 def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
-    # a configuration keeps whatever it is given, so a misspelt field would silently do nothing
+    # a configuration accepts any field, so a misspelt one would silently do nothing
     known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
     for name in fields:
         if name not in known:

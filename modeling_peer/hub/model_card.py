@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The card beside a trained model: what it is, on what data, with which settings, and what was measured."""
+"""The card of a trained model: the model, its data, its settings and its measurements."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from modeling_peer.hub.loading import is_new_model, predicts_masked_tokens
 TEMPLATE = RESOURCES / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
 MASKED_MEASURES = {"validation_perplexity": "perplexity per masked token"}
-# paths say nothing to a reader elsewhere, and may name people
+# paths mean nothing on another machine, and may contain people's names
 PRIVATE_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token")
 PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset_name")
-# of what may stand in sparse layers; of a top_k_moe by its router
+# the paper of each sparse layer; of a top_k_moe, by its router
 PAPERS = {
     "peer": "2407.04153",
     "product_key_memory": "1907.05242",
@@ -35,7 +35,7 @@ LIMITS = (
 
 
 def require_template() -> None:
-    """Raise SettingsError where there is no template, hence before training and not after."""
+    """Raise SettingsError if there is no template. Called before training, not after it."""
     if not TEMPLATE.is_file():
         raise SettingsError(
             f"no model card template at {TEMPLATE}: it is not installed with the package. Run from a clone of the "
@@ -48,7 +48,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
 
     Args:
         folder: where the model is saved.
-        facts: `recipe`, `corpus`, `summary` and `model` of the run, as `train_language_model` has them.
+        facts: `recipe`, `corpus`, `summary` and `model` of the run, from `train_language_model`.
 
     Returns:
         The path of the card.
@@ -74,7 +74,7 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         repository=recipe.run.hub_model_id or title,
         base_model=base_model and _without_folders(base_model),
         sparse=_sparse_facts(model.config),
-        custom_code=model.config.model_type == "peer",  # ours travels with the checkpoint
+        custom_code=model.config.model_type == "peer",  # our code is saved with the checkpoint
         masked=masked,
         summary=summary,
         results=results,
@@ -139,6 +139,6 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _without_folders(name: str) -> str:
-    """A local path without the folders that only this machine has; Hub ids and relative paths stay whole."""
+    """A local path without the folders of this machine; Hub ids and relative paths stay complete."""
     path = Path(name)
     return path.name if path.is_absolute() else name

@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Fast implementations of retrieval and expert mixture: tensors in, tensors out; nothing here knows the model.
+"""Fast implementations of retrieval and expert mixture: tensors in, tensors out, independent of the model.
 
 operators.py             the operators of PyTorch, their backward, and the public functions
-checks.py                whether an operator's arguments fit, so that nothing is read beyond memory
-dispatch.py              whether operators, hooks or gradients have to be seen
-lazy_gradients.py        row-sparse gradients of tables, multiplied out row by row in an optimizer's step
-gradient_takers.py       which optimizers are refused row-sparse gradients
-optimizer_arguments.py   what an update of some rows may be given
-one_call.py              when a token or a few, without gradients, go through a layer in one call
+checks.py                checks of an operator's arguments, so that kernels read only valid memory
+dispatch.py              whether a call needs PyTorch's dispatch
+lazy_gradients.py        row-sparse gradients of tables, computed row by row in an optimizer's step
+gradient_takers.py       which optimizers cannot use row-sparse gradients
+optimizer_arguments.py   checks of the arguments of a row update
+one_call.py              when one or a few tokens, without gradients, run through a layer in one call
 cpu/                     compiled by Numba: experts, retrieval, optimizer, a layer in one call (few_tokens)
 triton/                  compiled by Triton: experts, retrieval
 cpu/probe.py, triton/probe.py   whether that works here
@@ -22,20 +22,20 @@ from importlib.util import find_spec
 
 import torch
 
-# Implementation of each type of device, and the dtypes of tables and sub-keys it reads.
+# The implementation for each device type, and the dtypes of tables and sub-keys it reads.
 IMPLEMENTATION_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
-OLDEST_CAPABILITY = (8, 0)  # products of bfloat16, and of float32 in tf32, on tensor cores
+OLDEST_CAPABILITY = (8, 0)  # tensor cores for bfloat16, and for float32 as tf32
 _COMPILERS = {"cpu": "numba", "triton": "triton"}
-_failures: dict[str, str] = {}  # of compilers that did not work for some kernel: why
-after_failure: list[Callable[[], None]] = []  # called then: whoever remembers which implementation works, forgets
+_failures: dict[str, str] = {}  # the cause for each compiler that failed on a kernel
+after_failure: list[Callable[[], None]] = []  # called then, to clear caches of working implementations
 
 
 def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `implementation` ("cpu" or "triton") can't use tables of `dtype` on such a device; `None` if it can.
+    """Why `implementation` ("cpu" or "triton") cannot use tables of `dtype` on such a device; `None` if it can.
 
     Triton's interpreter (`TRITON_INTERPRET=1`), which runs GPU kernels slowly for tests, counts as a GPU.
     """
@@ -54,10 +54,10 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
 
 
 def defect(implementation: str) -> str | None:
-    """Why `implementation` can't run although its compiler is installed; `None` if it can.
+    """Why `implementation` cannot run although its compiler is installed; `None` if it can.
 
-    Its modules are imported and a tiny kernel is run, once: Numba refuses some versions of NumPy, Triton wants a C
-    compiler, and so on.
+    Its modules are imported and a tiny kernel is run, once. For example, Numba refuses some versions of NumPy, and
+    Triton needs a C compiler.
     """
     if implementation not in _failures:
         return _find_defect(implementation)
@@ -74,8 +74,10 @@ def _find_defect(implementation: str) -> str | None:
 
 
 def give_up_after(error: Exception, implementation: str) -> str | None:
-    """If the compiler of `implementation` raised `error`, the cause, which `defect` then names from now on; `None` if
-    anything else did, a kernel that it compiled too."""
+    """The cause, if the compiler of `implementation` raised `error`; `defect` returns it from then on.
+
+    `None` if anything else raised it, including a compiled kernel.
+    """
     compilers = ("numba", "llvmlite") if implementation == "cpu" else ("triton.compiler", "triton.backends")
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if f"{frame.f_globals.get('__name__')}.".startswith(tuple(f"{name}." for name in compilers)):
@@ -93,7 +95,7 @@ def _describe(implementation: str, error: Exception) -> str:
 
 
 def _capability() -> tuple[int, int]:
-    """Of the current GPU; where nobody can tell, as where models are only traced, the oldest that will do."""
+    """Compute capability of the current GPU. If unknown, as when models are only traced, the oldest supported one."""
     if not torch.cuda.is_available() or torch.version.hip:
         return OLDEST_CAPABILITY
     return torch.cuda.get_device_capability()
@@ -107,5 +109,5 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ValueError:  # it was put into sys.modules by hand; `defect` says whether it works
+    except ValueError:  # inserted into sys.modules by hand; `defect` checks whether it works
         return True

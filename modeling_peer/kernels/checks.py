@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What the operators ask of their arguments before a kernel reads memory: compiled, exported and loaded graphs call
-them without the public functions, which check for users.
+"""Checks of the operators' arguments before a kernel reads memory.
 
-Sizes, dtypes and devices are looked at here, at a cost that no size changes. Ids and `order` are values: kernels for
-CPU check them where they pass over them anyway (`cpu.experts`), and kernels for GPU read no row that does not exist
-(`triton.experts`): an error there would have the host wait. In Triton's interpreter they are checked here.
+Compiled, exported and loaded graphs call the operators without the public functions, which check for users. Sizes,
+dtypes and devices are checked here, in constant time. Ids and `order` are values. Kernels for CPU check them while
+they read them anyway (`cpu.experts`). Kernels for GPU never read a row that does not exist (`triton.experts`); an
+error there would make the host wait. In Triton's interpreter ids are checked here.
 """
 
 from functools import cache
@@ -29,7 +29,7 @@ def _obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str 
 
 
 def _check_place(implementation, dtype, **tensors):
-    """Whether `implementation` can compute with tables of `dtype`, where all tensors are."""
+    """Check that all tensors are on one device where `implementation` supports tables of `dtype`."""
     device = next(iter(tensors.values())).device
     cause = _obstacle(implementation, device.type, dtype)
     if cause is not None:
@@ -59,8 +59,12 @@ def _check_shapes(fits: bool, what: str, **tensors):
 
 
 def check_retrieval(query: torch.Tensor, sub_keys: torch.Tensor, implementation: str) -> None:
-    """`query` `(num_tokens, num_heads, query_dim)`, float32; `sub_keys` `(2, num_sub_keys, query_dim // 2)`, or one
-    such pair for each head."""
+    """Check the arguments of retrieval.
+
+    Args:
+        query: `(num_tokens, num_heads, query_dim)`, float32.
+        sub_keys: `(2, num_sub_keys, query_dim // 2)`, or one such pair for each head.
+    """
     _check_place(implementation, sub_keys.dtype, query=query, sub_keys=sub_keys)
     if query.dtype != torch.float32:
         raise ValueError(f"query is of {query.dtype}; it must be of torch.float32: use query.float().")
@@ -90,7 +94,7 @@ def check_retrieved(
     sub_keys: torch.Tensor,
     implementation: str,
 ) -> None:
-    """`grad_scores` and `expert_ids` `(num_tokens, num_heads, top_k)`, the rest as in `check_retrieval`."""
+    """Check `grad_scores` and `expert_ids`, `(num_tokens, num_heads, top_k)`; the others as in `check_retrieval`."""
     check_retrieval(query, sub_keys, implementation)
     _check_place(implementation, sub_keys.dtype, query=query, grad_scores=grad_scores, expert_ids=expert_ids)
     _check_floats(grad_scores=grad_scores)
@@ -104,7 +108,7 @@ def check_retrieved(
 
 
 def check_assigned(expert_ids: torch.Tensor, implementation: str) -> None:
-    """`expert_ids` of any shape."""
+    """Check `expert_ids` of any shape."""
     _check_place(implementation, torch.float32, expert_ids=expert_ids)
     _check_ids("expert_ids", expert_ids)
     if implementation == "triton" and expert_ids.is_cpu:
@@ -122,8 +126,14 @@ def check_assignments(
     table: torch.Tensor | None = None,
     order: torch.Tensor | None = None,
 ) -> None:
-    """What reads, writes or differentiates rows: `expert_ids` and `weights` `(num_tokens, num_active)`, `tokens`
-    `(num_tokens, width)`, `table` `(num_experts, width)` of `dtype`, `order` of all assignments."""
+    """Check the arguments of operators that read, write or differentiate rows.
+
+    Args:
+        expert_ids, weights: `(num_tokens, num_active)`.
+        tokens: `(num_tokens, width)`.
+        table: `(num_experts, width)`, of `dtype`.
+        order: order of all assignments.
+    """
     values = {"tokens": tokens, "weights": weights, "table": table}
     values = {name: tensor for name, tensor in values.items() if tensor is not None}
     others = values if order is None else {**values, "order": order}
@@ -149,7 +159,7 @@ def check_assignments(
 
 
 def check_ids_exist(expert_ids: torch.Tensor, num_experts: int) -> None:
-    """Raise IndexError where one does not. On a GPU the host waits."""
+    """Raise IndexError if an id does not exist. On a GPU the host waits for the check."""
     if not expert_ids.numel():
         return
     lowest, highest = torch.stack(expert_ids.aminmax()).tolist()

@@ -8,8 +8,11 @@ from torch.autograd import forward_ad
 
 
 def needs_dispatch(args: tuple) -> bool:
-    """Whether the operator of PyTorch has to be called: for a gradient, for what traces, counts, or wraps operators
-    and tensors, or since a tensor is not what lies in its memory."""
+    """Whether the PyTorch operator has to be called.
+
+    That is so for gradients, and for code that traces, counts or wraps operators and tensors. It is also so if a
+    tensor's values are not those in its memory.
+    """
     if (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -33,14 +36,18 @@ def needs_dispatch(args: tuple) -> bool:
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what lies in its memory, or stands for such a one while PyTorch works out shapes: no
-    subclass that computes its values, as a quantized one."""
+    """Whether a tensor's values are those in its memory, as with no subclass that computes them (quantized).
+
+    A tensor that stands for a plain one while PyTorch infers shapes counts too.
+    """
     return type(tensor) in (nn.Parameter, torch.Tensor, FakeTensor)
 
 
 def are_ordinary(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing is special about parameters and buffers, so that a call may take their memory: in a tenth of the
-    time of `needs_dispatch`, which is asked about what is computed."""
+    """Whether parameters and buffers are ordinary, so that a call may use their memory.
+
+    It takes a tenth of the time of `needs_dispatch`, which is for computed tensors.
+    """
     needs_gradient = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What `torch.utils.flop_counter.FlopCounterMode` counts for each operator, by name: two for a product that is added.
+"""FLOPs that `torch.utils.flop_counter.FlopCounterMode` counts for each operator, by name: two per multiply-add.
 
-Retrieval counts what the readable formula multiplies, all sub-keys and in the backward a dense gradient of their
-scores, so that a model counts the same whoever retrieves. Reading a row and writing one count its width.
+Retrieval counts the products of the readable formula: all sub-keys and, in the backward, a dense gradient of their
+scores. A model thus counts the same with every implementation. Reading a row and writing one count its width.
 """
 
 from math import prod
@@ -30,4 +30,4 @@ def row_gradients(weights, tokens, expert_ids, *_, **__):
 
 
 def write_experts_gradients(grad_outputs, weights, expert_ids, *_, **__):
-    return 2 * 2 * prod(expert_ids) * grad_outputs[1]  # of the weights and of the table
+    return 2 * 2 * prod(expert_ids) * grad_outputs[1]  # for the weights and for the table

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Who is about to get row-sparse gradients of tables, and can't take them: refused by name, with the way out.
+"""Optimizers that get row-sparse gradients of tables but do not support them: an error names them and the way out.
 
-PyTorch's own words, "Adam does not support sparse gradients, please consider SparseAdam instead", come after a whole
-backward, name no setting of ours, and propose an optimizer for embeddings.
+PyTorch's own error is "Adam does not support sparse gradients, please consider SparseAdam instead". It comes after a
+whole backward, names none of our settings, and proposes an optimizer for embeddings.
 """
 
 from weakref import WeakValueDictionary
@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-# of torch.optim; who else takes them knows best
+# Optimizers of torch.optim. Optimizers from elsewhere are not checked.
 OPTIMIZERS_OF_SPARSE_GRADIENTS = ("SGD", "SparseAdam", "Adagrad", "LBFGS")
 WAY_OUT = (
     "Train with modeling_peer.training.PeerTrainer, or in a loop of your own with RowSparseAdamW and clip_gradients; "
@@ -22,9 +22,9 @@ _hooks = []
 
 
 def expect_row_sparse_gradients(*tables: torch.Tensor | None) -> None:
-    """Announce that a forward, with gradients, will give these tables row-sparse ones.
+    """Register that a forward with gradients will give these tables row-sparse gradients.
 
-    From the first call on, every step of an optimizer looks whether it is one of PyTorch's that takes none.
+    From the first call on, every optimizer step checks whether it is a PyTorch optimizer that does not support them.
     """
     if not _hooks:
         _hooks.append(register_optimizer_step_pre_hook(_check_optimizer))

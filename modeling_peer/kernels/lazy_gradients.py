@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Row-sparse gradients of expert tables as the products that they are made of. On CPU so far (`cpu.experts`).
+"""Row-sparse gradients of expert tables, stored as the outer products they sum. On CPU so far (`cpu.experts`).
 
 A token adds a multiple of itself to the gradients of its hundred experts: one row of memory instead of a hundred.
-An optimizer that knows these gradients multiplies out one row at a time, just before it updates that row.
+An optimizer that supports these gradients computes one row at a time, just before it updates that row.
 """
 
 from functools import cache
@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_map_only
 
 @cache
 def _kernels():
-    return import_module(f"{__package__}.cpu.experts")  # compiled by what may not be installed
+    return import_module(f"{__package__}.cpu.experts")  # needs a compiler that may not be installed
 
 
 class OuterProducts(NamedTuple):
-    """A sparse matrix of weights times a matrix of tokens; of the sparse one rows that are empty are left out.
+    """A sparse matrix of weights times a matrix of tokens. Empty rows of the sparse matrix are left out.
 
     grad[rows[i]] = Σ_j weights[j] · tokens[token_ids[j]]        starts[i] <= j < starts[i + 1]
     """
@@ -40,9 +40,14 @@ class OuterProducts(NamedTuple):
         tokens: torch.Tensor,
         num_experts: int,
     ) -> "OuterProducts":
-        """Of assignments `expert_ids` (t, a) with `weights` (t, a), whose positions `order` (t * a,) sorts by expert;
-        raises as `cpu.experts.segments` where it does not, or an expert does not exist.
-        Copies: what a layer was given, its caller may overwrite before the optimizer's step."""
+        """Group assignments by expert. The inputs are copied: a layer's caller may overwrite them before the step.
+
+        Raises as `cpu.experts.segments` does if `order` is wrong or an expert does not exist.
+
+        Args:
+            expert_ids, weights: assignments, (t, a).
+            order: positions of the assignments sorted by expert, (t * a,).
+        """
         rows, starts = _kernels().segments(expert_ids, order, num_experts)
         token_ids = order // max(1, expert_ids.shape[1])
         tokens = torch.empty(tokens.shape, dtype=torch.float32, device=tokens.device).copy_(tokens)
@@ -50,7 +55,7 @@ class OuterProducts(NamedTuple):
 
     @classmethod
     def join(cls, parts: list["OuterProducts"]) -> "OuterProducts":
-        """The sum of several."""
+        """The sum of `parts`."""
         if len(parts) == 1:
             return parts[0]
         expert_ids = torch.cat([part.rows.repeat_interleave(part.starts.diff()) for part in parts])
@@ -66,24 +71,25 @@ class OuterProducts(NamedTuple):
         return sum(tensor.nbytes for tensor in self)
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """Multiplied out: the gradients of `rows`, `(u, d)`."""
+        """Compute the gradients of `rows`: `(u, d)`."""
         return _kernels().multiply_out(self, dtype)
 
     def norm(self) -> torch.Tensor:
-        """Euclidean norm of all values, without holding them: float32, a scalar."""
+        """Euclidean norm of all values, without storing them: a float32 scalar."""
         return _kernels().squared_norms(self).sum(dtype=torch.float64).sqrt().float()
 
 
 class LazyRowGradient(torch.Tensor):
-    """A row-sparse gradient that is not multiplied out before somebody asks for its rows.
+    """A row-sparse gradient that computes its rows only when they are read.
 
-    As it is, it is added to its like (while their sum is smaller than the table), scaled, and its norm is taken. For
-    everything else it becomes a shell of the coalesced sparse COO tensor that it stands for, and stays that: what is
-    done to its values in place is done to it. So it goes where row-sparse gradients go; a hook may return what it made
-    of one. Only autograd, which would ask a sparse tensor for its parts, sees a strided one without memory.
+    Addition of another such gradient (while the sum is smaller than the table), scaling and the norm need no rows. Any
+    other operation turns it for good into a wrapper of the coalesced sparse COO tensor it represents. In-place changes
+    of that tensor's values then change the gradient. So it works wherever row-sparse gradients work, and a hook may
+    return a result of one. Only autograd sees a strided tensor without memory, since it would read the parts of a
+    sparse one.
 
     Args:
-        content: shared by tensors that share memory, as `detach()` has it.
+        content: shared by tensors that share memory, as with `detach()`.
     """
 
     is_sparse = True
@@ -104,8 +110,8 @@ class LazyRowGradient(torch.Tensor):
 
     @staticmethod
     def pays(expert_ids: torch.Tensor, table: torch.Tensor) -> bool:
-        """Whether it takes less memory than `table`, and thus than a dense gradient, for these assignments (t, a)."""
-        # of `OuterProducts` where no expert repeats: rows, starts and token ids in int64, the rest float32
+        """Whether, for assignments (t, a), it takes less memory than `table` and thus than a dense gradient."""
+        # Size of `OuterProducts` if no expert repeats: rows, starts and token ids in int64, the rest float32.
         num_bytes = (3 * 8 + 4) * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]
         return num_bytes <= table.nbytes
 
@@ -118,7 +124,7 @@ class LazyRowGradient(torch.Tensor):
         self._content.replace(value._content if isinstance(value, LazyRowGradient) else _Content.of(value))
 
     def products(self) -> OuterProducts | None:
-        """What it is the sum of; None if it was multiplied out."""
+        """The outer products it sums; None once its rows were computed."""
         return self._content.join()
 
     def __reduce_ex__(self, protocol):
@@ -141,8 +147,8 @@ class LazyRowGradient(torch.Tensor):
 def row_sparse_gradient(rows: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """The gradient of `table` (num_experts, d) with `values` (u, d) in `rows` (u,), ascending, and zeros elsewhere.
 
-    On CPU in a shell, whose norm can be taken, so that loops that clip gradients need not know sparse ones; a gradient
-    that is differentiated again is a sparse COO tensor.
+    On CPU it is wrapped in a `LazyRowGradient`, which has a norm, so that gradient clipping works without support for
+    sparse tensors. A gradient that is differentiated again is a sparse COO tensor.
     """
     gradient = torch.sparse_coo_tensor(
         rows.unsqueeze(0), values, table.shape, device=values.device, is_coalesced=True, check_invariants=False
@@ -151,13 +157,13 @@ def row_sparse_gradient(rows: torch.Tensor, values: torch.Tensor, table: torch.T
 
 
 def _wrap(result: torch.Tensor) -> torch.Tensor:
-    """A row-sparse result in a shell, too: autograd takes nothing else from the hook of a gradient that is."""
+    """Wrap a row-sparse result too: autograd accepts nothing else from a hook of a wrapped gradient."""
     is_row_sparse = result.is_sparse and result.dim() == 2 and result.sparse_dim() == 1
     return LazyRowGradient(_Content.of(result)) if is_row_sparse and type(result) is torch.Tensor else result
 
 
 def _as_coo_tensor(name: str):
-    # These look at the layout before they are dispatched.
+    # These methods check the layout before dispatch.
     def method(self, *args, **kwargs):
         result = getattr(self._content.multiply_out(), name)(*args, **kwargs)
         return _wrap(result) if isinstance(result, torch.Tensor) else result
@@ -168,13 +174,13 @@ def _as_coo_tensor(name: str):
 
 for _name in (
     *("coalesce", "is_coalesced", "sparse_dim", "dense_dim", "to_dense", "to_sparse", "indices", "values"),
-    "new",  # of torch.optim.SparseAdam
+    "new",  # used by torch.optim.SparseAdam
 ):
     setattr(LazyRowGradient, _name, _as_coo_tensor(_name))
 
 
 class _Content:
-    """Sums of outer products, or, once they were multiplied out, a sparse tensor."""
+    """Sums of outer products or, once their rows were computed, a sparse tensor."""
 
     def __init__(self, parts: list[OuterProducts] | None, shape: torch.Size, dtype: torch.dtype, rows=None):
         self.parts, self.shape, self.dtype, self.rows = parts, shape, dtype, rows
@@ -213,7 +219,7 @@ class _Content:
         return self.rows
 
     def clone(self) -> "_Content":
-        # The tensors of the parts are never changed, only replaced.
+        # The parts' tensors are never modified, only replaced.
         if self.parts is None:
             return _Content(None, self.shape, self.dtype, self.rows.clone())
         return _Content([*self.parts], self.shape, self.dtype)
@@ -233,7 +239,7 @@ def _clone(gradient, memory_format=None):
 
 
 def _new_empty(gradient, size, stride, **_):
-    # Autograd's way to a copy, where somebody else holds the gradient; then comes `copy_`.
+    # Autograd copies a gradient that is referenced elsewhere with this operation, followed by `copy_`.
     if tuple(size) != tuple(gradient.shape):
         return NotImplemented
     device = gradient.device
@@ -268,7 +274,7 @@ def _add_(gradient, other, alpha=1):
 
 def _add(gradient, other, alpha=1):
     if _is_dense(other) and not _is_dense(gradient):
-        return alpha * other + gradient._content.multiply_out()  # PyTorch adds a sparse tensor to a dense one only
+        return alpha * other + gradient._content.multiply_out()  # PyTorch adds sparse to dense, not the reverse
     return _add_(_clone(gradient), other) if _all_lazy(gradient, other) and alpha == 1 else NotImplemented
 
 
@@ -292,7 +298,7 @@ def _norm(gradient, order=2, dim=None, keepdim=False, dtype=None):
         return NotImplemented
     if _all_lazy(gradient) and order == 2:
         norm = gradient.products().norm()
-    else:  # rows that are not there are zeros, which such a norm does not see; PyTorch has none of sparse tensors
+    else:  # missing rows are zeros, which do not change such a norm; PyTorch has no norm of sparse tensors
         norm = torch.linalg.vector_norm(gradient._content.multiply_out().coalesce()._values(), order)
     return norm.to(gradient.dtype if dtype is None else dtype)
 
@@ -306,7 +312,7 @@ def _is_dense(tensor) -> bool:
 
 
 def _all_lazy(*gradients) -> bool:
-    """Whether none was multiplied out, and all are of one table."""
+    """Whether none has computed its rows yet, and all belong to tables of one shape and dtype."""
     if not all(type(one) is LazyRowGradient and one._content.parts is not None for one in gradients):
         return False
     return len({(one.shape, one.dtype) for one in gradients}) == 1

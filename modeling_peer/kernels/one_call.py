@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A token or a few, without gradients, through a whole layer in one call: what fits. On CPU so far."""
+"""Checks for running one or a few tokens, without gradients, through a whole layer in one call. On CPU so far."""
 
 from functools import cache
 from importlib import import_module
@@ -15,13 +15,13 @@ _DTYPES = (torch.float32, torch.bfloat16)
 class QueryNetwork(NamedTuple):
     """`norm(tokens @ weight.T + bias)`.
 
-    Without mean and variance each head's own are taken: LayerNorm, or, without a shift, RMSNorm. Without a scale there
+    Without mean and variance, each head's own are used: LayerNorm or, without a shift, RMSNorm. Without a scale there
     is no norm.
     """
 
     weight: torch.Tensor  # (num_heads * query_dim, hidden_size)
     bias: torch.Tensor  # (num_heads * query_dim,)
-    # of each feature, (num_heads * query_dim,), or of each of one head, (query_dim,)
+    # for each feature, (num_heads * query_dim,), or for each feature of one head, (query_dim,)
     mean: torch.Tensor | None
     variance: torch.Tensor | None
     scale: torch.Tensor | None
@@ -35,7 +35,7 @@ class QueryNetwork(NamedTuple):
 
 @cache
 def _kernels():
-    return import_module(f"{__package__}.cpu.few_tokens")  # compiled by what may not be installed
+    return import_module(f"{__package__}.cpu.few_tokens")  # needs a compiler that may not be installed
 
 
 def run_few(
@@ -48,7 +48,7 @@ def run_few(
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
 ) -> torch.Tensor | None:
-    """All of a layer.
+    """Run a whole layer.
 
         query = query_network(tokens);  scores, ids = product_key_top_k(query);  gates = softmax(scores)
         output = expert_mixture(tokens, ids, gates, *tables)
@@ -60,8 +60,8 @@ def run_few(
         activation: `"identity"`, `"gelu"`, `"relu"` or `"silu"`.
 
     Returns:
-        `(num_tokens, hidden_size)`, dtype of `tokens`; or None where the parts are to be called one by one, which also
-        say what is wrong with their arguments.
+        `(num_tokens, hidden_size)`, dtype of `tokens`. None if the parts must be called one by one; they also report
+        errors in their arguments.
     """
     kernels = _kernels()
     weight, bias, norm = query_network.weight, query_network.bias, query_network.norm
@@ -87,7 +87,7 @@ def run_few(
 
 
 def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables) -> bool:
-    """Whether no compiled loop would leave a tensor: it looks at the sizes of some."""
+    """Whether every compiled loop stays within its tensors. Such a loop reads the sizes of only some of them."""
     *codebooks, num_sub_keys, half = sub_keys.shape
     hidden_size = tokens.shape[1]
     num_features = num_heads * 2 * half

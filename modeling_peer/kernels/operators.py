@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Retrieval and expert mixture as operators of PyTorch: seen by `torch.compile`, `torch.export` and checkpointing.
+"""Retrieval and expert mixture as PyTorch operators, visible to `torch.compile`, `torch.export` and checkpointing.
 
     modeling_peer::product_key_top_k       scores and ids of the best product keys
     modeling_peer::read_experts            pre[t, a] = tokens[t] · table[id]
     modeling_peer::write_experts           out[t]    = Σ_a weights[t, a] · table[id]
 
-What happens between reading and writing, activation and gates, is one number per retrieved expert and stays plain
-PyTorch: any activation works, a trained one too. A backward is made of operators again, so it can be compiled. The
-last argument of each names the implementation: a pair of modules of this folder, `<name>_retrieval` and
-`<name>_experts`, with the same functions, imported when they first run.
+The steps between reading and writing, activation and gates, are one number per retrieved expert and stay plain
+PyTorch. So any activation works, also a trained one. A backward consists of operators again, so it can be compiled.
+The last argument of each operator names the implementation: a folder here, with the modules
+`retrieval` and `experts`. They have the same functions in each, and are imported when they first run.
 """
 
 from collections.abc import Callable
@@ -33,14 +33,16 @@ from .dispatch import needs_dispatch
 from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
 from .sub_key_ids import sub_key_ids_of
 
-# What each operator does, by name and part: "run" it, "fake" its results, and, of one with gradients, "save" what its
-# "backward" needs.
+# The functions of each operator, by name and part: "run" it, "fake" its results and, if it has gradients, "save" the
+# tensors for its "backward".
 _PARTS: dict[str, dict[str, Callable]] = {}
 
 
 def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Decorator: define the operator whose implementation the function is, for every device. What takes its name calls
-    the operator where somebody looks, and else the function itself, which saves about 0.02 ms."""
+    """Decorator: define an operator with the function as its implementation, for every device.
+
+    The result calls the operator if the call needs dispatch, and otherwise the function, which saves about 0.02 ms.
+    """
 
     def define(function):
         name = schema.partition("(")[0]
@@ -57,8 +59,11 @@ def _operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 
 def _define_once(name: str, schema: str) -> None:
-    """PyTorch defines an operator once in a process; this module may be imported again, as notebooks and test runners
-    do. So what PyTorch keeps asks the module that was imported last (`_part`), and stays valid for who holds it."""
+    """Define an operator in PyTorch, which allows that once per process.
+
+    Notebooks and test runners may import this module again. So the functions that PyTorch keeps look up the module
+    that was imported last (`_part`), and stay valid for every caller that holds them.
+    """
     namespace = torch.ops.modeling_peer
     state = vars(namespace).get("modeling_peer_definitions")
     if state is None:
@@ -82,7 +87,7 @@ def _define_once(name: str, schema: str) -> None:
 
 
 def _part(name: str, part: str) -> Callable:
-    module_name = __name__  # not the module: it would live as long as the process
+    module_name = __name__  # not the module, which would then live as long as the process
 
     def call(*args, **kwargs):
         module = import_module(module_name)
@@ -93,7 +98,10 @@ def _part(name: str, part: str) -> Callable:
 
 
 def _backward_of(name: str) -> Callable:
-    """Where it is the compiler that fails, the error says so; the forward is over, and eager can't take its place."""
+    """The backward of an operator, with an error that names the compiler if it fails.
+
+    The forward has already run then, so eager cannot replace it.
+    """
     backward = _part(name, "backward")
 
     def call(ctx, *gradients):
@@ -313,8 +321,8 @@ def _table_gradient(rows, values, table, row_sparse):
     return row_sparse_gradient(rows, values, table) if row_sparse else values
 
 
-# A gradient of a gradient: what the backwards compute is linear in each of their arguments, and thus made of the same
-# operators, as often as somebody differentiates.
+# A gradient of a gradient: the result of a backward is linear in each of its arguments. So its gradient consists of
+# the same operators, for any number of differentiations.
 
 
 def _save_top_k_backward(ctx, inputs, output):
@@ -323,7 +331,7 @@ def _save_top_k_backward(ctx, inputs, output):
 
 
 def _top_k_backward_autograd(ctx, of_query, of_sub_keys):
-    """For gradients `of_query` and `of_sub_keys`, in whose places stand query and sub-keys in turn."""
+    """Backward of the backward. Its gradients `of_query` and `of_sub_keys` replace query and sub-keys in turn."""
     grad_scores, expert_ids, query, sub_keys = ctx.saved_tensors
     grad_query, _ = _top_k_backward(grad_scores, expert_ids, query, of_sub_keys, ctx.implementation)
     _, grad_sub_keys = _top_k_backward(
@@ -349,7 +357,7 @@ def _save_write_gradients(ctx, inputs, output):
 
 
 def _places(ctx, expert_ids, rows):
-    """Of experts among the rows of a gradient."""
+    """Positions of experts among the rows of a gradient."""
     return torch.searchsorted(rows, expert_ids) if ctx.row_sparse else expert_ids
 
 
@@ -393,7 +401,7 @@ for _name, _backward, _save in (
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is active: they need formulas in plain PyTorch."""
+    """Whether `torch.func` or forward-mode differentiation is active. They need formulas in plain PyTorch."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -408,14 +416,14 @@ def _refuse_transforms(implementation: str) -> None:
 
 
 def adamw_rows_(*args, implementation: str, **kwargs) -> None:
-    """`optim.row_sparse_adamw.adamw_rows_`, the same arguments and effect. No operator: nothing traces it."""
+    """`optim.row_sparse_adamw.adamw_rows_`, with the same arguments and effect. Not an operator: nothing traces it."""
     import_module(f"{__package__}.{implementation}.optimizer").adamw_rows_(*args, **kwargs)
 
 
 def product_key_top_k(
     query: torch.Tensor, sub_keys: torch.Tensor, top_k: int, *, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`product_keys_peer.product_key_top_k`, the same arguments and results, computed by `implementation`."""
+    """`product_keys_peer.product_key_top_k` computed by `implementation`, with the same arguments and results."""
     _refuse_transforms(implementation)
     half = sub_keys.shape[-1]
     if query.shape[-1] != 2 * half:
@@ -438,21 +446,21 @@ def expert_mixture(
     *,
     implementation: str,
 ) -> torch.Tensor:
-    """`experts_peer.expert_mixture`, the same arguments and results, computed by `implementation`."""
+    """`experts_peer.expert_mixture` computed by `implementation`, with the same arguments and results."""
     _refuse_transforms(implementation)
     tables = [table for table in (down_embed, up_embed, gate_embed) if table is not None]
     for table in tables:
         if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:
             shapes = ", ".join(str(tuple(table.shape)) for table in tables)
             raise ValueError(f"hidden_states {tuple(hidden_states.shape)} and tables {shapes} do not fit together.")
-    # `shape[0]`, not `len`: that would fix the number of tokens of a graph.
+    # `shape[0]`, because `len` would fix the number of tokens of a graph.
     if hidden_states.shape[0] != expert_ids.shape[0] or expert_ids.shape != gates.shape:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
             f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
         )
     expert_ids = expert_ids.to(torch.int64)
-    # Sorted once, for the backward of every table; `torch.jit.trace` would keep what only some calls need.
+    # Sorted once, for the backward of every table. `torch.jit.trace` would keep it for calls that do not need it.
     order = None
     if torch.is_grad_enabled() and not torch.jit.is_tracing() and any(table.requires_grad for table in tables):
         order = _group(expert_ids, implementation)

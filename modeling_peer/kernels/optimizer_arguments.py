@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What an update of some rows may be given: compiled loops check no bounds, and would write beyond the memory."""
+"""Checks of the arguments of a row update: compiled loops check no bounds, and would write beyond the memory."""
 
 import torch
 
@@ -15,18 +15,18 @@ def check_adamw_rows(
     asleep: torch.Tensor,
     step: int,
 ) -> None:
-    """Check the arguments of `adamw_rows_`; values are read on CPU only, where nobody waits for a device.
+    """Check the arguments of `adamw_rows_`. Values are read only on CPU, because there it needs no wait for a device.
 
     Args:
         table, exp_avg: `(num_rows, width)`.
         exp_avg_sq: the same shape, or `(num_rows, 1)`.
         rows: `(num_touched,)` int64, each at most once.
-        gradients: `(num_touched, width)`, multiplied out or not yet.
+        gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
         asleep: `(num_touched, 4)`.
         step: at least 1.
 
     Raises:
-        ValueError: shapes that do not fit together, rows outside of the table or given twice, a step below 1.
+        ValueError: shapes do not fit together, rows are outside the table or given twice, or the step is below 1.
     """
     if table.dim() != 2:
         raise ValueError(f"a table has rows and columns; got the shape {tuple(table.shape)}.")
@@ -45,7 +45,7 @@ def check_adamw_rows(
         _require_shape("gradients", gradients, (len(rows), width))
     if rows.device.type == "cpu" and len(rows):
         _require_range("rows", rows, num_rows)
-        # ascending, as a coalesced gradient has them: then none comes twice, and there is nothing to sort
+        # Rows of a coalesced gradient are ascending: then none comes twice, and no sort is needed.
         if not (rows[1:] > rows[:-1]).all() and (repeated := len(rows) - len(rows.unique())):
             raise ValueError(f"{repeated} of {len(rows)} rows are given more than once: coalesce() the gradient.")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which parameters share a learning rate and a weight decay, and the schedule that expert tables have of their own."""
+"""Which parameters share a learning rate and a weight decay, and the separate schedule of expert tables."""
 
 import re
 from collections import defaultdict
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# trained through an adapter (PEFT's modules_to_save), tables lie one module deeper
+# tables that are trained through an adapter (PEFT's modules_to_save) are one module deeper
 EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
 RETRIEVAL = re.compile(r"(^|\.)retrieval\.")
 DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP, EXPERT_TABLES = "dense", "without_decay", "retrieval", "expert_tables"
@@ -17,7 +17,7 @@ TABLE_SCHEDULES = ("multiple", "decaying", "constant")
 
 
 def expert_tables(model: nn.Module) -> list[nn.Parameter]:
-    """The trained expert tables of `model`, one shared by several layers once."""
+    """The trained expert tables of `model`. A table that layers share is listed once."""
     return [p for name, p in model.named_parameters() if EXPERT_TABLE.search(name) and p.requires_grad]
 
 
@@ -33,17 +33,17 @@ def parameter_groups(
 
     - `"dense"`: the weight matrices, with `weight_decay`.
     - `"without_decay"`: norms and biases.
-    - `"retrieval"`: query networks and sub-keys, without decay. Their learning rate is a multiple of the others':
-      where that is high, they soon agree on few experts (docs/results.md).
-    - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row; no decay by
-      default, which would shrink the rows that no token retrieves at every step.
+    - `"retrieval"`: query networks and sub-keys, without decay. Their learning rate is a multiple of the others'. If
+      it is high, they soon agree on few experts (docs/results.md).
+    - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row. There is no
+      decay by default, because it would shrink the rows that no token retrieves at every step.
 
-    Of a model with row-sparse gradients, `"expert_tables"` has `row_sparse=True`: `RowSparseAdamW` then knows
-    before any step. A group that would be empty is left out. Parameters on different device meshes, which no optimizer
-    updates in one call, do not share a group.
+    If a model has row-sparse gradients, `"expert_tables"` has `row_sparse=True`, so that `RowSparseAdamW` knows it
+    before the first step. Empty groups are left out. Parameters on different device meshes do not share a group,
+    because no optimizer updates them in one call.
 
     Args:
-        learning_rate: per step, of dense weights and those without decay; the others' are multiples of it.
+        learning_rate: per step, for dense weights and those without decay. The other groups use multiples of it.
     """
     settings = {
         DENSE: {"lr": learning_rate, "weight_decay": weight_decay},
@@ -73,19 +73,19 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_training_steps: int) -> LRScheduler:
-    """`scheduler`, but for the group `"expert_tables"`, whose learning rate is
+    """`scheduler` with a separate schedule for the group `"expert_tables"`. Its learning rate is
 
     - `"multiple"`: `multiple` times the others', all the time;
     - `"decaying"`: `multiple` times theirs at the first step, falling linearly to theirs at the last (UltraMem,
       arXiv:2411.12364, from 10);
-    - `"constant"`: `multiple` times `learning_rate`, never warmed up nor lowered (Lample et al. 2019).
+    - `"constant"`: `multiple` times `learning_rate`, without warm-up or decay (Lample et al. 2019).
 
     Args:
-        scheduler: of an optimizer that was given `parameter_groups` with the same `multiple`; for all but
-            `"multiple"` a `LambdaLR`, which most of Transformers' schedulers are.
+        scheduler: scheduler of an optimizer built from `parameter_groups` with the same `multiple`. Except for
+            `"multiple"` it must be a `LambdaLR`, as most of Transformers' schedulers are.
 
     Raises:
-        ValueError: an unknown schedule, or a scheduler that it can't be combined with.
+        ValueError: the schedule is unknown, or cannot be combined with this scheduler.
     """
     if schedule not in TABLE_SCHEDULES:
         raise ValueError(f"table_learning_rate_schedule={schedule!r} is none of {', '.join(TABLE_SCHEDULES)}.")
@@ -107,9 +107,9 @@ def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_
     return LambdaLR(scheduler.optimizer, lambdas)
 
 
-# At module level, as a partial: a scheduler's state then holds nothing of it, and can be saved.
+# At module level and used as a partial, so that a scheduler's state does not contain it and can be saved.
 def _table_factor(step: int, others, schedule: str, multiple: float, num_training_steps: int) -> float:
-    """What the group's `learning_rate * multiple` is multiplied with at `step`."""
+    """The factor of the group's `learning_rate * multiple` at `step`."""
     if schedule == "constant":
         return 1.0
     remaining = max(0.0, 1 - step / max(1, num_training_steps))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""AdamW whose step on an expert table costs what the touched rows cost."""
+"""AdamW whose step on an expert table costs only as much as the rows it touches."""
 
 import math
 
@@ -20,48 +20,48 @@ from modeling_peer.optim.row_sparse_state import (
     new_row_state,
 )
 
-# of torch.optim.AdamW; a loaded group may have them, and rows would be updated as if it did not
+# Settings of torch.optim.AdamW that a loaded group may have. Row updates would ignore them.
 NOT_FOR_ROWS = ("amsgrad", "maximize", "differentiable")
 
 
 class RowSparseAdamW(torch.optim.AdamW):
-    """AdamW that takes row-sparse gradients (`PeerConfig.row_sparse_gradients`) beside dense ones.
+    """AdamW that accepts row-sparse gradients (`PeerConfig.row_sparse_gradients`) as well as dense ones.
 
-    Dense gradients go to `torch.optim.AdamW`. Of a parameter with a row-sparse gradient only the rows in it change. A
-    row that sleeps for some steps is caught up when it is next touched: moments and weights decay as often as AdamW
-    would have let them, and the weights go as far as the first moment would have carried them meanwhile (with today's
-    learning rate, and the bias corrections of the first step slept). What remains of AdamW is that a token reads the
-    row before that. Steps that touch every row are AdamW's.
+    Dense gradients go to `torch.optim.AdamW`. A row-sparse gradient changes only the rows it contains. A row that was
+    not retrieved for some steps is brought up to date when it is next touched. Its moments and weights then decay as
+    often as under AdamW, and its weights move as far as the first moment would have moved them. That uses the current
+    learning rate, and the bias corrections of the first skipped step. One difference from AdamW remains: the token
+    that retrieves the row reads it before this update. Steps that touch every row equal AdamW's.
 
     Args:
         params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; `lr` is per step. `betas[0]` must be less
-            than the root of `betas[1]`, or a sleeping row would move faster and faster.
-        row_state: how the two moments of a table are kept, the rest of the state being 4 bytes a row.
-            `"float32"`: 8 bytes a weight (float64 for float64 tables).
-            `"bfloat16"`: 4 bytes a weight. The second moment is rounded up or down by chance: of steps by 1 - beta2 =
-            0.001 rounding to the nearest would lose all, being less than half of bfloat16's spacing.
-            `"factored"`: 2 bytes a weight and 4 a row, whose weights share one second moment, the mean of squares over
-            the row (in float32). The first moment is bfloat16, rounded to the nearest: it forgets within ten steps,
-            before errors add up, and a row can't share it, since it says where each weight goes.
+            than the root of `betas[1]`, otherwise the movement per skipped step would grow.
+        row_state: storage of the two moments of a table; the rest of the state is 4 bytes per row.
+            `"float32"`: 8 bytes per weight (float64 for float64 tables).
+            `"bfloat16"`: 4 bytes per weight. The second moment is rounded stochastically. Rounding to nearest would
+            lose all steps by 1 - beta2 = 0.001, which are less than half of bfloat16's spacing.
+            `"factored"`: 2 bytes per weight and 4 per row. The weights of a row share one second moment, the mean of
+            squares over the row (in float32). The first moment is bfloat16, rounded to nearest: it forgets within ten
+            steps, before errors add up. A row cannot share it, since it is the direction of each weight.
 
-    State is made when a table is first touched, and keeps its dtype through `load_state_dict`, which checks names,
-    shapes and numbers first. `torch.distributed.checkpoint` wants a state before the first step: of a group with
-    `row_sparse=True` (`parameter_groups` of a model with row-sparse gradients) it is made for rows.
+    State is created when a table is first touched. It keeps its dtype through `load_state_dict`, which first checks
+    names, shapes and numbers. `torch.distributed.checkpoint` needs a state before the first step. For a group with
+    `row_sparse=True` (`parameter_groups` of a model with row-sparse gradients) that state is row-sparse.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, row_state="float32"):
         if row_state not in ROW_STATES:
             raise ValueError(f"row_state={row_state!r} is none of {', '.join(ROW_STATES)}.")
-        self._row_state = row_state  # groups are added before torch has the defaults
+        self._row_state = row_state  # torch adds groups before it sets the defaults
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["row_state"] = row_state
         del self._row_state
 
     def add_param_group(self, param_group):
-        """As of any optimizer; a group may have a `row_state` of its own, and `row_sparse`.
+        """As in any optimizer. A group may have its own `row_state`, and `row_sparse`.
 
         Raises:
-            ValueError: settings of the group that rows can't be updated with.
+            ValueError: the group has settings that row updates do not support.
         """
         if isinstance(param_group, dict):
             row_state = self.defaults.get("row_state", getattr(self, "_row_state", "float32"))
@@ -96,13 +96,13 @@ class RowSparseAdamW(torch.optim.AdamW):
         return loss
 
     def _step_dense(self):
-        # torch wraps the `step` of every class that has instances, to run hooks: ours run around this step already
+        # torch wraps the `step` of every class that has instances, to run hooks. Ours already run around this step.
         dense_step = torch.optim.AdamW.step
         dense_step = dense_step.__wrapped__ if getattr(dense_step, "hooked", False) else dense_step
         dense_step(self)
 
     def _make_state(self):
-        """State of no step yet: for rows where the group says so, else as AdamW has it."""
+        """Create the state before the first step: row-sparse if the group is, otherwise AdamW's."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group.get("row_sparse") and parameter.requires_grad and parameter.dim() == 2:
@@ -130,7 +130,7 @@ class RowSparseAdamW(torch.optim.AdamW):
     def _step_rows(self, group, table, rows, gradients):
         state = self.state[table]
         if not state:
-            if not len(rows) and local_rows(table) is table:  # else other ranks' rows may have been touched: count
+            if not len(rows) and local_rows(table) is table:  # if sharded, other ranks may have rows
                 return
             state.update(new_row_state(table, group["row_state"]))
         state["step"] += 1
@@ -154,14 +154,14 @@ class RowSparseAdamW(torch.optim.AdamW):
         )
 
     def load_state_dict(self, state_dict):
-        """As of any optimizer; torch gives all state the parameter's dtype, here moments of tables keep theirs.
+        """As in any optimizer, but moments of tables keep their dtype. torch casts all state to the parameter's.
 
         Raises:
-            ValueError: what was saved is not of these parameters; nothing has been changed then.
+            ValueError: the saved state does not belong to these parameters. Nothing has been changed then.
         """
         loaded = {}
 
-        def check(_, state_dict):  # after all hooks that change what is loaded
+        def check(_, state_dict):  # after all hooks that change the loaded state
             if not {"state", "param_groups"} <= state_dict.keys():
                 found = ", ".join(map(str, state_dict)) or "nothing"
                 raise ValueError(f"loaded state dict needs state and param_groups; got {found}.")
@@ -172,11 +172,11 @@ class RowSparseAdamW(torch.optim.AdamW):
             for index, ((saved_id, group), parameter) in enumerate(zip(saved_ids, parameters, strict=True)):
                 if state := state_dict["state"].get(saved_id):
                     check_state(index, parameter, state, group["row_state"])
-                    if LAST_STEP in state:  # torch would give it the parameter's dtype
+                    if LAST_STEP in state:  # torch would cast it to the parameter's dtype
                         loaded[parameter] = (state_dict["state"].pop(saved_id), group["row_state"])
             return state_dict
 
-        def restore(_):  # before all hooks that look at what was loaded
+        def restore(_):  # before all hooks that read the loaded state
             for parameter, (state, row_state) in loaded.items():
                 self.state[parameter] = loaded_row_state(parameter, state, row_state)
 
@@ -191,11 +191,11 @@ class RowSparseAdamW(torch.optim.AdamW):
                 hook.remove()
 
     def _checked_groups(self, saved: list[dict]) -> list[dict]:
-        """The groups that were saved, those of `torch.optim.AdamW` with our own settings beside."""
+        """The saved groups; those of `torch.optim.AdamW` get our own settings added."""
         check_groups(self.param_groups, saved)
         ours = ("row_state", "row_sparse")
         groups = [
-            # behind what was saved: a resumed run's optimizer.pt is that of an undisturbed one to the byte
+            # after the saved settings: a resumed run's optimizer.pt then equals an uninterrupted run's to the byte
             {**of_saved, **{name: group[name] for name in ours if name in group and name not in of_saved}}
             for group, of_saved in zip(self.param_groups, saved, strict=True)
         ]
@@ -222,7 +222,7 @@ def _check_settings(group: dict) -> None:
 
 
 def _without_absent(state: dict) -> dict:
-    """A flattened state of torch's distributed checkpoints has `{}` for what was not saved of a parameter."""
+    """Drop `{}`: torch's flattened distributed checkpoints use it for state of a parameter that was not saved."""
     return {
         i: {name: value for name, value in of_one.items() if not isinstance(value, dict) or value}
         if isinstance(of_one, dict)
@@ -234,24 +234,24 @@ def _without_absent(state: dict) -> dict:
 def sleep_factors(
     slept: torch.Tensor, step: int, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.Tensor:
-    """What AdamW would have done to rows in the steps that they slept, their gradient being zero.
+    """The effect of AdamW on rows in the steps that skipped them, with a gradient of zero.
 
-    After s such steps the moments are `beta1**s * mean` and `beta2**s * square`, the weights `(1 - lr * decay)**s` of
-    what they were; and in the i-th of them they went on by `lr * mean / sqrt(square) * (beta1 / sqrt(beta2))**i`, a
-    geometric series.
+    After s such steps the moments are `beta1**s * mean` and `beta2**s * square`. The weights are multiplied by
+    `(1 - lr * decay)**s`. In the i-th of those steps they also move by
+    `lr * mean / sqrt(square) * (beta1 / sqrt(beta2))**i`, a geometric series.
 
     Args:
-        slept: `(num_touched,)`, steps since a row was last touched, or ever, and before this one.
+        slept: `(num_touched,)`, steps skipped between a row's last touch (or the start) and this step.
         step: number of this step.
 
     Returns:
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
-    if step < len(slept):  # powers of each possible number, rather than of each row's: a third of the time
+    if step < len(slept):  # powers for each possible number, not for each row: a third of the time
         return sleep_factors(torch.arange(step, device=slept.device), step, lr, betas, weight_decay)[slept.long()]
     beta1, beta2 = betas
     slept = slept.double()
-    first = (step - slept).clamp(max=step - 1).clamp(min=1)  # of the steps slept
+    first = (step - slept).clamp(max=step - 1).clamp(min=1)  # of the skipped steps
     ratio = beta1 / math.sqrt(beta2)
     travelled = ratio * (1 - ratio**slept) / (1 - ratio)
     corrections = (1 - beta2**first).sqrt() / (1 - beta1**first)
@@ -276,14 +276,14 @@ def adamw_rows_(
 
     Args:
         table, exp_avg: `(num_rows, width)`.
-        exp_avg_sq: the same shape, or `(num_rows, 1)`: the mean over the row.
+        exp_avg_sq: the same shape, or `(num_rows, 1)` for the mean over the row.
         rows: `(num_touched,)`, int64, each at most once.
-        gradients: `(num_touched, width)`, multiplied out or not yet.
-        asleep: `(num_touched, 4)`, `sleep_factors`.
-        step: number of this step, the first is 1.
+        gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
+        asleep: `(num_touched, 4)`, the result of `sleep_factors`.
+        step: number of this step; the first is 1.
 
     Raises:
-        ValueError: shapes that do not fit together; on the CPU also rows outside of the table or given twice.
+        ValueError: shapes do not fit together; on the CPU also if rows are outside the table or given twice.
     """
     check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
     beta1, beta2 = betas
@@ -306,9 +306,10 @@ def adamw_rows_(
 
 
 def round_by_chance(values: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-    """float32 `values` `(num_touched, width)` as bfloat16, rounded up with the probability that keeps the mean.
+    """Round float32 `values` `(num_touched, width)` to bfloat16 stochastically, so that the mean is preserved.
 
-    The chance is a hash of row, column and step: no generator has a state to be saved, and all processes agree.
+    The random number is a hash of row, column and step. So there is no generator state to save, and all processes
+    agree.
     """
     columns = torch.arange(values.shape[1], device=rows.device)
     noise = rows.unsqueeze(1) * 0x9E3779B1 + columns * 0xC2B2AE3D + step * 0x85EBCA77 & 0xFFFFFFFF

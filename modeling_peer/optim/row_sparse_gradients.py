@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Row-sparse gradients between backward and the optimizer's step: added up, averaged over processes, clipped."""
+"""Row-sparse gradients between the backward and the optimizer's step: summed, averaged over processes, clipped."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,15 +17,16 @@ from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_tables
 
 
 def has_row_sparse_gradients(model: nn.Module) -> bool:
-    """Whether the configuration of `model` says so."""
+    """Whether the configuration of `model` sets `row_sparse_gradients`."""
     return getattr(getattr(model, "config", None), "row_sparse_gradients", False)
 
 
 @contextmanager
 def row_sparse_gradients(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Within, gradients of the expert tables of `model` are row-sparse, or not `enabled` dense.
+    """Inside this context, gradients of the expert tables of `model` are row-sparse; with `enabled=False`, dense.
 
-    A setting of the run rather than of the model: a checkpoint saved outside is trained by any optimizer again.
+    This is a setting of the run rather than of the model. Any optimizer can train a checkpoint that is saved outside
+    the context.
     """
     if enabled == has_row_sparse_gradients(model):
         yield
@@ -40,10 +41,10 @@ def row_sparse_gradients(model: nn.Module, enabled: bool = True) -> Iterator[Non
 
 
 def coalesced(gradient: torch.Tensor) -> torch.Tensor:
-    """A row-sparse gradient with every row once, in order.
+    """A row-sparse gradient with each row once, in order.
 
     Raises:
-        ValueError: a gradient that is sparse in more than its rows.
+        ValueError: the gradient is sparse in more than its rows.
     """
     if isinstance(gradient, DTensor):
         return DTensor(coalesced(gradient._local_tensor), gradient._spec, requires_grad=False)
@@ -54,7 +55,7 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
         )
     if gradient.is_coalesced():
         return gradient
-    # Autograd forgets that a gradient is coalesced, and sorting it again would cost as much as the optimizer's step.
+    # Autograd drops the coalesced flag. Sorting again would take as long as the optimizer's step.
     rows = gradient._indices()
     if (rows[0, 1:] > rows[0, :-1]).all():
         return _row_sparse(rows, gradient._values(), gradient.shape)
@@ -62,7 +63,7 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | OuterProducts]:
-    """Rows that this rank's part of a row-sparse gradient touches, `(num_touched,)`, and their gradients."""
+    """Rows in this rank's part of a row-sparse gradient, `(num_touched,)`, and their gradients."""
     gradient = local_rows(gradient)
     if (products := lazy_products(gradient)) is not None:
         return products.rows, products
@@ -76,17 +77,20 @@ def is_row_sparse(gradient: torch.Tensor) -> bool:
 
 
 def lazy_products(gradient: torch.Tensor) -> OuterProducts | None:
-    """What a gradient that is not multiplied out yet is made of; None of any other."""
+    """The outer products of a gradient whose rows are not computed yet; None for any other gradient."""
     return gradient.products() if isinstance(gradient, LazyRowGradient) else None
 
 
 def local_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a tensor that is sharded over processes (`DTensor.to_local` refuses sparse ones), or all."""
+    """This rank's rows of a tensor sharded over processes, or all rows of any other tensor.
+
+    `DTensor.to_local` refuses sparse ones.
+    """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """What this rank has for its rows of `table`, as part of a tensor that is sharded as `table` is."""
+    """This rank's values for its rows of `table`, as part of a tensor sharded like `table`."""
     if not isinstance(table, DTensor):
         return rows
     shape = torch.Size((len(table), *rows.shape[1:]))
@@ -98,7 +102,7 @@ def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _row_sparse(
     rows: torch.Tensor, values: torch.Tensor, shape: torch.Size, is_coalesced: bool = True
 ) -> torch.Tensor:
-    # device: without it, the default one would take them there
+    # device: without it, the tensor would move to the default device
     return torch.sparse_coo_tensor(
         rows, values, shape, device=values.device, is_coalesced=is_coalesced, check_invariants=False
     )
@@ -113,11 +117,11 @@ class GradientNorms(NamedTuple):
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
-    """Clip the gradients of expert tables to `max_norm`, and apart from them all others to `max_norm`.
+    """Clip the gradients of expert tables to `max_norm`, and separately all others to `max_norm`.
 
-    In place of `torch.nn.utils.clip_grad_norm_`, which knows no sparse gradients. Apart, as in the code of Memory
-    Layers at Scale (arXiv:2412.09764): an unusual step of the tables then leaves that of the dense weights as it is.
-    `float("inf")` measures and clips nothing.
+    It replaces `torch.nn.utils.clip_grad_norm_`, which does not support sparse gradients. Clipping is separate, as in
+    the code of Memory Layers at Scale (arXiv:2412.09764). An unusual gradient of the tables then does not change the
+    step of the dense weights. `float("inf")` measures and does not clip.
     """
     tables = expert_tables(model)
     apart = {id(table) for table in tables}
@@ -132,16 +136,16 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
             gradient = parameter.grad
             if is_row_sparse(gradient) and lazy_products(gradient) is None:
                 parameter.grad = coalesced(gradient)
-                # of a sharded table, the norm is that of all ranks' values
+                # the norm of a sharded table covers the values of all ranks
                 gradient = sharded_as(parameter, local_rows(parameter.grad)._values())
             groups.setdefault((getattr(gradient, "device_mesh", None), gradient.device), []).append(gradient)
     if not groups:
-        return torch.zeros((), dtype=torch.float32, device="cpu")  # whatever the defaults are
+        return torch.zeros((), dtype=torch.float32, device="cpu")  # not the default device and dtype
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in groups.values()]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.nn.utils.get_total_norm(norms)
     if max_norm < math.inf:
-        # multiplied by 1 if need be: to ask whether it is would be to wait for the device
+        # may be 1; checking that would wait for the device
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for (_, device), gradients in groups.items():
             torch._foreach_mul_(gradients, scale.to(device))
@@ -151,15 +155,17 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
 def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> None:
     """Make `DistributedDataParallel` train a model whose tables have row-sparse gradients. Call it before wrapping.
 
-    DDP reduces only those sparse gradients that come from `nn.Embedding`, and NCCL none. Tables are therefore left out
-    of it: they begin as the first process has them, and as soon as a backward has added up the gradient of one, the
-    processes exchange the rows that they touched, or what these are made of while that is less, and each takes the
-    mean. A mean of equal gradients is the gradient, so nothing goes wrong where this happens more often than needed,
-    such as under `DDP.no_sync`; inside `Accelerator.accumulate` and Trainer it waits for the last micro-batch, as DDP
-    does. All processes run the same backward, and so exchange the same table at the same time.
+    DDP reduces only sparse gradients that come from `nn.Embedding`, and NCCL reduces none. Tables are therefore left
+    out of DDP. They start with the first process's values. As soon as a backward has accumulated a table's gradient,
+    the processes exchange the rows they touched and take the mean. While the outer products behind those rows are
+    smaller, they exchange these instead.
+
+    A mean of equal gradients is the gradient itself. So extra exchanges, such as under `DDP.no_sync`, do no harm.
+    Inside `Accelerator.accumulate` and Trainer the exchange waits for the last micro-batch, as DDP does. All processes
+    run the same backward, and so exchange the same table at the same time.
 
     Raises:
-        ValueError: the tables are sharded: no process has them whole.
+        ValueError: the tables are sharded, so no process has them whole.
     """
     tables = expert_tables(model)
     if any(hasattr(table, "device_mesh") for table in tables):
@@ -182,7 +188,7 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
     num_processes = dist.get_world_size(process_group)
     products = lazy_products(table.grad)
     may_be_lazy = products is not None and num_processes * products.nbytes <= table.nbytes
-    # All multiply theirs out where one has to, or did since somebody looked.
+    # If one process has to compute its rows, or already did because they were read, all processes compute theirs.
     all_lazy = torch.tensor(int(may_be_lazy), device=table.device)
     dist.all_reduce(all_lazy, dist.ReduceOp.MIN, process_group)
     if all_lazy:
@@ -197,7 +203,7 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
 
 
 def _is_last_micro_batch() -> bool:
-    """What Accelerate says while it accumulates gradients; True in a loop without it."""
+    """Accelerate's answer while it accumulates gradients; True in a loop without Accelerate."""
     try:
         from accelerate.state import GradientState
     except ModuleNotFoundError:
@@ -208,7 +214,7 @@ def _is_last_micro_batch() -> bool:
 def _exchange(
     tensors: tuple[torch.Tensor, ...], process_group: dist.ProcessGroup | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The `tensors` of every process; they differ in length, collectives do not."""
+    """The `tensors` of every process, padded for the exchange: they differ in length, but collectives need one."""
     lengths = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
     all_lengths = [torch.empty_like(lengths) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(all_lengths, lengths, process_group)

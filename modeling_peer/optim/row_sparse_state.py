@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""State of `RowSparseAdamW`: what a table has, what a saved one must be, and when torch wants it before a step."""
+"""State of `RowSparseAdamW`: its tensors, checks of a saved state, and when torch needs it before a step."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from modeling_peer.optim.row_sparse_gradients import local_rows, sharded_as
 
-# dtypes of the first and of the second moment, and whether a row shares one second moment
+# dtypes of the first and second moment, and whether the weights of a row share one second moment
 ROW_STATES = {
     "float32": (torch.float32, torch.float32, False),
     "bfloat16": (torch.bfloat16, torch.bfloat16, False),
@@ -22,7 +22,7 @@ WAY_OUT = "Load the state that was saved with this model, or begin with a new op
 
 
 def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of what a table of this shape has, sharded or not."""
+    """Shape and dtype of each state tensor of a table of this shape, sharded or not."""
     mean_dtype, square_dtype, factored = ROW_STATES[row_state]
     if table.dtype == torch.float64 and row_state == "float32":
         mean_dtype = square_dtype = torch.float64
@@ -35,12 +35,12 @@ def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tup
 
 
 def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
-    """State of a table that no gradient has touched.
+    """State of a table before its first gradient.
 
     Returns:
-        step: int64 on the CPU, `()`: whatever the default dtype and device, it counts every step.
-        last_step: when a row was last touched, `(num_rows,)`.
-        exp_avg, exp_avg_sq: `(num_rows, width)`, or the latter `(num_rows, 1)`; all sharded as `table` is.
+        step: `()`, int64 on the CPU, whatever the default dtype and device, so that it counts every step.
+        last_step: step in which a row was last touched, `(num_rows,)`.
+        exp_avg, exp_avg_sq: `(num_rows, width)`, or the latter `(num_rows, 1)`. All are sharded like `table`.
     """
     rows = local_rows(table)
     state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
@@ -50,28 +50,28 @@ def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor
 
 
 def loaded_row_state(table: torch.Tensor, saved: dict[str, Any], row_state: str) -> dict[str, torch.Tensor]:
-    """A checked state as `new_row_state` would have it: its dtypes, on the device of `table`."""
-    # The very strings that were loaded: pickle writes a string once, so with others a resumed run's optimizer.pt would
-    # not be that of an undisturbed run to the byte.
+    """A checked state with the dtypes of `new_row_state`, on the device of `table`."""
+    # The loaded string objects themselves: pickle writes each object once. With others, a resumed run's optimizer.pt
+    # would not equal an uninterrupted run's to the byte.
     names = {name: name for name in saved}
     state = {names["step"]: torch.tensor(int(saved["step"]), dtype=torch.int64, device="cpu")}
     for name, (_, dtype) in row_state_shapes(table, row_state).items():
         value = saved[name].to(device=table.device, dtype=dtype)
-        # compiled loops read rows one after the other
+        # compiled loops read rows in sequence
         state[names[name]] = value if isinstance(value, DTensor) else value.contiguous()
     return state
 
 
 def is_blank(state: dict[str, Any]) -> bool:
-    """Whether a state is as it was made: no gradient has had a part in it."""
+    """Whether a state is still as created, without any gradient."""
     return int(state["step"]) == 0
 
 
 def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this step is none, but the way in which torch's distributed checkpoints have a new optimizer make state.
+    """Whether this call of `step` only makes a new optimizer create its state, for torch's distributed checkpoints.
 
     `torch.distributed.checkpoint.state_dict` gives every parameter a dense gradient of zeros, sets all learning rates
-    to zero, and calls `step`. Counted, it would shift the bias corrections of all steps to come.
+    to zero, and calls `step`. If it counted as a step, it would shift the bias corrections of all later steps.
     """
     if any(optimizer.state.values()) or any(float(group["lr"]) != 0 for group in optimizer.param_groups):
         return False
@@ -82,7 +82,7 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_groups(current: list[dict], saved: list[dict]) -> None:
-    """Raise ValueError unless as many groups were saved, each with as many parameters."""
+    """Raise ValueError unless the saved groups have the same number and the same numbers of parameters."""
     sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (current, saved))
     if sizes != saved_sizes:
         raise ValueError(
@@ -92,14 +92,14 @@ def check_groups(current: list[dict], saved: list[dict]) -> None:
 
 
 def check_state(index: int, parameter: torch.Tensor, state: Any, row_state: str) -> None:
-    """Check the state that was saved for one parameter, before anything is changed.
+    """Check the saved state of one parameter, before anything is changed.
 
     Args:
-        index: of the parameter among all of the optimizer, for the message.
-        state: row-sparse if it has `last_step`, else that of `torch.optim.AdamW`.
+        index: index of the parameter among all of the optimizer, for the message.
+        state: row-sparse if it has `last_step`, otherwise that of `torch.optim.AdamW`.
 
     Raises:
-        ValueError: other names, shapes, types, or numbers that no step leaves behind.
+        ValueError: names, shapes or types are wrong, or numbers are impossible after any step.
     """
     place = f"state of parameter {index}, of shape {tuple(parameter.shape)}:"
     names = {"step", *MOMENTS}
@@ -158,7 +158,7 @@ def _check_tensor(
     if tuple(value.shape) != shape:
         raise ValueError(f"{place} {name} must have the shape {shape}{why}; got {tuple(value.shape)}. {WAY_OUT}")
     if is_floating_point is None:
-        return  # of dense state: torch gives it the parameter's dtype
+        return  # dense state: torch casts it to the parameter's dtype
     whole = not (value.is_complex() or value.is_floating_point() or value.dtype == torch.bool)
     if value.layout != torch.strided or (value.is_meta and not parameter.is_meta):
         raise ValueError(f"{place} {name} must be a tensor with values; got {value.layout}, {value.device}. {WAY_OUT}")

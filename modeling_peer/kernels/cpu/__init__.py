@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Kernels for CPUs, compiled by Numba: what the name "cpu" runs."""
+"""Kernels for CPUs, compiled by Numba, under the name "cpu"."""

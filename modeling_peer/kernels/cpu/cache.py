@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Compiled kernels on disk, where Numba keeps them: beside the package, or else in a folder of the user.
+"""Numba's disk cache of compiled kernels: beside the package, or otherwise in a user folder.
 
-Numba asks whether a kernel's own file changed. Kernels call those of other files, so here all of them are asked
-about. Where no folder can be written, or what lies there is damaged, kernels are compiled again by every process.
+Numba checks whether a kernel's own file changed. Kernels call those of other files, so here all files are checked. If
+no folder is writable, or the cached files are damaged, every process compiles the kernels again.
 """
 
 import hashlib
@@ -31,8 +31,10 @@ def fingerprint() -> str:
 
 
 class _KernelCacheImpl(CompileResultCacheImpl):
-    """Numba's way to write and read a compiled function, with the fingerprint in the index and beside the code: two
-    versions that run at the same time may write to the same files."""
+    """Numba's writing and reading of a compiled function, with the fingerprint in the index and beside the code.
+
+    Two versions that run at the same time may write to the same files.
+    """
 
     def __init__(self, py_func):
         super().__init__(py_func)
@@ -67,12 +69,12 @@ class _KernelCache(FunctionCache):
     def _begin_again(self):
         try:
             self.flush()
-        except Exception:  # as where it can't be written: `save_overload` says so
+        except Exception:  # for example not writable; `save_overload` warns
             self.disable()
 
 
 def keep_compiled(dispatcher) -> None:
-    """Have the function that Numba compiles (`njit`) kept on disk, if any folder will do."""
+    """Cache the function that Numba compiles (`njit`) on disk, if any folder is writable."""
     try:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     except Exception as error:
@@ -83,7 +85,7 @@ _warned = []
 
 
 def _warn(what: str, error: Exception) -> None:
-    """Once a process: what happens to one kernel happens to the hundred others."""
+    """Warn once per process, because a problem of one kernel affects the hundred others too."""
     if not _warned:
         logger.warning(f"PEER compiles its CPU kernels in every process: {what} ({type(error).__name__}: {error}).")
     _warned.append(what)

@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Reading and writing experts on CPU, as fast as rows come from memory, and the gradients of their tables.
+"""Reading and writing experts on CPU, at the speed of memory, and the gradients of their tables.
 
     read    pre[t, a] = tokens[t] · table[id]                     one pass over the rows of each token
     write   out[t]    = Σ_a weights[t, a] · table[id]             the same
     rows    grad[id]  = Σ_(t, a) weights[t, a] · tokens[t]        one pass over assignments sorted by expert, at once
-                                                                  or when an optimizer wants the row (`OuterProducts`)
+                                                                  or when an optimizer reads the row (`OuterProducts`)
 
-A row comes from anywhere in a table of gigabytes, so the rows to come are prefetched while one is used; nothing is
-gathered into a tensor of its own. Sums run in float32, tables are float32 or bfloat16. Every element is computed by
-one thread in a fixed order: results are bit-identical from run to run, whatever the number of threads.
+A row may be anywhere in a table of gigabytes, so the next rows are prefetched while one is used. Rows are not gathered
+into a separate tensor. Sums run in float32; tables are float32 or bfloat16. One thread computes each element in a
+fixed order. So results are bit-identical from run to run, whatever the number of threads.
 """
 
 import numpy as np
@@ -20,15 +20,15 @@ from . import threads
 from .memory import array, borrowed, floats, move_to_huge_pages
 from .simd import compiled, narrow, prefetch_row, widen
 
-# Rows asked for ahead of the one in use: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
+# Rows prefetched ahead of the current one: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
 PREFETCHED_ROWS = 8
-# Rows of 1 KiB come at about 0.1 us each: see `cpu.threads.run`.
+# A row of 1 KiB takes about 0.1 us: see `cpu.threads.run`.
 MIN_ASSIGNMENTS_PER_THREAD = 1024
 RADIX_BITS = 11
 
 
 def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
-    """Positions in flattened `expert_ids` (t, a), int64, in stable order of expert: (t * a,), int64."""
+    """Positions in flattened `expert_ids` (t, a), int64, sorted stably by expert: (t * a,), int64."""
     ids = expert_ids.flatten()
     order = torch.empty_like(ids)
     if len(ids):
@@ -41,7 +41,7 @@ def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
 
 @compiled
 def _radix_argsort(ids, largest, order):
-    """Stable, by `RADIX_BITS` a pass from the lowest: two passes for a million experts."""
+    """Stable radix sort with `RADIX_BITS` per pass, lowest bits first: two passes for a million experts."""
     mask = np.int64((1 << RADIX_BITS) - 1)
     other = np.empty_like(order)
     for i in range(len(ids)):
@@ -63,7 +63,7 @@ def _radix_argsort(ids, largest, order):
 
 
 def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Products (t, a), float32, of `tokens` (t, d) with their rows of `table` (N, d)."""
+    """Dot products (t, a), float32, of `tokens` (t, d) with their rows of `table` (N, d)."""
     tokens, products = tokens.to(torch.float32), torch.empty_like(expert_ids, dtype=torch.float32)
     ids, rows = ids_and_rows(expert_ids, table)
     _for_assignments(_read, expert_ids.numel(), borrowed(tokens), ids, rows, borrowed(products))
@@ -81,7 +81,7 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
 
 
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sums (t, d), float32, of rows of `table` (N, d) with `weights` (t, a)."""
+    """Weighted sums (t, d), float32, of rows of `table` (N, d), with `weights` (t, a)."""
     weights = weights.to(torch.float32)
     outputs = torch.empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32, device="cpu")
     ids, rows = ids_and_rows(expert_ids, table)
@@ -98,7 +98,7 @@ def _write(weights, expert_ids, table, outputs, chunk, num_chunks):
         output = outputs[token]
         output[:] = 0
         first = token * num_active
-        for a in range(0, num_active - 1, 2):  # by two: the output is then loaded and stored half as often
+        for a in range(0, num_active - 1, 2):  # two at a time, to load and store the output half as often
             prefetch_row(table, ids[min(first + a + PREFETCHED_ROWS, last)])
             prefetch_row(table, ids[min(first + a + PREFETCHED_ROWS + 1, last)])
             _add_two(
@@ -120,8 +120,8 @@ def row_gradients(
     """Sum of `weights` (t, a) times `tokens` (t, d) over the assignments of each expert, in `dtype`.
 
     Returns:
-        rows: ascending experts that were assigned to, `(u,)`; empty when not `row_sparse`.
-        values: their gradients, `(u, d)`; or of all experts, `(num_experts, d)`.
+        rows: experts with assignments, ascending, `(u,)`; empty without `row_sparse`.
+        values: their gradients, `(u, d)`; or those of all experts, `(num_experts, d)`.
     """
     products = OuterProducts.group(expert_ids, order, weights, tokens, num_experts)
     rows, values, targets = _gradient(products.rows, num_experts, tokens.shape[1], dtype, row_sparse)
@@ -137,8 +137,11 @@ def write_experts_gradients(
     table: torch.Tensor,
     row_sparse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `write_experts` for `grad_outputs` (t, d): of `weights`, (t, a), and of `table`, as
-    `row_gradients`, in one pass: each row is loaded once for all its assignments, each token once for both."""
+    """Gradients of `write_experts` for `grad_outputs` (t, d): those of `weights`, (t, a), and those of `table`.
+
+    The latter are as in `row_gradients`. One pass computes both. It loads each row once for all its assignments, and
+    each token once for both gradients.
+    """
     touched, starts = segments(expert_ids, order, table.shape[0])
     rows, values, targets = _gradient(touched, *table.shape, table.dtype, row_sparse)
     grad_weights = torch.empty(expert_ids.shape, dtype=torch.float32, device="cpu")
@@ -166,8 +169,10 @@ def _sum_rows_and_read(weights, tokens, order, starts, targets, values, rows, ta
 
 
 def read_experts_in_order(products: OuterProducts, order: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """`read_experts` of the tokens that `products` are made of, whose assignments `order` sorted: (t * a,), float32.
-    Each row is loaded once for all its assignments, and rows are met in the order in which they lie."""
+    """`read_experts` of the tokens in `products`, whose assignments `order` sorted: (t * a,), float32.
+
+    Each row is loaded once for all its assignments, and rows are read in memory order.
+    """
     results = torch.empty(len(order), dtype=torch.float32, device="cpu")
     rows, starts, _, token_ids, tokens = map(array, products)
     _for_assignments(
@@ -186,7 +191,7 @@ def _read_in_order(tokens, token_ids, starts, rows, order, table, results, chunk
 
 
 def multiply_out(products: OuterProducts, dtype: torch.dtype) -> torch.Tensor:
-    """Values (u, d) of their rows."""
+    """Values (u, d) of the rows of `products`."""
     values = torch.empty(len(products.rows), products.tokens.shape[1], dtype=dtype, device="cpu")
     _multiply_out_into(products, torch.arange(len(values), device="cpu"), values)
     return values
@@ -206,7 +211,7 @@ def _multiply_out(starts, weights, token_ids, tokens, targets, values, chunk, nu
 
 
 def squared_norms(products: OuterProducts) -> torch.Tensor:
-    """Of each of their rows, (u,), float32."""
+    """Squared norm of each row of `products`: (u,), float32."""
     norms = torch.empty(len(products.rows), dtype=torch.float32, device="cpu")
     _for_assignments(_square, len(products.weights), *map(array, products[1:]), array(norms))
     return norms
@@ -222,14 +227,14 @@ def _square(starts, weights, token_ids, tokens, norms, chunk, num_chunks):
 
 @compiled
 def sum_products(total, start, stop, weights, token_ids, tokens):
-    """One row of `OuterProducts`, into `total`."""
+    """Compute one row of `OuterProducts` into `total`."""
     total[:] = 0
     for j in range(start, stop):
         add_row(total, weights[j], tokens[token_ids[j]])
 
 
 def segments(expert_ids: torch.Tensor, order: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Experts that were assigned to, ascending, `(u,)`; where the assignments of each start in `order`, `(u + 1,)`.
+    """Experts with assignments, ascending, `(u,)`, and where the assignments of each start in `order`, `(u + 1,)`.
 
     Raises:
         ValueError: `order` is not `group_by_expert(expert_ids)`.
@@ -242,14 +247,16 @@ def segments(expert_ids: torch.Tensor, order: torch.Tensor, num_experts: int) ->
         raise_unsorted(order)
     if count and not 0 <= int(rows[0]) <= int(rows[count - 1]) < num_experts:
         check_ids_exist(ids, num_experts)
-    # Clones: the full-length buffers would stay alive as long as the gradient.
+    # Clones, because the full-length buffers would otherwise live as long as the gradient.
     return rows[:count].clone(), starts[: count + 1].clone()
 
 
 @compiled
 def _find_segments(ids, order, rows, starts):
-    """How many there are; -1 where `order` does not sort all positions by id, then by themselves: kernels would read
-    beyond memory, or leave some without a result."""
+    """Number of segments; -1 if `order` does not sort all positions by id, and equal ids by position.
+
+    With such an order, kernels would read beyond memory or leave positions without a result.
+    """
     count = 0
     for i in range(len(order)):
         if not 0 <= order[i] < len(ids):
@@ -265,19 +272,19 @@ def _find_segments(ids, order, rows, starts):
 
 
 def _gradient(touched, num_experts, width, dtype, row_sparse):
-    """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each that was touched."""
+    """`rows` and `values` as `row_gradients` returns them, and the row of `values` for each touched expert."""
     if row_sparse:
         return (
             touched,
             torch.empty(len(touched), width, dtype=dtype, device="cpu"),
             torch.arange(len(touched), device="cpu"),
         )
-    # Not in huge pages: half a GiB of them at every step, and Linux soon spends longer finding them than they save.
+    # Not in huge pages: with half a GiB of them per step, Linux soon takes longer to find them than they save.
     return touched.new_empty(0), torch.zeros(num_experts, width, dtype=dtype, device="cpu"), touched
 
 
 def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Both as borrowed arrays, when the experts exist."""
+    """Both as borrowed arrays, after a check that the experts exist."""
     ids, num_experts = borrowed(expert_ids), table.shape[0]
     if not all_below(ids, num_experts):
         check_ids_exist(expert_ids, num_experts)
@@ -285,7 +292,7 @@ def ids_and_rows(expert_ids: torch.Tensor, table: torch.Tensor) -> tuple[np.ndar
 
 
 def rows_of(table: torch.Tensor) -> np.ndarray:
-    """A table as a borrowed array, in huge pages where it is large."""
+    """A table as a borrowed array, in huge pages if it is large."""
     move_to_huge_pages(table)
     return borrowed(table)
 

@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A few tokens on CPU, one as a rule: decoding, where what is called between kernels takes as long as they do.
+"""A few tokens on CPU, usually one: in decoding, the calls between kernels take as long as the kernels.
 
     queries, normalised | scores | best experts and gates | act(x · down) · gate, added up with the rows of `up`
 
-Every element is summed in an order in which neither other tokens nor the number of threads have a part: results are
-bit-identical from run to run.
+The order of every sum depends neither on other tokens nor on the number of threads, so results are bit-identical from
+run to run.
 """
 
 import math
@@ -21,14 +21,14 @@ from .simd import GROUPS, compiled, narrow, prefetch_row, widen
 from .threads import in_parallel
 from .top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
 
-# From so many queries for the same sub-keys on it pays to lay these out in blocks (`cpu.retrieval`).
+# From this many queries for the same sub-keys on, laying these out in blocks saves time (`cpu.retrieval`).
 MIN_BLOCKED_ROWS = 64
-MAX_ASSIGNMENTS = 1024  # beyond, PyTorch's activation of many numbers at once saves more than one pass over the rows
+MAX_ASSIGNMENTS = 1024  # above, PyTorch's activation of many numbers at once saves more than one pass over the rows
 CHUNKS_PER_THREAD = 2
 KEYS_PER_PART = 128
 ASSIGNMENTS_PER_PART = 32
 
-# What compiled code knows gates and activations by.
+# Codes of gates and activations in compiled code.
 SCORES, SOFTMAX, SIGMOID = range(3)
 GATES = {"softmax": SOFTMAX, "sigmoid": SIGMOID}
 IDENTITY, GELU, RELU, SILU = range(4)
@@ -45,7 +45,7 @@ def run_layer(
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
 ) -> torch.Tensor:
-    """Outputs (t, d), float32. Arguments as of `one_call.run_few`, which has checked them; `activation` by name."""
+    """Outputs (t, d), float32. Arguments are those of `one_call.run_few`, which checks them; `activation` by name."""
     weight = query_network.weight
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     num_sub_keys, half = sub_keys.shape[-2:]
@@ -107,7 +107,7 @@ def _run_layer(
 
 @compiled
 def _make_queries(tokens, weight, bias, mean, variance, scale, shift, eps, queries, query_dim, chunk, num_chunks):
-    """Queries (t, h * q) of some heads, rounded as a linear map of the weights' type rounds them, normalised."""
+    """Normalised queries (t, h * q) of some heads, rounded like the output of a linear map of the weights' type."""
     num_heads = len(weight) // query_dim
     for head in range(num_heads * chunk // num_chunks, num_heads * (chunk + 1) // num_chunks):
         first = head * query_dim
@@ -149,8 +149,10 @@ def _mean_square(values, center):
 
 
 def search_few(queries: np.ndarray, codebooks: np.ndarray, scores: np.ndarray, expert_ids: np.ndarray) -> None:
-    """Write `scores` and `expert_ids`, (rows, k) each, of queries (rows, 2, q / 2): row r searches codebook
-    `r % searches` of (searches, 2, n, q / 2)."""
+    """Write `scores` and `expert_ids`, (rows, k) each, for queries (rows, 2, q / 2).
+
+    Row r searches codebook `r % searches` of (searches, 2, n, q / 2).
+    """
     _search(queries, codebooks, scores, expert_ids, SCORES, threads.team_for(codebooks.nbytes))
 
 
@@ -167,7 +169,7 @@ def _search(queries, codebooks, out_scores, out_ids, gate, num_threads):
 
 @compiled
 def _score(queries, codebooks, products, chunk, num_chunks):
-    """Products (tiles, 2, n, FEW_ROWS) of some parts of the codebooks as they lie, with FEW_ROWS queries at a time."""
+    """Products (tiles, 2, n, FEW_ROWS) of parts of the codebooks in their own layout, FEW_ROWS queries at a time."""
     num_searches, _, num_sub_keys, half = codebooks.shape
     rows_per_search = len(queries) // num_searches
     tiles_per_search = len(products) // num_searches
@@ -217,7 +219,7 @@ def _rank(products, num_searches, out_scores, out_ids, gate, chunk, num_chunks):
 
 @compiled
 def _open_gates(scores, gate):
-    """Scores, best first, become gates in their place; `SCORES` stay."""
+    """Turn scores, best first, into gates in place; `SCORES` leaves them unchanged."""
     if gate == SOFTMAX:
         total, largest = np.float32(0), scores[0]
         for i in range(len(scores)):
@@ -245,7 +247,7 @@ def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_thread
 
 @compiled
 def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk, num_chunks):
-    """What some experts of a token add to its output: sums (t, parts, d)."""
+    """Partial outputs of some experts of a token: sums (t, parts, d)."""
     num_tokens, num_parts, _ = sums.shape
     num_active = ids.shape[1]
     stop_unit = num_tokens * num_parts * (chunk + 1) // num_chunks

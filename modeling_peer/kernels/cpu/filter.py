@@ -1,12 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The best sub-keys of many queries with few scores in float32: integers, at twice the rate, say which can win.
+"""The best sub-keys of many queries with few float32 scores: integer scores, at twice the rate, exclude most.
 
     query q and sub-key c, scaled, are integers and a rest: q = r + e, c = s + f
     q · c - r · s = e · c + r · f        in size at most |e| |c| + (|q| + |e|) |f|        (Cauchy-Schwarz)
 
-The float32 score differs from q · c by its rounding, at most 2**-24 |q| |c| a feature. A sub-key that by integers is
-more than twice the sum of both below the k-th best is below k others in float32 too. What is left, 19 of 1024 at
-k = 16, is scored in float32, with the same bits as everywhere: the result is exact.
+The float32 score differs from q · c by its rounding, at most 2**-24 |q| |c| per feature. Add this to the bound above.
+If a sub-key's integer score is more than twice that sum below the k-th best, it is below k others in float32 too. The
+remaining sub-keys, 19 of 1024 at k = 16, are scored in float32, with the same bits as everywhere. So the result is
+exact.
 """
 
 import numpy as np
@@ -23,17 +24,17 @@ from .products import (
 from .simd import GROUPS, compiled
 from .top_k import MAX_COUNTED, PADDING, find_candidates, keep_best
 
-# With fewer it costs more than it saves: break-even at 32 (n = 512, k = 16) to 42 (1024, 24) sub-keys per expert, at
-# 256 to 1,024 queries, and at a width of 16 to 32, on a Zen 4 core, 2026-11-22.
+# Below these the filter costs more than it saves. Break-even is at 32 (n = 512, k = 16) to 42 (1024, 24) sub-keys per
+# expert, at 256 to 1,024 queries, and at a width of 16 to 32, on a Zen 4 core, 2026-11-22.
 MIN_SUB_KEYS_PER_EXPERT, MIN_QUERIES, MIN_WIDTH = 48, 1024, 32
-MAX_WIDTH = 4096  # rounding in the sums that bound the error would otherwise need a margin of its own
+MAX_WIDTH = 4096  # above, rounding in the sums that bound the error would need its own margin
 
-# Beyond, float32 scores might overflow, or lose bits as subnormal numbers.
+# Outside this range, float32 scores might overflow, or lose bits as subnormal numbers.
 MIN_SCALE, MAX_SCALE = np.float32(2.0**-48), np.float32(2.0**48)
 
 
 def pays_off(num_queries: int, num_sub_keys: int, width: int, top_k: int) -> bool:
-    """Whether to filter `num_queries` searches for `top_k` of `num_sub_keys`, each of `width` features."""
+    """Whether to filter `num_queries` searches for the `top_k` of `num_sub_keys` with `width` features each."""
     return (
         HAS_VNNI
         and num_queries >= MIN_QUERIES
@@ -46,10 +47,10 @@ def pays_off(num_queries: int, num_sub_keys: int, width: int, top_k: int) -> boo
 
 @compiled
 def round_sub_keys(codebooks):
-    """Sub-keys (searches, 2, n, q / 2) as integers, side by side in blocks as `score_integer_block` reads them, whole
-    groups of them: (searches, 2, blocks, q / 4, BLOCK_KEYS), a pair of 16 bits in each of 32.
+    """Sub-keys (searches, 2, n, q / 2) as integers, in blocks as `score_integer_block` reads them.
 
-    Also, (searches, 2, 2), the largest |c| and |f| of each codebook; NaN where sub-keys can't be scaled.
+    The result is (searches, 2, blocks, q / 4, BLOCK_KEYS), padded to whole groups. Each 32 bits hold a pair of 16.
+    Also returns the largest |c| and |f| of each codebook, (searches, 2, 2); NaN if sub-keys cannot be scaled.
     """
     num_searches, _, num_sub_keys, width = codebooks.shape
     num_blocks = -(-num_sub_keys // GROUPS) * GROUPS // BLOCK_KEYS
@@ -71,11 +72,12 @@ def round_sub_keys(codebooks):
 
 @compiled
 def filtered_top_k(queries, num_rows, blocks, lengths, sub_keys, scores, scratch, best, best_keys):
-    """The best of `sub_keys` (n, q / 2), `blocks` and `lengths` from `round_sub_keys`, for the first `num_rows` of
-    `queries` (rows, q / 2), where few can win.
+    """The best of `sub_keys` for the first `num_rows` of `queries`, for rows where few sub-keys can win.
+
+    `sub_keys` is (n, q / 2) and `queries` (rows, q / 2); `blocks` and `lengths` are from `round_sub_keys`.
 
     Returns:
-        The other rows: many scores tie, or nothing can be said about rounding.
+        The other rows: many of their scores tie, or there is no bound on their rounding.
     """
     num_sub_keys = len(sub_keys)
     integers, margins = np.zeros(queries.shape, np.int16), np.empty(num_rows, np.float32)
@@ -105,18 +107,21 @@ def filtered_top_k(queries, num_rows, blocks, lengths, sub_keys, scores, scratch
 
 @compiled
 def _round_query(query, lengths, integers):
-    """Write `integers` of `query`; how far below the k-th best by integers a winner can be, NaN if that is unknown."""
+    """Write `integers` of `query`, and return how far below the k-th best integer score a winner can be.
+
+    The result is NaN if that is unknown.
+    """
     width, (longest, longest_rest) = len(query), lengths
     length, rest = _round(query, _scale(query, width), integers)
     error = rest * longest + (length + rest) * longest_rest
-    # 8: roundings other than the sum's
+    # 8 is for roundings other than the sum's
     error += (width + 8) * np.float32(2.0**-24) * length * longest
     return np.float32(2.002) * error + np.float32(2)
 
 
 @compiled
 def _scale(values, width):
-    """What makes of `values` the largest integers of which sums of `width` products fit into 32 bits; or NaN."""
+    """The scale that gives the largest integers whose sums of `width` products fit into 32 bits; or NaN."""
     largest = np.float32(0)
     for value in values:
         largest = abs(value) if abs(value) > largest else largest
@@ -126,7 +131,10 @@ def _scale(values, width):
 
 @compiled
 def _round(values, scale, integers):
-    """Write the nearest `integers` to `values * scale`; lengths of the latter and of the difference, NaN if one is."""
+    """Write the nearest `integers` to `values * scale`. Returns the lengths of the latter and of the difference.
+
+    They are NaN if a value is.
+    """
     square = rest = np.float32(0)
     for i in range(len(values)):
         value = values[i] * scale

@@ -30,13 +30,13 @@ def adamw_rows_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """`optim.row_sparse_adamw.adamw_rows_`, the same arguments and effect.
+    """`optim.row_sparse_adamw.adamw_rows_`, with the same arguments and effect.
 
     Raises:
-        ValueError: shapes, rows or dtypes that the compiled loop can't take.
+        ValueError: the compiled loop does not support the shapes, rows or dtypes.
     """
     check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
-    one_square = exp_avg_sq.shape[1] < table.shape[1]  # for the whole row
+    one_square = exp_avg_sq.shape[1] < table.shape[1]  # one for the whole row
     _check_dtypes(table, exp_avg, exp_avg_sq, gradients, one_square)
     owners = (table, exp_avg, exp_avg_sq)
     table, exp_avg, exp_avg_sq = (tensor.contiguous() for tensor in owners)
@@ -80,12 +80,12 @@ def _check_dtypes(table, exp_avg, exp_avg_sq, gradients, one_square: bool) -> No
 
 @compiled
 def _gradient(gradients, products, i, total):
-    """That of row i, which lies in `gradients`, or is multiplied out into `total`."""
+    """The gradient of row i, read from `gradients` or computed into `total`."""
     if products is not None:
         starts, weights, token_ids, tokens = products
         sum_products(total, starts[i], starts[i + 1], weights, token_ids, tokens)
         gradient = total
-    if gradients is not None:  # no `else`: the compiler leaves out what tests for an argument that is None
+    if gradients is not None:  # no `else`: the compiler removes code that tests an argument for None
         gradient = gradients[i]
     return gradient
 

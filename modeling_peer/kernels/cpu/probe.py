@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whether CPU kernels can be compiled and run here: everything they import, and a tiny one of them."""
+"""Check that CPU kernels can be compiled and run here: import everything they need, and run a tiny one."""
 
 import numpy as np
 
@@ -13,11 +13,12 @@ WIDTH = 8
 
 
 def probe() -> None:
-    """Compile and run what all kernels are made of: threads, prefetching, vectors. No tensor is needed, so that it
-    may run while PyTorch traces.
+    """Compile and run the building blocks of all kernels: threads, prefetching, vectors.
+
+    It needs no tensor, so it can run while PyTorch traces.
 
     Raises:
-        Exception: of any kind, from whatever does not work.
+        Exception: of any kind, from the part that fails.
     """
     rows, columns = np.ones((FEW_KEYS, WIDTH), np.float32), np.ones((WIDTH, FEW_ROWS), np.float32)
     products, sums = np.zeros((FEW_KEYS, FEW_ROWS), np.float32), np.zeros(FEW_KEYS, np.float32)

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Scores of sub-keys, summed in registers: blocks of them in float32 or in integers, or those of a list.
 
-Whichever computes a float32 score adds up its features one after the other: the same bits.
+Every function adds up the features of a float32 score one after the other, so all give the same bits.
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from .simd import element, in_every_lane
 
 _FEATURES = llvm.get_host_cpu_features()
 HAS_AVX512 = bool(_FEATURES.get("avx512f", False))
-# Products of pairs of int16, summed in int32, at twice the rate of float32. The instruction is asked for by name,
-# which LLVM does not survive when it was told to compile for another CPU. (AVX2's two instructions have 1.6 times the
-# rate of float32 on a Zen 3 core; a search takes as long with as without the filter there, 2026-11-26.)
+# Products of pairs of int16, summed in int32, at twice the rate of float32. The instruction is requested by name; LLVM
+# crashes on it if it compiles for another CPU. (AVX2's two instructions have 1.6 times the rate of float32 on a Zen 3
+# core. There a search takes as long with the filter as without, 2026-11-26.)
 HAS_VNNI = HAS_AVX512 and bool(_FEATURES.get("avx512vnni", False)) and not (config.CPU_NAME or config.CPU_FEATURES)
 
-# A block of scores in registers, BLOCK_ROWS queries x BLOCK_KEYS sub-keys: 16 accumulators of 16 lanes fill half of
-# AVX-512's registers, 12 of 8 lanes three quarters of AVX2's. Retrieval of 2,048 tokens on two Zen 4 cores took 60 ms
-# with 8 x 2 vectors, 63 with 4 x 4, 65 with 24 x 1, 154 with 12 x 2 (2026-11-22). With AVX2, on a Zen 3 core, 6 x 2,
-# 5 x 2, 4 x 2 and 2 x 4 are equal; 3 x 4 is half as fast, n x 1 two thirds (2026-11-26).
+# A block of scores in registers, BLOCK_ROWS queries x BLOCK_KEYS sub-keys. 16 accumulators of 16 lanes fill half of
+# AVX-512's registers; 12 of 8 lanes fill three quarters of AVX2's. Retrieval of 2,048 tokens on two Zen 4 cores took
+# 60 ms with 8 x 2 vectors, 63 with 4 x 4, 65 with 24 x 1, 154 with 12 x 2 (2026-11-22). With AVX2, on a Zen 3 core,
+# 6 x 2, 5 x 2, 4 x 2 and 2 x 4 are equal; 3 x 4 is half as fast, n x 1 two thirds as fast (2026-11-26).
 LANES, BLOCK_ROWS, BLOCK_VECTORS = (16, 8, 2) if HAS_AVX512 else (8, 6, 2)
 BLOCK_KEYS = LANES * BLOCK_VECTORS
 
@@ -36,7 +36,7 @@ def _int64(value: int) -> ir.Constant:
 
 
 def _sum_over(builder, width, step: int, num_sums: int, vector_type: ir.VectorType, add: Callable) -> list[ir.Value]:
-    """The vectors that `sums = add(feature, sums)` makes, from `num_sums` zeros, for feature 0, step, ... < width."""
+    """Vectors from `sums = add(feature, sums)` for feature 0, step, ... < width, starting from `num_sums` zeros."""
     before, loop, after = builder.block, builder.append_basic_block("sum"), builder.append_basic_block("summed")
     builder.branch(loop)
 
@@ -59,7 +59,7 @@ def _multiply_floats(builder, left, right, total):
 
 
 def _multiply_pairs(builder, left, right, total):
-    """`total` plus both products of the two int16 in each lane."""
+    """`total` plus the two products of the int16 pairs in each lane."""
     return _call(builder, "llvm.x86.avx512.vpdpwssd.512", total, left, right)
 
 
@@ -111,19 +111,19 @@ def _product_block(num_rows: int, lanes: int, num_vectors: int, lane_type: ir.Ty
     return product_block
 
 
-# Many queries with sub-keys laid out in blocks; and, sides swapped, sub-keys as they are with FEW_ROWS queries.
+# Many queries with sub-keys laid out in blocks. With sides swapped: sub-keys in their own layout, FEW_ROWS queries.
 score_block = _product_block(BLOCK_ROWS, LANES, BLOCK_VECTORS, _FLOAT, _multiply_floats)
 score_integer_block = _product_block(BLOCK_ROWS, LANES, BLOCK_VECTORS, _INT32, _multiply_pairs)
 FEW_ROWS, FEW_KEYS = 8, 8
 score_few_block = _product_block(FEW_KEYS, FEW_ROWS, 1, _FLOAT, _multiply_floats)
 
-# Sub-keys of a list that are scored at once, in vectors of 8, and features that are loaded at once from each.
+# Sub-keys of a list scored at once, in vectors of 8, and features loaded at once from each.
 LISTED_KEYS, LISTED_LANES, LISTED_FEATURES = 24, 8, 4
 
 
 @intrinsic
 def score_listed(typing_context, query, sub_keys, keys, first, out):
-    """`out[i] = query · sub_keys[keys[i]]` for the `LISTED_KEYS` positions i from `first` on.
+    """`out[i] = query · sub_keys[keys[i]]` for `LISTED_KEYS` positions i, starting at `first`.
 
     `query` (width,) and `sub_keys` (n, width) are float32, `keys` int64; all are C-contiguous, and `width` is a
     multiple of `LISTED_FEATURES`.
@@ -165,7 +165,7 @@ def score_listed(typing_context, query, sub_keys, keys, first, out):
 
 
 def _columns(builder, rows):
-    """The columns of a matrix of which `rows` are the rows, a power of two of them."""
+    """The columns of the matrix with these `rows`, whose number is a power of two."""
     num_rows, num_columns = len(rows), rows[0].type.count
     order = lambda indices: ir.Constant(ir.VectorType(_INT32, len(indices)), list(indices))  # noqa: E731
     while len(rows) > 1:

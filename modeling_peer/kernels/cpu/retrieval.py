@@ -1,13 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Exact product-key retrieval on CPU: scores and top-k together, one tile of queries at a time, in cache.
 
-    scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache; of many queries in integers
-                          first, then in float32 of the few sub-keys that can win (`cpu.filter`); of a few queries, see
-                          `cpu.few_tokens`
+    scores of a tile      (TILE_ROWS, n) of one codebook: they never leave the L2 cache. For many queries they are
+                          computed in integers first, then in float32 for the few sub-keys that can win (`cpu.filter`).
+                          For a few queries, see `cpu.few_tokens`.
     best k of each row    and of the pairs of a row's and a column's scores (`cpu.top_k`)
 
-A query is summed in the same order whatever its neighbours, their number and that of threads: results are
-bit-identical from run to run.
+A query is summed in the same order, whatever the other queries and the number of threads. So results are bit-identical
+from run to run.
 """
 
 import numpy as np
@@ -24,20 +24,22 @@ from .products import BLOCK_KEYS, BLOCK_ROWS, score_block
 from .simd import GROUPS, compiled
 from .top_k import PADDING, best_pairs, copy_finite, find_best, scratch_for
 
-# A multiple of every BLOCK_ROWS; best of 12 to 384 on two Zen 4 cores, 2026-11-22; 24 to 192 are equal on Zen 3.
+# A multiple of every BLOCK_ROWS. Best of 12 to 384 on two Zen 4 cores, 2026-11-22; 24 to 192 are equal on Zen 3.
 TILE_ROWS = 192
 MIN_ROWS_PER_THREAD = 64
 
 
 def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `operators.product_key_top_k`; `query` is float32. A row of scores that is not finite (a NaN in the query or
-    in a sub-key) gives NaN scores and ids that exist."""
+    """See `operators.product_key_top_k`; `query` is float32.
+
+    If a row of scores is not finite (a NaN in the query or in a sub-key), its scores are NaN and its ids valid.
+    """
     num_tokens, num_heads, query_dim = query.shape
     num_sub_keys = sub_keys.shape[-2]
     half = query_dim // 2
     scores = torch.empty(num_tokens, num_heads, top_k, dtype=torch.float32, device="cpu")
     expert_ids = torch.empty(num_tokens, num_heads, top_k, dtype=torch.int64, device="cpu")
-    # Heads with codebooks of their own search apart, each through every num_heads-th row of the queries.
+    # Heads with their own codebooks search separately, each through every num_heads-th row of the queries.
     codebooks = sub_keys.to(torch.float32)
     num_rows, num_searches = num_tokens * num_heads, codebooks.numel() // (2 * num_sub_keys * half)
     arguments = (borrowed(query, num_rows, 2, half), borrowed(codebooks, num_searches, 2, num_sub_keys, half))
@@ -54,8 +56,10 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
 
 @compiled
 def _blocks(codebooks):
-    """Sub-keys side by side, feature by feature, as `score_block` reads them, whole groups of them: (searches, 2,
-    blocks, q / 2, BLOCK_KEYS). And zero, or NaN if a sub-key is not finite."""
+    """Sub-keys in blocks, feature by feature, as `score_block` reads them: (searches, 2, blocks, q / 2, BLOCK_KEYS).
+
+    They are padded to whole groups. Also returns zero, or NaN if a sub-key is not finite.
+    """
     num_searches, _, num_sub_keys, half = codebooks.shape
     num_blocks = -(-num_sub_keys // GROUPS) * GROUPS // BLOCK_KEYS
     blocks = np.zeros((num_searches, 2, num_blocks, half, BLOCK_KEYS), np.float32)
@@ -71,8 +75,11 @@ def _blocks(codebooks):
 
 @compiled
 def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_ids, chunk, num_chunks):
-    """Queries (rows, 2, q / 2) against codebooks (searches, 2, n, q / 2), tile by tile. `blocks` has their sub-keys as
-    `_blocks` puts them, `rounded` as `cpu.filter.round_sub_keys` does, or is None."""
+    """Search codebooks (searches, 2, n, q / 2) for queries (rows, 2, q / 2), tile by tile.
+
+    `blocks` has the sub-keys in the layout of `_blocks`. `rounded` has them in that of `cpu.filter.round_sub_keys`, or
+    is None.
+    """
     num_searches, _, num_sub_keys, half = codebooks.shape
     num_blocks = blocks.shape[2]
     top_k = out_scores.shape[1]
@@ -80,7 +87,7 @@ def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_id
     tiles_per_search = -(-rows_per_search // TILE_ROWS)
     num_tiles = num_searches * tiles_per_search
 
-    # Rows beyond the last query are computed too, and not looked at.
+    # Rows beyond the last query are computed too, and ignored.
     tile_queries = np.zeros((TILE_ROWS, half), np.float32)
     scores = np.empty((TILE_ROWS, num_blocks * BLOCK_KEYS), np.float32)
     best, best_keys = np.empty((2, TILE_ROWS, top_k), np.float32), np.empty((2, TILE_ROWS, top_k), np.int64)
@@ -94,7 +101,7 @@ def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_id
         for codebook in range(2):
             for i in range(num_rows):
                 finite[i] += copy_finite(queries[(start + i) * num_searches + search, codebook], tile_queries[i])
-            rows = np.arange(num_rows)  # that need every score, and their queries
+            rows = np.arange(num_rows)  # rows that need every score, and their queries
             if rounded is not None:
                 rows = filtered_top_k(
                     tile_queries,
@@ -123,14 +130,14 @@ def _search(queries, codebooks, blocks, rounded, finite_keys, out_scores, out_id
 def product_key_top_k_backward(
     grad_scores: torch.Tensor, expert_ids: torch.Tensor, query: torch.Tensor, sub_keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of `query` and `sub_keys`, float32. Bit-identical from run to run for one number of threads."""
+    """Gradients of `query` and `sub_keys`, float32. Bit-identical from run to run with the same number of threads."""
     num_tokens, num_heads, top_k = expert_ids.shape
     num_sub_keys, half = sub_keys.shape[-2:]
     if not all_below(array(expert_ids), num_sub_keys**2):
         check_ids_exist(expert_ids, num_sub_keys**2)
     codebooks = sub_keys.to(torch.float32).view(-1, 2, num_sub_keys, half)
     grad_query = torch.empty(num_tokens, num_heads, 2 * half, dtype=torch.float32, device="cpu")
-    # Threads add up gradients of sub-keys apart, which stays small: as many values as sub-keys.
+    # Each thread sums its own gradients of sub-keys. They are small: as many values as the sub-keys have.
     grad_sub_keys = torch.zeros(torch.get_num_threads(), *codebooks.shape, dtype=torch.float32, device="cpu")
     threads.run(
         _search_backward,

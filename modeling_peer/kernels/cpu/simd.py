@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What Numba's Python cannot say: prefetching, bfloat16, masks."""
+"""Operations that Numba's Python lacks: prefetching, bfloat16, masks."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from numba.extending import intrinsic
 
 from .cache import keep_compiled
 
-# Sums may be reordered and fused, so that they vectorise; unlike `fastmath=True`, NaN and infinity stay what they are.
+# Sums may be reordered and fused, so that they vectorise. Unlike `fastmath=True`, this preserves NaN and infinity.
 ARITHMETIC = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def compiled(function: Callable) -> Callable:
-    """Decorator: a kernel, compiled for each combination of argument types when it is first called with them."""
+    """Decorator: a kernel, compiled at the first call with each combination of argument types."""
     dispatcher = njit(nogil=True, fastmath=ARITHMETIC, error_model="numpy")(function)
     if dispatcher is function:
         raise RuntimeError("NUMBA_DISABLE_JIT is set: Numba compiles nothing")
@@ -26,7 +26,7 @@ def compiled(function: Callable) -> Callable:
 GROUPS = 64  # bits of a mask of scores, and a multiple of every `cpu.products.BLOCK_KEYS`
 
 CACHE_LINE = 64  # bytes
-MAX_PREFETCHED_LINES = 16  # of one row; the hardware's own prefetcher follows from there
+MAX_PREFETCHED_LINES = 16  # of one row; the hardware prefetcher loads the rest
 
 _FLOAT = ir.FloatType()
 _INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -49,7 +49,7 @@ def in_every_lane(builder, value, vector_type):
 
 @intrinsic
 def _prefetch(typing_context, array, row, column):
-    """Ask for the cache line of `array[row, column]` without waiting for it."""
+    """Prefetch the cache line of `array[row, column]`, without waiting for it."""
 
     def generate(context, builder, signature, args):
         pointer = element(context, builder, signature.args[0], args[0], args[1:], ir.IntType(8))
@@ -65,7 +65,7 @@ def _prefetch(typing_context, array, row, column):
 
 @compiled
 def prefetch_row(table, row):
-    """Ask for the beginning of `table[row]`: the rows of one token lie all over a table of gigabytes."""
+    """Prefetch the beginning of `table[row]`: the rows of one token are scattered over a table of gigabytes."""
     step = CACHE_LINE // table.itemsize
     for column in range(0, min(table.shape[1], MAX_PREFETCHED_LINES * step), step):
         _prefetch(table, row, column)
@@ -73,7 +73,7 @@ def prefetch_row(table, row):
 
 @intrinsic
 def widen(typing_context, value):
-    """A table's value as float32; bfloat16 comes as its bits in uint16, which NumPy has."""
+    """A table's value as float32. bfloat16 is passed as its bits in uint16, a type that NumPy has."""
     if value == types.float32:
         return types.float32(value), lambda context, builder, signature, args: args[0]
 
@@ -121,8 +121,10 @@ def chance(typing_context, row, column, step):
 
 @intrinsic
 def narrow_by_chance(typing_context, value, like, chance):
-    """float32 `value` in the type of `like`: itself, or bfloat16 bits, rounded up where what is cut off and `chance`,
-    from 0 to 2**16 - 1, are together 2**16 or more."""
+    """float32 `value` in the type of `like`: itself, or bfloat16 bits rounded stochastically.
+
+    It is rounded up if the bits cut off plus `chance`, from 0 to 2**16 - 1, are 2**16 or more.
+    """
     if like == types.float32:
         return types.float32(types.float32, like, chance), lambda context, builder, signature, args: args[0]
 
@@ -135,7 +137,7 @@ def narrow_by_chance(typing_context, value, like, chance):
 
 @intrinsic
 def at_least(typing_context, scores, first, bound):
-    """Which of the `GROUPS` values of `scores` (1-D, float32) from `first` on reach `bound`: bit i for value i."""
+    """Mask of the `GROUPS` values of `scores` (1-D, float32) from `first` that reach `bound`: bit i for value i."""
 
     def generate(context, builder, signature, args):
         vector = ir.VectorType(_FLOAT, GROUPS)
@@ -147,7 +149,7 @@ def at_least(typing_context, scores, first, bound):
 
 @intrinsic
 def lowest_bit(typing_context, mask):
-    """Position of the lowest bit that is set in `mask`; 64 if none is."""
+    """Position of the lowest set bit in `mask`; 64 if there is none."""
 
     def generate(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
@@ -157,7 +159,7 @@ def lowest_bit(typing_context, mask):
 
 @intrinsic
 def count_bits(typing_context, mask):
-    """How many bits are set in `mask`."""
+    """Number of set bits in `mask`."""
 
     def generate(context, builder, signature, args):
         return builder.ctpop(args[0])

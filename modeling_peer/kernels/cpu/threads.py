@@ -1,10 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How CPU kernels share work: on the threads that PyTorch has, where it has GNU OpenMP, as on Linux; none of them
-meets Python's lock. Elsewhere, and after a fork, on a pool of Python's (`run`) or not at all (`in_parallel`).
+"""How CPU kernels share work between threads.
 
-Threads of our own beside PyTorch's would fight for the cores: OpenMP's spin for milliseconds after every operation
-(retrieval of 2,048 tokens on two cores: 74 ms on a pool of our own, 60 ms on PyTorch's). Threads that take their work
-through Python wait for its lock: a kernel that does nothing takes 55 to 110 us, 3 to 6 without it (two Zen 3 cores).
+They run on PyTorch's threads if it uses GNU OpenMP, as on Linux. These do not need the GIL. Elsewhere, and after a
+fork, they run on a Python thread pool (`run`) or on one thread (`in_parallel`).
+
+Our own threads beside PyTorch's would compete for the cores, because OpenMP's spin for milliseconds after every
+operation. Retrieval of 2,048 tokens on two cores takes 74 ms on our own pool and 60 ms on PyTorch's. Threads that get
+their work through Python wait for the GIL. An empty kernel then takes 55 to 110 us, and 3 to 6 without the GIL (two
+Zen 3 cores).
 """
 
 import ctypes
@@ -23,13 +26,14 @@ from numba.extending import intrinsic
 
 from .simd import compiled
 
-# What `#pragma omp parallel` compiles to, of the GNU OpenMP that PyTorch loads on Linux: every thread runs a function.
+# `#pragma omp parallel` compiles to this function of GNU OpenMP, which PyTorch loads on Linux: every thread runs a
+# function.
 _HAS_OPENMP = os.name == "posix" and torch.backends.openmp.is_available()
 _OPENMP = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if _HAS_OPENMP else None
-# Compiled code names it, also where it never calls it.
+# Compiled code references it, even where it never calls it.
 _ADDRESS = 1 if _OPENMP is None else ctypes.cast(_OPENMP, ctypes.c_void_p).value
 llvm.add_symbol("modeling_peer_start_threads", _ADDRESS)
-BYTES_PER_THREAD = 2**16  # some 5 us from a core's own cache
+BYTES_PER_THREAD = 2**16  # about 5 us from a core's own cache
 _INT32, _INT64, _BYTES = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
 
@@ -37,8 +41,8 @@ def run(kernel: Callable, num_items: int, items_per_chunk: int, *args, chunks_pe
     """Call `kernel(*args, chunk, num_chunks)`, compiled by Numba, for every chunk of `num_items` items of work.
 
     Args:
-        items_per_chunk: least number of items for which another thread is worth waking, some 0.01 ms of work.
-        chunks_per_thread: at most; several, so that a thread that was held up leaves the rest to the others.
+        items_per_chunk: least number of items for which waking another thread is worthwhile, about 0.01 ms of work.
+        chunks_per_thread: at most this many. With several, other threads take over the work of a delayed one.
     """
     num_threads = torch.get_num_threads()
     num_chunks = max(1, min(num_threads * chunks_per_thread, num_items // items_per_chunk))
@@ -52,7 +56,7 @@ def run(kernel: Callable, num_items: int, items_per_chunk: int, *args, chunks_pe
 
 
 def team_for(num_bytes: int) -> int:
-    """How many threads are worth waking for kernels that read `num_bytes` and share their work by `in_parallel`."""
+    """Number of threads worth waking for kernels that read `num_bytes` and share work by `in_parallel`."""
     if _OPENMP is None or _forked:
         return 1
     return max(1, min(torch.get_num_threads(), num_bytes // BYTES_PER_THREAD))
@@ -66,15 +70,17 @@ def _forget_openmp() -> None:
     _forked = True
 
 
-# OpenMP's threads do not survive a fork: a child that waits for them waits for ever.
+# OpenMP's threads do not survive a fork: a child process that waits for them hangs.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_openmp)
 
 
 @cache
 def _launcher(kernel: Callable) -> Callable:
-    """`_launch` for one kernel, as if it were written beside it: Numba keeps compiled functions on disk by file and
-    name, and would keep none that is given another function."""
+    """`_launch` for one kernel, as if it were defined beside it.
+
+    Numba caches compiled functions on disk by file and name, but none that takes another function as an argument.
+    """
     code = _launch.__code__.replace(co_filename=kernel.py_func.__code__.co_filename)
     known = {"__name__": kernel.py_func.__module__, "_kernel": kernel, "in_parallel": in_parallel}
     launch = FunctionType(code, known)
@@ -88,19 +94,20 @@ def _launch(num_chunks, num_threads, *args):
 
 @intrinsic
 def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
-    """Call `kernel(*args, chunk, num_chunks)` for every chunk, on `num_threads` threads that take one after the other,
-    and return when all are done. More than one thread needs OpenMP (`team_for`).
+    """Call `kernel(*args, chunk, num_chunks)` for every chunk, and return when all are done.
+
+    Each of `num_threads` threads takes one chunk after the other. More than one thread needs OpenMP (`team_for`).
 
     Raises:
-        RuntimeError: the kernel failed for some chunk; the others were computed. Also with one thread: a kernel's own
-            exception survives only where `run` calls it from Python.
+        RuntimeError: the kernel failed for some chunk; the others were computed. It is raised with one thread too: a
+            kernel's own exception survives only if `run` calls it from Python.
     """
     kernel_signature = kernel.get_call_type(typing_context, (*args.types, types.int64, types.int64), {})
 
     def generate(context, builder, signature, values):
         compilation = kernel.dispatcher.overloads[kernel_signature.args]
         context.active_code_library.add_linking_library(compilation.library)
-        # What the threads share: arguments, number of chunks, the next one, whether a kernel failed.
+        # Shared by the threads: arguments, number of chunks, the next chunk, whether a kernel failed.
         parts = [values[1], values[2], _INT64(0), _INT64(0)]
         shared = cgutils.alloca_once(builder, ir.LiteralStructType([part.type for part in parts]))
         for i, part in enumerate(parts):
@@ -123,7 +130,7 @@ def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
 
 
 def _define_work(context, module, shared_type, kernel):
-    """What each thread does: take the next chunk, until there is none."""
+    """The function of each thread: take the next chunk, until there is none."""
     function_type = ir.FunctionType(ir.VoidType(), [_BYTES])
     function = ir.Function(module, function_type, module.get_unique_name("work"))
     function.linkage = "internal"

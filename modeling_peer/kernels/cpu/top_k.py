@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The best k of a row of scores, and the best k pairs of a row's and a column's.
+"""The best k of a row of scores, and the best k pairs of a row's and a column's scores.
 
-    candidates    first a bound that at least k scores reach, from the maxima of GROUPS groups of scores; the few that
-                  reach it, 18 of 1024 at k = 16, are candidates
-    the best k    of the candidates, sorted by counting; when they are many, as where scores tie, by insertion
-    best pairs    both lists are sorted: walk the pairs with (i + 1)(j + 1) <= k, and leave a row at the first pair
-                  that is too small
+    candidates    The maxima of GROUPS groups of scores give a bound that at least k scores reach. The few scores that
+                  reach it, 18 of 1024 at k = 16, are candidates.
+    the best k    of the candidates are sorted by counting, or by insertion if they are many, as when scores tie.
+    best pairs    Both lists are sorted: walk the pairs with (i + 1)(j + 1) <= k, and leave a row at the first pair
+                  that is too small.
 
 Of equal scores the first wins.
 """
@@ -14,24 +14,24 @@ import numpy as np
 
 from .simd import GROUPS, at_least, compiled, count_bits, lowest_bit
 
-PADDING = np.float32(np.finfo(np.float32).min)  # finite: PADDING * 0 must not look like an overflow
+PADDING = np.float32(np.finfo(np.float32).min)  # finite, so that PADDING * 0 does not count as an overflow
 MAX_COUNTED = GROUPS
-# Retrieval of 2,048 tokens (n = 1024, k = 16) on two Zen 4 cores took 4 ms more with the bound found by counting, and
-# no less with 6 or 10 steps; 4 ms more without EXPECTED_KEYS, and no less with 3 (2026-11-22).
+# Measured on retrieval of 2,048 tokens (n = 1024, k = 16) on two Zen 4 cores (2026-11-22). Finding the bound by
+# counting took 4 ms more; 6 or 10 steps took no less. Without EXPECTED_KEYS it took 4 ms more; with 3, no less.
 BOUND_STEPS = 8
 EXPECTED_KEYS = 2
 
 
 @compiled
 def scratch_for(num_scores):
-    """What the functions below work in: values and keys of candidates, and room behind them; maxima of the groups."""
+    """Buffers for the functions below: values and keys of candidates, with spare room, and maxima of the groups."""
     room = num_scores + GROUPS
     return np.empty(room, np.float32), np.zeros(room, np.int64), np.empty(GROUPS, np.float32)
 
 
 @compiled
 def copy_finite(values, target):
-    """Copy `values` to the beginning of `target`; the result is zero, or NaN if one of them is not finite."""
+    """Copy `values` to the beginning of `target`. Returns zero, or NaN if one of them is not finite."""
     finite = np.float32(0)
     for i in range(len(values)):
         target[i] = values[i]
@@ -41,7 +41,10 @@ def copy_finite(values, target):
 
 @compiled
 def find_best(scores, scratch, best, best_keys):
-    """The `len(best)` best of `scores`, whole groups of it, in falling order; the result is NaN if they are fewer."""
+    """Write the `len(best)` best of `scores`, in descending order. Returns NaN if there are fewer.
+
+    The length of `scores` is a multiple of `GROUPS`.
+    """
     count = find_candidates(scores, len(best), np.float32(0), scratch)
     values, keys = scratch[0], scratch[1]
     for i in range(count):
@@ -52,15 +55,18 @@ def find_best(scores, scratch, best, best_keys):
 
 @compiled
 def find_candidates(scores, top_k, margin, scratch):
-    """Put the keys of `scores`, whole groups of them, that reach the `top_k`-th best less `margin` into `scratch`, in
-    rising order; how many: a few more than those, fewer than `top_k` only where scores are NaN."""
+    """Write the keys of `scores` that reach the `top_k`-th best minus `margin` into `scratch`, in ascending order.
+
+    The length of `scores` is a multiple of `GROUPS`. Returns the number of keys. A few extra keys are included; there
+    are fewer than `top_k` only if scores are NaN.
+    """
     _, keys, maxima = scratch
     bound = _lower_bound(scores, top_k, maxima) - margin if top_k <= GROUPS else PADDING
     count = 0
     for first in range(0, len(scores), GROUPS):
         mask = at_least(scores, first, bound)
         num_keys = count_bits(mask)
-        # Written whether there are that many or not: no branch that is hard to guess.
+        # Written even if there are fewer, which avoids a branch that is hard to predict.
         for i in range(EXPECTED_KEYS):
             keys[count + i] = first + lowest_bit(mask)
             mask &= mask - np.uint64(1)
@@ -75,10 +81,10 @@ def find_candidates(scores, top_k, margin, scratch):
 
 @compiled
 def _lower_bound(scores, top_k, maxima):
-    """A bound that at least `top_k` of the groups' maxima reach, and few more."""
+    """A bound that at least `top_k` of the groups' maxima reach, but few more."""
     maxima[:] = PADDING
     num_unrolled = len(scores) // (4 * GROUPS) * (4 * GROUPS)
-    for first in range(0, num_unrolled, 4 * GROUPS):  # by four: the maxima are then loaded and stored less often
+    for first in range(0, num_unrolled, 4 * GROUPS):  # four at a time, to load and store the maxima less often
         for group in range(GROUPS):
             i = first + group
             left, right = (
@@ -103,12 +109,12 @@ def _lower_bound(scores, top_k, maxima):
 
 @compiled
 def _larger(a, b):
-    return a if a > b else b  # one instruction, where max() would look after NaN
+    return a if a > b else b  # one instruction, while max() would also handle NaN
 
 
 @compiled
 def keep_best(count, scratch, best, best_keys):
-    """The `len(best)` best of the first `count` values in `scratch`, in falling order, and their keys."""
+    """Write the `len(best)` best of the first `count` values in `scratch`, in descending order, and their keys."""
     values, keys, _ = scratch
     top_k = len(best)
     if count <= MAX_COUNTED:
@@ -126,7 +132,7 @@ def keep_best(count, scratch, best, best_keys):
 
 @compiled
 def _insert(value, key, best, best_keys, position):
-    """Put `value` where it belongs in the falling list that ends at `position`, whose last entry it replaces."""
+    """Insert `value` into the descending list that ends at `position`, in place of the list's last entry."""
     while position > 0 and best[position - 1] < value:
         best[position], best_keys[position] = best[position - 1], best_keys[position - 1]
         position -= 1
@@ -135,7 +141,10 @@ def _insert(value, key, best, best_keys, position):
 
 @compiled
 def best_pairs(best, best_keys, num_sub_keys, finite, out_scores, out_ids):
-    """The best sums of a row's and a column's score, from both falling lists, (2, k) each; NaN if `finite` is."""
+    """Write the best sums of a row's and a column's score, from both descending lists, (2, k) each.
+
+    They are NaN if `finite` is.
+    """
     top_k = len(out_scores)
     if finite != 0:
         out_scores[:] = np.nan

@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Kernels for GPUs, compiled by Triton: what the name "triton" runs."""
+"""Kernels for GPUs, compiled by Triton, under the name "triton"."""

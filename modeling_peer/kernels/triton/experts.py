@@ -1,19 +1,20 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The expert tables on a GPU: read and write them, and the gradients of both.
+"""Reading and writing expert tables on a GPU, and the gradients of both.
 
     pre[t, a] = tokens[t] · table[expert_ids[t, a]]                        read_experts
     out[t]    = Σ_a weights[t, a] · table[expert_ids[t, a]]                write_experts
     grad_table[e] = Σ weights[t, a] · tokens[t]   over expert_ids[t, a] = e        row_gradients
 
-t tokens, a active experts of a token, d width, N rows of the table. Gathered rows never reach memory: a program holds
-those it works on. Sums run in float32, in an order that the shapes fix, without atomics: the same bits from run to
-run, and what a token reads and writes does not depend on its batch. Ids meet the width in int64: 1024**2 rows of width
-2048 are 2**31 elements. Grids are one-dimensional, since CUDA ends the other axes at 65535. Width and active experts
-are compiled in: a model has one of each, and most divisions and masks vanish.
+t tokens, a active experts per token, d width, N rows of the table. Gathered rows are not written to memory: a program
+holds the rows it works on. Sums run in float32, without atomics, in an order that depends only on the shapes. So
+results are bit-identical from run to run, and a token's reads and writes do not depend on its batch. Ids are
+multiplied by the width in int64: 1024**2 rows of width 2048 are 2**31 elements. Grids are one-dimensional, since CUDA
+limits the other axes to 65535. Width and active experts are compile-time constants: a model has one of each, and most
+divisions and masks vanish.
 
-Tensors in, tensors out, all dense in memory; shapes are checked by the operators that call these functions (`checks`).
-An id that does not exist is not read: what it would have given is NaN, since raising would have the host wait for the
-GPU. Its gradient is dropped; where the host waits anyway, for row-sparse gradients, it raises.
+Tensors in, tensors out, all dense in memory. The operators that call these functions check shapes (`checks`). A row
+with an invalid id is not read. Its result is NaN, because an error would make the host wait for the GPU. Its gradient
+is dropped. For row-sparse gradients the host waits anyway, and an error is raised.
 """
 
 import torch
@@ -22,23 +23,25 @@ import triton.language as tl
 
 from ..checks import check_ids_exist
 
-# Elements of table rows that a program of 4 warps loads at a time: 64 a thread, in bfloat16 eight loads of 16 bytes in
-# flight. Reading wants long pieces of few rows, so that sums over the width stay few; writing the reverse. Smaller
-# blocks give a lone token more programs. Not swept yet: 2048 to 16384 elements, blocks of half and twice as many, 2 to
-# 8 warps; at 1, 64 and 8192 tokens of width 256 to 4096.
+# Elements of table rows that a program of 4 warps loads at a time. That is 64 per thread: in bfloat16, eight loads of
+# 16 bytes in flight. Reads use long pieces of few rows, so that there are few sums over the width; writes do the
+# reverse. Smaller blocks give a single token more programs. Not swept yet: 2048 to 16384 elements, blocks of half and
+# twice as many, 2 to 8 warps; at 1, 64 and 8192 tokens of width 256 to 4096.
 TILE_ELEMENTS = 8192
 READ_BLOCK_A = 16
 READ_BLOCK_D = 1024
 WRITE_BLOCK_A = 64
 WRITE_BLOCK_D = 128
-# Longest run of assignments that one program sums. It is part of the result's bits, and bounds the buffer of pieces to
-# 2 * d * t * a / MAX_RUN float32 values: two tokens' width a token at 128 active experts. Not swept yet: 64 to 512.
+# Longest run of assignments that one program sums. It affects the result's bits. It also limits the buffer of pieces
+# to 2 * d * t * a / MAX_RUN float32 values: twice a token's width per token at 128 active experts. Not swept yet: 64
+# to 512.
 MAX_RUN = 128
-# Programs that look for runs, each among at most MAX_WINDOW positions: a program for each position of a large batch
-# would mostly start in vain. No result depends on either. Not swept yet: 2048 to 65536 programs, windows of 1 to 64.
+# Programs that search for runs, each among at most MAX_WINDOW positions. With one program per position of a large
+# batch, most would find no run. No result depends on either. Not swept yet: 2048 to 65536 programs, windows of 1 to
+# 64.
 RUN_PROGRAMS = 8192
 MAX_WINDOW = 16
-# Products and sums in one instruction: Triton's default until 3.9, which warns that it will change.
+# Fused multiply-add. It is Triton's default until 3.9, which warns that this will change.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -57,7 +60,7 @@ def read_experts_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """pre[t, a] = tokens[t] . table[expert_ids[t, a]]; a program takes one token and BLOCK_A of its experts."""
+    """pre[t, a] = tokens[t] . table[expert_ids[t, a]]; a program handles one token and BLOCK_A of its experts."""
     num_blocks = tl.cdiv(NUM_ACTIVE, BLOCK_A)
     t = (tl.program_id(0) // num_blocks).to(tl.int64)
     a = tl.program_id(0) % num_blocks * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -89,7 +92,7 @@ def write_experts_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[t] = sum_a weights[t, a] * table[expert_ids[t, a]]; a program takes BLOCK_D columns of one token."""
+    """out[t] = sum_a weights[t, a] * table[expert_ids[t, a]]; a program handles BLOCK_D columns of one token."""
     num_blocks = tl.cdiv(WIDTH, BLOCK_D)
     t = (tl.program_id(0) // num_blocks).to(tl.int64)
     d = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -144,7 +147,7 @@ def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Te
 
 
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of each token's rows of `table`; also the gradient of `read_experts` to its tokens.
+    """Weighted sum of each token's rows of `table`. It is also the gradient of `read_experts` for its tokens.
 
     Args:
         weights: `(num_tokens, num_active)`, float32.
@@ -179,9 +182,9 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
 
 # ------------------------------------------------------------------------------------------------ backward
 #
-# Assignments sorted by expert fall into segments, one for each touched row. A segment is cut at every multiple of
-# MAX_RUN into runs, and a run is summed by one program: an expert that every token picks is shared by many of them. A
-# segment of one run goes straight to its row; the runs of any other are pieces, kept in float32 until joined.
+# Assignments sorted by expert form segments, one per touched row. A segment is cut into runs at every multiple of
+# MAX_RUN, and one program sums each run. Thus many programs share an expert that every token picks. A segment with one
+# run is written directly to its row. The runs of a longer one are pieces, kept in float32 until they are joined.
 
 
 @triton.jit(do_not_specialize=["num_experts", "num_rows"])
@@ -206,9 +209,12 @@ def run_gradients_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """values[segment] = sum of weights[slot] * tokens[slot // NUM_ACTIVE] over the sorted slots of a segment, and with
-    a table grad_weights[slot] = tokens[slot // NUM_ACTIVE] . table[expert]; a program takes the runs that begin
-    among WINDOW positions, and holds a whole row. `values` has `num_rows` rows, the table `num_experts`."""
+    """values[segment] = sum of weights[slot] * tokens[slot // NUM_ACTIVE] over the sorted slots of a segment.
+
+    With a table also grad_weights[slot] = tokens[slot // NUM_ACTIVE] . table[expert]. A program handles the runs that
+    start in a window of WINDOW positions, and holds a whole row. `values` has `num_rows` rows, and the table has
+    `num_experts`.
+    """
     d = tl.arange(0, BLOCK_D)
     for i in range(WINDOW):
         position = tl.program_id(0).to(tl.int64) * WINDOW + i
@@ -252,7 +258,7 @@ def run_gradients_kernel(
                 if (segment >= 0) & (segment < num_rows):
                     tl.store(values_ptr + segment * WIDTH + d, total.to(values_ptr.dtype.element_ty), mask=in_row)
             else:
-                # Two pieces at most begin between two multiples of MAX_RUN: at the first, and before the second.
+                # At most two pieces start between two multiples of MAX_RUN: at the first, and before the second.
                 piece = position // MAX_RUN * 2 + (position % MAX_RUN != 0)
                 tl.store(pieces_ptr + piece * WIDTH + d, total, mask=in_row)
 
@@ -269,8 +275,11 @@ def join_pieces_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """values[segment] = sum of its pieces; a program takes a multiple of MAX_RUN, works if it is the first inside a
-    segment, and then joins BLOCK_D columns of all of them."""
+    """values[segment] = sum of its pieces.
+
+    A program belongs to one multiple of MAX_RUN. If that is the first inside a segment, the program joins BLOCK_D
+    columns of all the segment's pieces; otherwise it does nothing.
+    """
     num_blocks = tl.cdiv(WIDTH, BLOCK_D)
     d = tl.program_id(0) % num_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = d < WIDTH
@@ -298,9 +307,12 @@ def join_pieces_kernel(
 
 
 def group_by_expert(expert_ids: torch.Tensor) -> torch.Tensor:
-    """Positions of the flattened `expert_ids` `(num_tokens, num_active)` in stable order of expert: `(num_tokens *
-    num_active,)`, int64."""
-    # A radix sort passes over each byte of its keys, and no table has 2**31 rows.
+    """Positions in the flattened `expert_ids`, sorted stably by expert: `(num_tokens * num_active,)`, int64.
+
+    Args:
+        expert_ids: `(num_tokens, num_active)`.
+    """
+    # int32: a radix sort makes a pass for each byte of its keys, and no table has 2**31 rows.
     return expert_ids.flatten().to(torch.int32).argsort(stable=True)
 
 
@@ -315,8 +327,8 @@ def row_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of a table: each touched row is the sum of `weights[t, a] * tokens[t]` over its assignments.
 
-    Without `row_sparse` no shape depends on the ids, so a CUDA graph can capture it; with it, the host waits once for
-    the number of touched rows. The same bits from run to run.
+    Without `row_sparse` no shape depends on the ids, so a CUDA graph can capture it. With `row_sparse`, the host waits
+    once for the number of touched rows. Results are bit-identical from run to run.
 
     Args:
         weights: `(num_tokens, num_active)`, float32.
@@ -324,12 +336,12 @@ def row_gradients(
         expert_ids: `(num_tokens, num_active)`, int64.
         order: `group_by_expert(expert_ids)`.
         num_experts: rows of the table.
-        dtype: of the result; sums run in float32.
-        row_sparse: return touched rows only.
+        dtype: dtype of the result; sums run in float32.
+        row_sparse: return only touched rows.
 
     Returns:
         rows: touched experts, ascending, `(num_touched,)` int64; empty without `row_sparse`.
-        values: `(num_touched, width)`, or without `row_sparse` `(num_experts, width)`, zero where untouched.
+        values: `(num_touched, width)`, or without `row_sparse` `(num_experts, width)`, with zeros in untouched rows.
     """
     rows, values, _ = _gradients(weights, tokens, None, expert_ids, order, num_experts, dtype, row_sparse)
     return rows, values
@@ -343,9 +355,9 @@ def write_experts_gradients(
     table: torch.Tensor,
     row_sparse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `write_experts` to its weights and its table, in one pass over the assignments sorted by expert.
+    """Gradients of `write_experts` for its weights and table, in one pass over the assignments sorted by expert.
 
-    Arguments and guarantees as in `row_gradients`, with `grad_output` `(num_tokens, width)` as the tokens.
+    Arguments and guarantees are those of `row_gradients`, with `grad_output` `(num_tokens, width)` as the tokens.
 
     Returns:
         grad_weights: `grad_output[t] · table[expert_ids[t, a]]`, `(num_tokens, num_active)`, float32.
@@ -374,12 +386,12 @@ def _gradients(weights, tokens, table, expert_ids, order, num_experts, dtype, ro
     num_borders = (num_assignments - 1) // MAX_RUN  # multiples of MAX_RUN after the first position
     pieces = torch.empty(2 * (num_borders + 1), width, dtype=torch.float32, device=tokens.device)
     block_d = triton.next_power_of_2(width)
-    # A row a program, 8 elements a thread up to a width of 4096 (32 warps have 64 registers a thread, and spill), and
-    # 4 assignments at a time, more of a narrow row, fewer of a wide one. Not swept yet: 1 to 16 assignments, 4 to 32
-    # elements a thread.
+    # One row per program, 8 elements per thread up to a width of 4096 (32 warps have 64 registers per thread, and
+    # spill). 4 assignments at a time, more for a narrow row, fewer for a wide one. Not swept yet: 1 to 16 assignments,
+    # 4 to 32 elements per thread.
     num_warps = min(max(block_d // 256, 1), 16)
     block_a = min(max(1024 * num_warps // block_d, 1), 16)
-    # A power of two, since each window is compiled.
+    # A power of two, since each window size is compiled.
     window = min(triton.next_power_of_2(triton.cdiv(num_assignments, RUN_PROGRAMS)), MAX_WINDOW)
     with torch.cuda.device_of(tokens):
         run_gradients_kernel[(triton.cdiv(num_assignments, window),)](

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whether GPU kernels can be compiled and run here: Triton itself, and the C compiler and driver that it needs."""
+"""Check that GPU kernels can be compiled and run here: Triton, and the C compiler and driver that it needs."""
 
 import os
 
@@ -13,10 +13,10 @@ WIDTH = 16
 
 
 def probe() -> None:
-    """Compile and run a tiny kernel, where a GPU is free for it; Triton's interpreter compiles nothing.
+    """Compile and run a tiny kernel, if a GPU is free for it; Triton's interpreter compiles nothing.
 
     Raises:
-        Exception: of any kind, from whatever does not work.
+        Exception: of any kind, from the part that fails.
     """
     if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
         return

@@ -1,14 +1,14 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Exact top-k of product keys on a GPU, and its gradient.
 
-    s1, s2 = query[:q/2] · C1ᵀ, query[q/2:] · C2ᵀ       best k of each: first kernel, block by block of sub-keys
+    s1, s2 = query[:q/2] · C1ᵀ, query[q/2:] · C2ᵀ       best k of each: first kernel, one block of sub-keys at a time
     scores, ids = best k of the sums of one of each     id = row * n + column: second kernel
 
-t tokens, h heads, k experts per head, n sub-keys, q query size. Only the best k scores of each codebook reach memory
-between the two, never n of them. What is compared is one int64 code that holds a float32 score and, below it, the id:
-the best code says which expert has it, a tie goes to the lower id, and no expert is returned twice.
+t tokens, h heads, k experts per head, n sub-keys, q query size. Between the two kernels, only the best k scores of
+each codebook are in memory, never all n. Comparisons use one int64 code with a float32 score in the high bits and the
+id in the low bits. So the best code names its expert, the lower id wins a tie, and no expert is returned twice.
 
-The gradient is that of `write_experts` with the codebooks as the table, so its kernels serve here too.
+The gradient is that of `write_experts` with the codebooks as the table, so it uses the same kernels.
 """
 
 import torch
@@ -18,20 +18,20 @@ import triton.language as tl
 from ..sub_key_ids import for_both_halves, sub_key_ids_of
 from .experts import FUSED, group_by_expert, row_gradients, write_experts
 
-# Rows (a token's query of one head) and sub-keys of a tile of scores; 16 rows a warp, so that a row's best code is
-# found within one. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.
+# Rows (a token's query of one head) and sub-keys of a tile of scores. A warp has 16 rows, so that it finds a row's
+# best code alone. Not swept yet: 32 to 128 rows, 32 to 128 sub-keys, 32 to 128 of the query at a time.
 BLOCK_R = 64
 BLOCK_N = 64
 BLOCK_Q = 32
-# Codes of each codebook that a program, of one warp, joins: 8 a thread. Not swept yet: 64 to 1024, 1 to 4 warps.
+# Codes of each codebook that a program of one warp joins: 8 per thread. Not swept yet: 64 to 1024, 1 to 4 warps.
 JOIN_CODES = 256
-# Programs that fill the GPU; with fewer tiles, several share the sub-keys of one. A score is the same bits however
-# they are shared. Not swept yet: 128 to 1024, at 1 to 512 tokens.
+# Programs that fill the GPU. With fewer tiles, several programs share the sub-keys of one tile. A score has the same
+# bits for every such split. Not swept yet: 128 to 1024, at 1 to 512 tokens.
 NUM_PROGRAMS = 256
 MAX_SPLITS = 8
 
-# What tensor cores take. Triton's interpreter would multiply bfloat16's bits as if they were integers; as float32 the
-# same numbers have the same products.
+# The input type of tensor cores. Triton's interpreter would multiply bfloat16's bits as integers. As float32 the same
+# numbers have the same products.
 FACTOR = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 # Below the code of every score.
 NOTHING = tl.constexpr(-(2**63))
@@ -39,18 +39,18 @@ NOTHING = tl.constexpr(-(2**63))
 
 @triton.jit
 def encode(scores, ids):
-    """int64 codes that order as the scores, then as lower ids; ids are below 2**31."""
+    """int64 codes whose order is that of the scores, and of lower ids among equal scores; ids are below 2**31."""
     bits = scores.to(tl.int32, bitcast=True)
-    # NaN is above infinity whatever its sign, as in torch.topk: an error must show, not lose.
+    # NaN ranks above infinity whatever its sign, as in torch.topk, so that errors stay visible.
     bits = tl.where(scores == scores, bits, 0x7FC00000)
-    # The bits of negative floats order backwards.
+    # The bits of negative floats have reverse order.
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - ids.to(tl.int64))
 
 
 @triton.jit
 def decode(codes):
-    """The scores and ids that `encode` was given."""
+    """The scores and ids from which `encode` made the codes."""
     bits = (codes >> 32).to(tl.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (codes & 0x7FFFFFFF)
@@ -58,9 +58,11 @@ def decode(codes):
 
 @triton.jit
 def keep_best(best, codes):
-    """Replace members of `best` (rows, K) by better `codes` (rows, any), in no order; all codes of a row differ.
+    """Replace entries of `best` (rows, K) by better `codes` (rows, any), unordered; all codes of a row differ.
 
-    Takes as many turns as the row with most newcomers has: K in the first block of sub-keys, few in the last."""
+    It takes as many iterations as the row with the most new entries needs: K in the first block of sub-keys, few in
+    the last.
+    """
     weakest = tl.min(best, axis=1)
     strongest = tl.max(codes, axis=1)
     while tl.max((strongest > weakest).to(tl.int32), axis=0) > 0:
@@ -76,10 +78,11 @@ def keep_best(best, codes):
 def add_product(total, left, right):
     """total + left . transposed right, for float32 `left` and bfloat16 `right`: exact products, summed in float32.
 
-    What is infinite has no rest: its first piece alone decides, as it does in float32.
+    An infinite value has no rest: its first piece alone decides, as in float32.
 
-    `total` is not what the last product adds to: around a loop, Triton 3.6 and 3.7 would leave that product under way
-    while the next turn overwrites its factors in their registers (triton-lang/triton, issue 9433)."""
+    The last product does not add to `total`. In a loop, Triton 3.6 and 3.7 would otherwise not wait for that product:
+    the next iteration would overwrite its factors in their registers (triton-lang/triton, issue 9433).
+    """
     right = tl.trans(right).to(FACTOR)
     first = left.to(tl.bfloat16)
     rest = left - first.to(tl.float32)
@@ -87,7 +90,7 @@ def add_product(total, left, right):
     third = (rest - second.to(tl.float32)).to(tl.bfloat16)
     total = tl.dot(first.to(FACTOR), right, total)
     small = tl.dot(second.to(FACTOR), right, tl.dot(third.to(FACTOR), right))
-    # Pieces rounded to nearest differ in sign: times infinity, NaN and infinities of the wrong sign.
+    # Pieces rounded to nearest differ in sign. Times infinity they give NaN and infinities of the wrong sign.
     return total + tl.where(tl.abs(small) < float("inf"), small, 0.0)
 
 
@@ -105,11 +108,13 @@ def sub_key_top_k_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """codes[row, half, split] = the best K of query[row, half] . sub_keys[half], unordered; a program takes BLOCK_R
-    rows that share codebooks, one half of their queries, and the sub-keys of one split."""
+    """codes[row, half, split] = the best K of query[row, half] . sub_keys[half], unordered.
+
+    A program handles BLOCK_R rows that share codebooks, one half of their queries, and the sub-keys of one split.
+    """
     codebook = tl.program_id(1)
     half = codebook % 2
-    num_groups = tl.num_programs(1) // 2  # of rows that share codebooks: one, or one for each head
+    num_groups = tl.num_programs(1) // 2  # groups of rows with the same codebooks: one, or one per head
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     query_ids = (r.to(tl.int64) * num_groups + codebook // 2) * 2 + half
     sub_keys_ptr += codebook.to(tl.int64) * num_sub_keys * HALF
@@ -125,13 +130,13 @@ def sub_key_top_k_kernel(
             in_codebook = (n < num_sub_keys)[:, None] & (q < HALF)[None, :]
             query = tl.load(query_ptr + query_ids[:, None] * HALF + q[None, :], mask=in_query, other=0.0)
             keys = tl.load(sub_keys_ptr + n[:, None] * HALF + q[None, :], mask=in_codebook, other=0.0)
-            # Three products of tensor cores; one in tf32 keeps 11 bits and changes winners, and "ieee" would leave the
-            # tensor cores.
+            # Three products on tensor cores. A single one in tf32 keeps 11 bits and changes winners, and "ieee" would
+            # not use tensor cores.
             if keys.dtype == tl.bfloat16:
-                # Sub-keys as they are, and all 24 bits of a query in three pieces: half the work of three in tf32.
+                # Unchanged sub-keys, and all 24 bits of a query in three pieces: half the work of three in tf32.
                 scores = add_product(scores, query, keys)
             else:
-                # 22 bits of each factor, about float32's own rounding over such a sum.
+                # 22 bits of each factor: about the rounding of float32 itself over such a sum.
                 scores = tl.dot(query, tl.trans(keys.to(tl.float32)), scores, input_precision="tf32x3")
         codes = tl.where((n < num_sub_keys)[None, :], encode(scores, n[None, :]), NOTHING)
         best = keep_best(best, codes)
@@ -153,11 +158,13 @@ def product_key_top_k_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """scores[row], expert_ids[row] = the best TOP_K sums of one of the codes codes[row, 0] and one of codes[row, 1],
-    num_codes each, in no order; a program takes BLOCK_R rows.
+    """scores[row], expert_ids[row] = the best TOP_K sums of a score in codes[row, 0] and one in codes[row, 1].
 
-    Each row sub-key meets the column sub-keys, best first. The best pair wins a turn, and its row sub-key meets the
-    next column: a merge of sorted lists, in which no pair is scored before it could be next."""
+    Each has num_codes codes, unordered. A program handles BLOCK_R rows.
+
+    Each row sub-key is paired with the column sub-keys, best first. In each iteration the best pair wins, and its row
+    sub-key is paired with the next column. This merges sorted lists, and scores no pair before it could be next.
+    """
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     row_codes_ptr = codes_ptr + (r * 2 * num_codes)[:, None] + c[None, :]
@@ -182,15 +189,16 @@ def product_key_top_k_kernel(
         next_met = tl.max(tl.where(column_codes < last_met, column_codes, NOTHING), axis=1)[:, None]
         column_scores, columns = decode(next_met)
         next_pairs = encode(row_scores + column_scores, rows * num_sub_keys + columns)
-        # There is a next column until the last turn: a list has TOP_K or more.
+        # There is a next column until the last iteration: a list has TOP_K or more.
         pairs = tl.where(wins, next_pairs, pairs)
         met = tl.where(wins, next_met, met)
 
 
 def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`product_keys_peer.product_key_top_k` in two kernels: exact, scores accurate to float32, no waiting for the GPU.
+    """`product_keys_peer.product_key_top_k` in two kernels: exact, with scores accurate to float32.
 
-    A NaN score ranks first, as in `torch.topk`; ids are valid and distinct whatever the scores.
+    The host does not wait for the GPU. A NaN score ranks first, as in `torch.topk`. Ids are valid and distinct,
+    whatever the scores.
 
     Args:
         query: `(num_tokens, num_heads, query_dim)`, float32, contiguous.
@@ -210,7 +218,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
         return scores, expert_ids
 
     list_size = triton.next_power_of_2(top_k)
-    # Rows that share codebooks make one group: all of them, or those of one head.
+    # Rows that share codebooks form one group: all rows, or those of one head.
     num_groups = 1 if sub_keys.dim() == 3 else num_heads
     num_tiles = triton.cdiv(num_rows // num_groups, BLOCK_R)
     num_blocks = triton.cdiv(num_sub_keys, BLOCK_N)
@@ -255,10 +263,10 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
 def product_key_top_k_backward(
     grad_scores: torch.Tensor, expert_ids: torch.Tensor, query: torch.Tensor, sub_keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the scores to the query and the sub-keys, both float32, the same bits from run to run.
+    """Gradients of the scores for the query and the sub-keys, both float32, bit-identical from run to run.
 
-    score = query[:q/2] · C1[row] + query[q/2:] · C2[column]: each half of a query is a token that weighs k rows of one
-    table, the codebooks.
+    score = query[:q/2] · C1[row] + query[q/2:] · C2[column]. Each half of a query is thus a token that weights k rows
+    of one table, the codebooks.
 
     Args:
         grad_scores: `(num_tokens, num_heads, top_k)`, float32.
