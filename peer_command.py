@@ -9,11 +9,11 @@ import ast
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 WIDTH = 100
 TRAINER_HELP = (
@@ -30,14 +30,117 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, the function of `modeling_peer.commands`, and where its arguments are declared."""
+    """A subcommand: what it does, the function that does it, and where its arguments are declared."""
 
     help: str
-    function: str
+    function: Callable[[Sequence[str]], dict[str, Any]]
     usage: str = "[--field value ...]"
     arguments: tuple[str, ...] = ()  # "path in the package:class"
     more: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+
+
+# What the subcommands do: words in, a dict for the last line out. Each imports its own room when it is called.
+
+
+def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
+    """Train a small model, compare it with two baselines, save, reload in another process, generate."""
+    from modeling_peer.training.quickstart import run_quickstart
+
+    return run_quickstart(words)
+
+
+def run_train(words: Sequence[str]) -> dict[str, Any]:
+    """Train once, with a recipe and the fields given after it."""
+    from modeling_peer.training.language_modeling import train_language_model
+    from modeling_peer.training.recipe import parse_recipe
+
+    return train_language_model(parse_recipe(words)).summary
+
+
+def run_evaluate(words: Sequence[str]) -> dict[str, Any]:
+    """Score a checkpoint on a text."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
+
+    return evaluate_checkpoint(parse_arguments(EvaluationArguments, words))
+
+
+def run_generate(words: Sequence[str]) -> dict[str, Any]:
+    """Continue prompts with a checkpoint."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
+
+    return generate_from_checkpoint(parse_arguments(GenerationArguments, words))
+
+
+def run_compare(words: Sequence[str]) -> dict[str, Any]:
+    """Train the remaining runs of a study, and report on all of it."""
+    from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
+
+    return compare_feed_forwards(words)
+
+
+def run_compare_runs(words: Sequence[str]) -> dict[str, Any]:
+    """Compare finished runs side by side."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
+
+    return compare_runs(parse_arguments(ComparisonArguments, words))
+
+
+def run_costs(words: Sequence[str]) -> dict[str, Any]:
+    """Count a model's costs."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.costs.show_costs import CostArguments, show_costs
+
+    return show_costs(parse_arguments(CostArguments, words))
+
+
+def run_presets(words: Sequence[str]) -> dict[str, Any]:
+    """Print the table of presets. The last line has the same rows."""
+    from modeling_peer.console.errors import SettingsError
+    from modeling_peer.console.tables import as_markdown
+    from modeling_peer.costs.presets import describe_presets
+
+    if words:
+        raise SettingsError(f"unknown argument {words[0]!r}: presets takes none.")
+    rows = describe_presets()
+    print(as_markdown(rows))
+    return {"presets": rows}
+
+
+def run_bench_layer(words: Sequence[str]) -> dict[str, Any]:
+    """Time and memory of one layer, in many implementations."""
+    from modeling_peer.benchmarks.layer import bench_layer
+    from modeling_peer.benchmarks.settings import LayerArguments, parse_settings
+
+    return bench_layer(parse_settings(LayerArguments, "layer", words))
+
+
+def run_bench_model(words: Sequence[str]) -> dict[str, Any]:
+    """Time and memory of whole models."""
+    from modeling_peer.benchmarks.model import ModelBenchmark, bench_model
+    from modeling_peer.benchmarks.settings import parse_settings
+
+    return bench_model(parse_settings(ModelBenchmark, "model", words))
+
+
+def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
+    """What measuring and balancing expert usage adds to the cost of a step."""
+    from modeling_peer.benchmarks.model import ModelBenchmark
+    from modeling_peer.benchmarks.settings import parse_settings
+    from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
+
+    return bench_expert_usage(parse_settings(ModelBenchmark, "model", words))
+
+
+def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
+    """Compile the Triton kernels for GPUs that this machine does not have."""
+    from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
+    from modeling_peer.console.command_line import parse_arguments
+
+    return compile_kernels(parse_arguments(CompilationArguments, words))
 
 
 TRAINING = (
@@ -53,61 +156,61 @@ COMMANDS = {
     # Threads that wait by spinning take the cores they wait for: on a busy machine a step took 5 to 10 times as long.
     "quickstart": Command(
         "train a small model in minutes, with nothing to download, and see that it learned",
-        "quickstart",
+        run_quickstart,
         arguments=TRAINING,
         more=TRAINER_HELP,
         environment={"OMP_WAIT_POLICY": "PASSIVE"},
     ),
-    "train": Command("train or fine-tune a language model", "train", RECIPE, TRAINING, TRAINER_HELP),
+    "train": Command("train or fine-tune a language model", run_train, RECIPE, TRAINING, TRAINER_HELP),
     "evaluate": Command(
         "perplexity and bits per byte of any causal checkpoint on any text",
-        "evaluate",
+        run_evaluate,
         arguments=("evaluation/checkpoints.py:EvaluationArguments",),
     ),
     "generate": Command(
         "continue prompts with any causal checkpoint",
-        "generate",
+        run_generate,
         arguments=("evaluation/generation.py:GenerationArguments",),
     ),
     "compare": Command(
         "train PEER and its rivals from the same seeds at an equal budget: a study",
-        "compare",
+        run_compare,
         "study.yaml [--field value ...]",
         ("studies/study_recipe.py:StudyArguments",),
         "Every field of `peer train`, too.",
     ),
     "compare-runs": Command(
         "put finished runs of `peer train` side by side",
-        "compare_runs",
+        run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
     ),
     "costs": Command(
         "what a model costs by part: parameters, those a token uses, FLOPs",
-        "costs",
+        run_costs,
         arguments=("costs/show_costs.py:CostArguments",),
     ),
-    "presets": Command("the table of model presets with their parameter counts", "presets", ""),
+    "presets": Command("the table of model presets with their parameter counts", run_presets, ""),
     "bench-layer": Command(
         "time and peak memory of one layer against eager, torch.compile, PEER-pytorch and dense MLPs",
-        "bench_layer",
+        run_bench_layer,
         SIZES,
         (BENCHMARK, "benchmarks/settings.py:LayerArguments"),
     ),
     "bench-model": Command(
         "time and peak memory of whole models",
-        "bench_model",
+        run_bench_model,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
     ),
     "bench-usage": Command(
         "what watching the use of experts costs of a training step",
-        "bench_usage",
+        run_bench_usage,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
     ),
     "compile-kernels": Command(
         "compile the Triton kernels for GPUs that are not at hand",
-        "compile_kernels",
+        run_compile_kernels,
         arguments=("benchmarks/compilation.py:CompilationArguments",),
     ),
 }
@@ -133,9 +236,9 @@ def main(words: Sequence[str] | None = None) -> int:
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
     try:
-        function = getattr(import_module("modeling_peer.commands"), command.function)
-        run_script = import_module("modeling_peer.console.scripts").run_script
-        result = run_script(lambda: function(rest))
+        from modeling_peer.console.scripts import run_script
+
+        result = run_script(lambda: command.function(rest))
     except ModuleNotFoundError as error:
         if (sentence := way_to_install(name, error)) is None:
             raise
@@ -151,7 +254,7 @@ def way_to_install(name: str, error: ModuleNotFoundError) -> str | None:
         if missing in packages:
             return (
                 f"`{name}` needs {missing}, which is not installed. It comes with the extra {extra!r}: "
-                f"pip install '<what you installed modeling_peer from>[{extra}]'."
+                f"pip install '<the folder or wheel>[{extra}]'."
             )
     return None
 
