@@ -12,7 +12,7 @@ def check_adamw_rows(
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor | OuterProducts,
-    asleep: torch.Tensor,
+    catch_up: torch.Tensor,
     step: int,
 ) -> None:
     """Check the arguments of `adamw_rows_`. Values are read only on CPU, because there it needs no wait for a device.
@@ -22,7 +22,7 @@ def check_adamw_rows(
         exp_avg_sq: the same shape, or `(num_rows, 1)`.
         rows: `(num_touched,)` int64, each at most once.
         gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
-        asleep: `(num_touched, 4)`.
+        catch_up: `(num_touched, 4)`.
         step: at least 1.
 
     Raises:
@@ -36,7 +36,7 @@ def check_adamw_rows(
         _require_shape("exp_avg_sq", exp_avg_sq, (num_rows, width))
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be one-dimensional and int64; got {tuple(rows.shape)}, {rows.dtype}.")
-    _require_shape("asleep", asleep, (len(rows), 4))
+    _require_shape("catch_up", catch_up, (len(rows), 4))
     if step < 1:
         raise ValueError(f"step ({step}) must be at least 1: the first step is number 1.")
     if isinstance(gradients, OuterProducts):

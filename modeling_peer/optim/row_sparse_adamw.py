@@ -136,7 +136,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         state["step"] += 1
         step, lr = int(state["step"]), float(group["lr"])
         last_step = local_rows(state["last_step"])
-        slept = step - 1 - last_step[rows]
+        skipped_steps = step - 1 - last_step[rows]
         last_step[rows] = step
         options = {"lr": lr, "betas": group["betas"], "weight_decay": group["weight_decay"]}
         rows_here = local_rows(table)
@@ -147,7 +147,7 @@ class RowSparseAdamW(torch.optim.AdamW):
             local_rows(state["exp_avg_sq"]),
             rows,
             gradients,
-            sleep_factors(slept, step, **options),
+            catch_up_factors(skipped_steps, step, **options),
             step=step,
             eps=group["eps"],
             **options,
@@ -231,8 +231,8 @@ def _without_absent(state: dict) -> dict:
     }
 
 
-def sleep_factors(
-    slept: torch.Tensor, step: int, lr: float, betas: tuple[float, float], weight_decay: float
+def catch_up_factors(
+    skipped_steps: torch.Tensor, step: int, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.Tensor:
     """The effect of AdamW on rows in the steps that skipped them, with a gradient of zero.
 
@@ -241,21 +241,28 @@ def sleep_factors(
     `lr * mean / sqrt(square) * (beta1 / sqrt(beta2))**i`, a geometric series.
 
     Args:
-        slept: `(num_touched,)`, steps skipped between a row's last touch (or the start) and this step.
+        skipped_steps: `(num_touched,)`, steps skipped between a row's last touch (or the start) and this step.
         step: number of this step.
 
     Returns:
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
-    if step < len(slept):  # powers for each possible number, not for each row: a third of the time
-        return sleep_factors(torch.arange(step, device=slept.device), step, lr, betas, weight_decay)[slept.long()]
+    if step < len(skipped_steps):  # powers for each possible number, not for each row: a third of the time
+        return catch_up_factors(torch.arange(step, device=skipped_steps.device), step, lr, betas, weight_decay)[
+            skipped_steps.long()
+        ]
     beta1, beta2 = betas
-    slept = slept.double()
-    first = (step - slept).clamp(max=step - 1).clamp(min=1)  # of the skipped steps
+    skipped_steps = skipped_steps.double()
+    first = (step - skipped_steps).clamp(max=step - 1).clamp(min=1)  # of the skipped steps
     ratio = beta1 / math.sqrt(beta2)
-    travelled = ratio * (1 - ratio**slept) / (1 - ratio)
+    travelled = ratio * (1 - ratio**skipped_steps) / (1 - ratio)
     corrections = (1 - beta2**first).sqrt() / (1 - beta1**first)
-    factors = [(1 - lr * weight_decay) ** slept, -lr * travelled * corrections, beta1**slept, beta2**slept]
+    factors = [
+        (1 - lr * weight_decay) ** skipped_steps,
+        -lr * travelled * corrections,
+        beta1**skipped_steps,
+        beta2**skipped_steps,
+    ]
     return torch.stack(factors, dim=1).float()
 
 
@@ -265,7 +272,7 @@ def adamw_rows_(
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor | OuterProducts,
-    asleep: torch.Tensor,
+    catch_up: torch.Tensor,
     step: int,
     lr: float,
     betas: tuple[float, float],
@@ -279,25 +286,25 @@ def adamw_rows_(
         exp_avg_sq: the same shape, or `(num_rows, 1)` for the mean over the row.
         rows: `(num_touched,)`, int64, each at most once.
         gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
-        asleep: `(num_touched, 4)`, the result of `sleep_factors`.
+        catch_up: `(num_touched, 4)`, the result of `catch_up_factors`.
         step: number of this step; the first is 1.
 
     Raises:
         ValueError: shapes do not fit together; on the CPU also if rows are outside the table or given twice.
     """
-    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
+    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, catch_up, step)
     beta1, beta2 = betas
     dtype = torch.promote_types(table.dtype, torch.float32)
     if isinstance(gradients, OuterProducts):
         gradients = gradients.values(dtype)
-    gradients, asleep = gradients.to(dtype), asleep.to(dtype).unsqueeze(-1)
+    gradients, catch_up = gradients.to(dtype), catch_up.to(dtype).unsqueeze(-1)
     weights, mean, square = table[rows].to(dtype), exp_avg[rows].to(dtype), exp_avg_sq[rows].to(dtype)
-    weights = weights * asleep[:, 0] + asleep[:, 1] * mean / (square.sqrt() + eps)
+    weights = weights * catch_up[:, 0] + catch_up[:, 1] * mean / (square.sqrt() + eps)
     squared_gradients = gradients * gradients
     if exp_avg_sq.shape[1] == 1:
         squared_gradients = squared_gradients.mean(-1, keepdim=True)
-    mean = (mean * asleep[:, 2]).lerp_(gradients, 1 - beta1)
-    square = (square * asleep[:, 3]).mul_(beta2).add_(squared_gradients, alpha=1 - beta2)
+    mean = (mean * catch_up[:, 2]).lerp_(gradients, 1 - beta1)
+    square = (square * catch_up[:, 3]).mul_(beta2).add_(squared_gradients, alpha=1 - beta2)
     exp_avg[rows] = mean.to(exp_avg.dtype)
     exp_avg_sq[rows] = round_by_chance(square, rows, step) if exp_avg_sq.dtype == torch.bfloat16 else square
     scale = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)

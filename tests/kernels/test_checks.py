@@ -148,7 +148,7 @@ def adamw_arguments():
         "exp_avg_sq": torch.zeros_like(table),
         "rows": rows,
         "gradients": torch.randn(3, 6),
-        "asleep": torch.ones(3, 4),
+        "catch_up": torch.ones(3, 4),
     }
 
 
@@ -166,8 +166,8 @@ def adamw_arguments():
         ("gradients", torch.randn(3, 5)),
         ("gradients", torch.randn(2, 6)),
         ("gradients", torch.randn(3, 6).double()),
-        ("asleep", torch.ones(3, 3)),
-        ("asleep", torch.ones(2, 4)),
+        ("catch_up", torch.ones(3, 3)),
+        ("catch_up", torch.ones(2, 4)),
     ],
     ids=lambda value: value if isinstance(value, str) else str(tuple(value.shape)),
 )

@@ -351,7 +351,7 @@ def arguments(**changes):
         "exp_avg_sq": torch.zeros(6, 4),
         "rows": ROWS,
         "gradients": torch.ones(2, 4),
-        "asleep": torch.ones(2, 4),
+        "catch_up": torch.ones(2, 4),
         "step": 1,
     }
     return given | changes
@@ -378,7 +378,7 @@ WRONG_ARGUMENTS = [
     ({"rows": ROWS.int()}, "one-dimensional and int64"),
     ({"gradients": torch.ones(3, 4)}, r"gradients has the shape \(3, 4\)"),
     ({"gradients": torch.ones(2, 5)}, r"gradients has the shape \(2, 5\)"),
-    ({"asleep": torch.ones(1, 4)}, r"asleep has the shape \(1, 4\)"),
+    ({"catch_up": torch.ones(1, 4)}, r"catch_up has the shape \(1, 4\)"),
     ({"step": 0}, r"step \(0\) must be at least 1"),
     ({"table": torch.ones(24)}, "a table has rows and columns"),
     ({"gradients": products(starts=torch.tensor([0, 1]))}, r"starts has the shape \(2,\)"),

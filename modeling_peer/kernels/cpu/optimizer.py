@@ -23,7 +23,7 @@ def adamw_rows_(
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor | OuterProducts,
-    asleep: torch.Tensor,
+    catch_up: torch.Tensor,
     step: int,
     lr: float,
     betas: tuple[float, float],
@@ -35,7 +35,7 @@ def adamw_rows_(
     Raises:
         ValueError: the compiled loop does not support the shapes, rows or dtypes.
     """
-    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, asleep, step)
+    check_adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, catch_up, step)
     one_square = exp_avg_sq.shape[1] < table.shape[1]  # one for the whole row
     _check_dtypes(table, exp_avg, exp_avg_sq, gradients, one_square)
     owners = (table, exp_avg, exp_avg_sq)
@@ -52,7 +52,7 @@ def adamw_rows_(
     else:
         values, products = array(gradients.contiguous()), None
     tensors = [array(tensor) for tensor in (table, exp_avg, exp_avg_sq, rows.contiguous())]
-    arguments = (*tensors, values, products, array(asleep.float().contiguous()), factors, step)
+    arguments = (*tensors, values, products, array(catch_up.float().contiguous()), factors, step)
     threads.run(kernel, len(rows), MIN_ROWS_PER_THREAD, *arguments)
     for owner, tensor in zip(owners, (table, exp_avg, exp_avg_sq), strict=True):
         if not owner.is_contiguous():
@@ -91,7 +91,7 @@ def _gradient(gradients, products, i, total):
 
 
 @compiled
-def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, factors, step, chunk, num_chunks):
+def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, catch_up, factors, step, chunk, num_chunks):
     keep, beta1, beta2, step_size, correction, eps = factors
     one = np.float32(1)
     total = np.empty(table.shape[1], np.float32)
@@ -103,7 +103,7 @@ def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, f
         prefetch_row(exp_avg_sq, ahead)
         weights, gradient = table[rows[i]], _gradient(gradients, products, i, total)
         means, squares = exp_avg[rows[i]], exp_avg_sq[rows[i]]
-        kept, travelled, mean_kept, square_kept = asleep[i]
+        kept, travelled, mean_kept, square_kept = catch_up[i]
         for j in range(len(weights)):
             g, mean, square = widen(gradient[j]), widen(means[j]), widen(squares[j])
             weight = kept * widen(weights[j]) + travelled * mean / (np.sqrt(square) + eps)
@@ -117,7 +117,7 @@ def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, f
 
 @compiled
 def _adamw_rows_of_one_square(
-    table, exp_avg, exp_avg_sq, rows, gradients, products, asleep, factors, step, chunk, num_chunks
+    table, exp_avg, exp_avg_sq, rows, gradients, products, catch_up, factors, step, chunk, num_chunks
 ):
     keep, beta1, beta2, step_size, correction, eps = factors
     one = np.float32(1)
@@ -128,7 +128,7 @@ def _adamw_rows_of_one_square(
         prefetch_row(table, ahead)
         prefetch_row(exp_avg, ahead)
         weights, means, gradient = table[rows[i]], exp_avg[rows[i]], _gradient(gradients, products, i, total)
-        kept, travelled, mean_kept, square_kept = asleep[i]
+        kept, travelled, mean_kept, square_kept = catch_up[i]
         sum_of_squares = np.float32(0)
         for j in range(len(weights)):
             sum_of_squares += widen(gradient[j]) * widen(gradient[j])
