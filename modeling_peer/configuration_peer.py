@@ -81,6 +81,8 @@ class PeerConfig(PreTrainedConfig):
     [`LlamaConfig`].
 
     Args:
+        > Which layers are sparse, and what stands there
+
         mlp_layer_types (`list[str]`, *optional*):
             `"sparse"` or `"dense"` for each layer. Unset, the middle layer is sparse and the others are dense, as in
             the paper (block 6 of 12).
@@ -90,6 +92,9 @@ class PeerConfig(PreTrainedConfig):
             `is_causal=False`) and `"multilinear_moe"`.
         parallel_dense_mlp (`bool`, *optional*, defaults to `False`):
             Keep the dense MLP beside the sparse one and add the two outputs. The paper replaces the dense MLP.
+
+        > Retrieval: product keys, queries and gates
+
         num_sub_keys (`int`, *optional*, defaults to 1024):
             Sub-keys per codebook, n. The pool has n² experts.
         num_retrieval_heads (`int`, *optional*, defaults to 8):
@@ -106,6 +111,9 @@ class PeerConfig(PreTrainedConfig):
             Normalisation of the queries: `"batch_norm"` (paper), `"rms_norm"`, `"layer_norm"` or `"none"`.
         gate_activation (`str`, *optional*, defaults to `"softmax"`):
             `"softmax"` over the k scores of one head (paper), or `"sigmoid"` of each score.
+
+        > Experts
+
         expert_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the single neuron: any Transformers activation, or `"identity"`. The paper gives ReLU and
             GELU as examples and does not say which it used.
@@ -122,6 +130,9 @@ class PeerConfig(PreTrainedConfig):
             time of a step then depend on those rows and not on the size of the pool. The optimizer must accept such
             gradients: [`modeling_peer.optim.RowSparseAdamW`]. With `experts_implementation="cpu"` the rows are
             computed only when they are read, and that optimizer does not read them.
+
+        > Auxiliary losses
+
         balance_loss (`str`, *optional*):
             Auxiliary loss that evens out the use of rows and columns of the grid of experts: `"switch"` or
             `"uniformity"` ([`balance_loss_peer.balance_loss`]). The paper has none. In training, and whenever
@@ -131,9 +142,15 @@ class PeerConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01):
             Weight of the auxiliary losses in `loss`. The Switch Transformer uses 0.01; Monet's uniformity loss
             uses 0.001.
+
+        > Product-key memory
+
         gated_memory (`bool`, *optional*, defaults to `False`):
             Product-key memory multiplies its output by `silu(x W_1)` and projects the product, as Memory+ does
             ([`PeerProductKeyMemory`]).
+
+        > Coarse mixtures of experts
+
         num_moe_experts (`int`, *optional*, defaults to 8):
             Number of coarse experts, each an MLP, in the mixtures (`top_k_moe`, `expert_choice_moe`, `soft_moe`,
             `multilinear_moe`).
@@ -152,11 +169,17 @@ class PeerConfig(PreTrainedConfig):
             (unset, 2).
         num_slots_per_expert (`int`, *optional*, defaults to 1):
             Slots of each `soft_moe` expert, per sequence.
+
+        > Multilinear mixtures
+
         multilinear_form (`str`, *optional*, defaults to `"cp"`):
             How `multilinear_moe` factorises the tensor of its experts: `"cp"` or `"tensor_ring"`.
         multilinear_ranks (`list[int]`, *optional*):
             Ranks of the factors: one for `"cp"` (unset, 3/4 of `hidden_size`), three for `"tensor_ring"` (unset, 4, 4
             and a fifth of `hidden_size`).
+
+        > Masked language models and heads
+
         is_causal (`bool`, *optional*, defaults to `True`):
             Whether a token sees only those before it. `False` is for masked language models and classifiers, and
             `soft_moe` needs it. There is no cache then, and `position_ids` that restart do not separate packed
