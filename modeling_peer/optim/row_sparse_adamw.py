@@ -248,9 +248,8 @@ def catch_up_factors(
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
     if step < len(skipped_steps):  # powers for each possible number, not for each row: a third of the time
-        return catch_up_factors(torch.arange(step, device=skipped_steps.device), step, lr, betas, weight_decay)[
-            skipped_steps.long()
-        ]
+        numbers = torch.arange(step, device=skipped_steps.device)
+        return catch_up_factors(numbers, step, lr, betas, weight_decay)[skipped_steps.long()]
     beta1, beta2 = betas
     skipped_steps = skipped_steps.double()
     first = (step - skipped_steps).clamp(max=step - 1).clamp(min=1)  # of the skipped steps

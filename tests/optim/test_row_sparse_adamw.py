@@ -86,8 +86,8 @@ def test_a_row_that_wakes_up_is_where_adamw_would_have_taken_it(implementation, 
         expected.grad = table.grad.to_dense()
         ours.step()
         theirs.step()
-    # Bias corrections are frozen while a row is not used, and decay follows the moments' steps at once: at most 2.5e-3 of
-    # the way, 10 seeds. A row that is not brought up to date is 0.1 of it away.
+    # Bias corrections are frozen while a row is not used, and decay follows the moments' steps at once: at most
+    # 2.5e-3 of the way, 10 seeds. A row that is not brought up to date is 0.1 of it away.
     moved = (expected - before).abs().max().item()
     torch.testing.assert_close(table, expected, atol=5e-3 * moved, rtol=0)
     for name in ("exp_avg", "exp_avg_sq"):
