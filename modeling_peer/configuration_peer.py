@@ -301,7 +301,7 @@ class PeerConfig(PreTrainedConfig):
             OSError: there is no config.json, or it is empty.
         """
         fields, others = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not fields:
+        if not fields.keys() - {"_commit_hash"}:  # which older releases add
             raise OSError(
                 f"{pretrained_model_name_or_path} has no config.json, or an empty one, so the sizes of the model are "
                 "unknown. If a save there was cut off, save again. Otherwise pass config=PeerConfig(...) with the "

@@ -28,6 +28,8 @@ def inputs_of(num_tokens=7):
 def export_and_compare(exporter, config, model, tolerance):
     """Export with one of Transformers' exporters; logits are those of the model, on other tokens too."""
     exported = exporter.export(model, inputs_of(), config=config)
+    if isinstance(exported, torch.export.ExportedProgram):  # of releases whose exporters return that
+        exported = exported.module()
     for inputs in (inputs_of(), inputs_of()):
         with torch.no_grad():
             expected = model(**inputs).logits
@@ -37,5 +39,5 @@ def export_and_compare(exporter, config, model, tolerance):
 
 
 def exporters():
-    """Transformers' package of exporters, of version 5.24 and later."""
+    """Transformers' package of exporters, which older releases lack."""
     return pytest.importorskip("transformers.exporters", reason="this Transformers has no exporters")

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -151,7 +152,8 @@ def test_compilation_that_is_switched_off_is_refused_where_kernels_were_asked_fo
 
 @pytest.fixture
 def failing_kernel(monkeypatch):
-    """The kernels were found to work, and the compiler fails at one of them."""
+    """The kernels were found to work, and the compiler fails at one of them. On one thread: a team of threads would
+    ask a compiled function for its source."""
     cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu.experts")
     assert kernels.defect("cpu") is None
 
@@ -161,6 +163,18 @@ def failing_kernel(monkeypatch):
         )
 
     monkeypatch.setattr(cpu_experts, "_read", fail)
+    with one_thread():
+        yield
+
+
+@contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_kernel_that_cannot_be_compiled_means_eager_and_one_warning(failing_kernel, tiny_config, monkeypatch):
@@ -205,7 +219,7 @@ def test_an_error_that_the_compiler_did_not_raise_is_raised(tiny_config, monkeyp
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("modeling_peer.kernels.cpu.experts._read", fail)
-    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), one_thread():
         PeerLayer(tiny_config())(torch.randn(300, 32))
 
 
