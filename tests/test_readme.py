@@ -57,7 +57,7 @@ def test_no_figure_is_still_to_be_filled_in(page):
 
 
 def test_every_place_in_the_tree_exists():
-    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", CONTRIBUTING, flags=re.DOTALL).group(1)
     parent, places = "", []
     for line in tree.splitlines():
         indent, name = re.match(r"( *)(\S+)", line).groups()
