@@ -76,8 +76,10 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     if type(retrieval) is not PeerRetrieval or not isinstance(experts, PeerExperts):
         return None
     sub_keys, tables = retrieval._parameters.get("sub_keys"), experts.tables()
-    # Offloaded tables are loaded when the parts are called.
+    # Offloaded tables are loaded, and sharded ones become this rank's rows, when the parts are called.
     if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
+        return None
+    if type(tables[1]) not in (nn.Parameter, torch.Tensor):
         return None
     run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
     network = None if run is None else _query_network(retrieval)
