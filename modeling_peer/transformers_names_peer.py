@@ -8,8 +8,10 @@ renamed `past_key_values` to `cache` in attention, masks, generation and outputs
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable
 
+import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -119,6 +121,11 @@ def one_cache(cache: object | None, past_key_values: object | None, others: dict
         raise TypeError(f"{unknown[0]}= holds a cache that PEER would not read: pass it as {CACHE}=.")
     if cache is not None and past_key_values is not None:
         raise TypeError("Pass the cache once, as cache= or as past_key_values=, not both.")
+    if past_key_values is not None and CACHE == "cache" and not torch.compiler.is_compiling():
+        # as Llama's forward does, in these releases
+        warnings.warn(
+            "`past_key_values` is deprecated for PEER models. Use `cache` instead.", FutureWarning, stacklevel=3
+        )
     return past_key_values if cache is None else cache
 
 

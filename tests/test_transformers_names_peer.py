@@ -3,6 +3,7 @@
 
 import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,13 @@ def test_every_method_of_trainer_that_is_overridden_is_looked_up():
         if callable(value) and not name.startswith("__")
     }
     assert {name for name in ours if hasattr(transformers.Trainer, name)} <= set(OVERRIDDEN)
+
+
+def test_the_old_name_of_the_cache_is_deprecated_where_transformers_has_a_new_one(tiny_config):
+    model, tokens = PeerForCausalLM(tiny_config()).eval(), torch.randint(1, 99, (1, 5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(tokens, past_key_values=DynamicCache(config=model.config))
+        model(tokens, **{CACHE: DynamicCache(config=model.config)})
+    found = [str(one.message) for one in caught if "is deprecated" in str(one.message)]
+    assert found == ["`past_key_values` is deprecated for PEER models. Use `cache` instead."] * (CACHE == "cache")
