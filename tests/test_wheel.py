@@ -18,11 +18,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # Run before anything else where extras are to be absent.
 WITHOUT_EXTRAS = f"""
 import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {sorted(package for packages in EXTRAS.values() for package in packages)}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+sys.modules.update(dict.fromkeys({sorted(package for packages in EXTRAS.values() for package in packages)}))
 """
 
 
