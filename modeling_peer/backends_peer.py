@@ -185,7 +185,7 @@ class _OrEager(partial):
             return self._run_eager(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # compilers raise many kinds; what is not theirs is raised again
             cause = give_up_after(error, self.implementation)
             if cause is None:
                 raise

@@ -54,7 +54,7 @@ class PeerCheckpoints:
             failure = None
             try:
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # raised again below, once it is known whether the files were replaced
                 failure = error
             after = _identities(pretrained_model_name_or_path, options.get("subfolder"))
             # A single file is replaced in one step, so the file that was read is either the old or the new one.

@@ -150,6 +150,11 @@ def test_compilation_that_is_switched_off_is_refused_where_kernels_were_asked_fo
     assert re.search(r'ValueError: experts_implementation="cpu" needs numba.*NUMBA_DISABLE_JIT.*"eager"', last)
 
 
+def fail_in_numba(*args, **kwargs):
+    """Raise as the compiler does: from one of its modules."""
+    exec(compile("raise RuntimeError('no such instruction')", "numba", "exec"), {"__name__": "numba.core.lowering"})
+
+
 @pytest.fixture
 def failing_kernel(monkeypatch):
     """The kernels were found to work, and the compiler fails at one of them. On one thread: a team of threads would
@@ -157,12 +162,7 @@ def failing_kernel(monkeypatch):
     cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu.experts")
     assert kernels.defect("cpu") is None
 
-    def fail(*args, **kwargs):
-        exec(
-            compile("raise RuntimeError('no such instruction')", "numba", "exec"), {"__name__": "numba.core.lowering"}
-        )
-
-    monkeypatch.setattr(cpu_experts, "_read", fail)
+    monkeypatch.setattr(cpu_experts, "_read", fail_in_numba)
     with one_thread():
         yield
 
@@ -199,15 +199,10 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_where_it_was_asked_for(fai
 def test_a_backward_that_cannot_be_compiled_says_so_and_the_next_forward_is_eager(tiny_config, monkeypatch):
     cpu_experts = pytest.importorskip("modeling_peer.kernels.cpu.experts")
 
-    def fail(*args, **kwargs):
-        exec(
-            compile("raise RuntimeError('no such instruction')", "numba", "exec"), {"__name__": "numba.core.lowering"}
-        )
-
     layer = PeerLayer(tiny_config())
     tokens = torch.randn(300, 32)
     output = layer(tokens)
-    monkeypatch.setattr(cpu_experts, "row_gradients", fail)
+    monkeypatch.setattr(cpu_experts, "row_gradients", fail_in_numba)
     with pytest.raises(RuntimeError, match=r'backward of experts_implementation="cpu".*no such instruction.*eager'):
         output.sum().backward()
     layer(tokens).sum().backward()

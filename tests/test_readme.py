@@ -167,3 +167,9 @@ def test_speeds_of_whole_models_are_those_that_were_measured():
     for name, *cells in rows:
         for task, cell in zip(("training", "prefill", "decode"), cells, strict=True):
             assert_is_rounded(cell, tasks[task].get(name, {}).get("tokens_per_second"))
+
+
+def test_the_time_of_the_study_is_what_its_runs_took():
+    runs = results_of("studies/wikitext2/study.json")["runs"]
+    minutes = sum(run["train_seconds"] for run in runs) / 60
+    assert f"The {len(runs)} runs of this one trained for {minutes:.0f} minutes" in " ".join(README.split())

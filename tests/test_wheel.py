@@ -34,9 +34,9 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def run(installed, folder, *words, code=None, extras=True):
+def run(installed, folder, code, *options, extras=True):
     """Python in a folder of its own, with the wheel before this checkout, which is installed to be edited."""
-    words = words if code is None else ("-c", ("" if extras else WITHOUT_EXTRAS) + code)
+    words = [*options, "-c", ("" if extras else WITHOUT_EXTRAS) + code]
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -55,13 +55,7 @@ def test_presets_recipes_and_the_card_are_in_the_wheel(installed):
 @pytest.mark.slow
 def test_importing_warns_of_nothing_without_extras(installed, tmp_path):
     code = "import modeling_peer; print(modeling_peer.PeerConfig.from_preset('peer_million').num_peer_experts)"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT_EXTRAS + code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
+    done = run(installed, tmp_path, code, "-W", "error", extras=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "1048576"
 
@@ -71,7 +65,7 @@ def test_importing_warns_of_nothing_without_extras(installed, tmp_path):
 def test_the_python_of_the_readme_runs(installed, tmp_path, extras):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) >= 2
-    done = run(installed, tmp_path, code="\n".join(blocks), extras=extras)
+    done = run(installed, tmp_path, "\n".join(blocks), extras=extras)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my-peer" / "modeling_peer.py").exists()
 
@@ -81,9 +75,9 @@ def test_a_run_is_trained_and_scored(installed, tmp_path):
     (tmp_path / "text.txt").write_text("a sentence, and another one. " * 400)
     words = ["quickstart", "--train_file", "text.txt", "--output_dir", "out", "--max_steps", "1", "--use_cpu", "true"]
     words += ["--validation_percent", "5", "--block_size", "32", "--tokenizer", "bytes", "--report_to", "none"]
-    done = run(installed, tmp_path, code=command("train", *words))
+    done = run(installed, tmp_path, command("train", *words))
     assert done.returncode == 0, done.stderr
-    done = run(installed, tmp_path, code=command("evaluate", "--model", "out", "--file", "text.txt"))
+    done = run(installed, tmp_path, command("evaluate", "--model", "out", "--file", "text.txt"))
     assert done.returncode == 0, done.stderr
 
 
@@ -91,7 +85,7 @@ def test_a_run_is_trained_and_scored(installed, tmp_path):
 @pytest.mark.parametrize(("name", "extra"), [("train", "train"), ("compare", "train"), ("bench-layer", "bench")])
 def test_what_an_extra_brings_is_asked_for_in_one_sentence(installed, tmp_path, name, extra):
     words = {"bench-layer": ["smoke"], "compare": ["smoke"]}.get(name, [])
-    done = run(installed, tmp_path, code=command(name, *words), extras=False)
+    done = run(installed, tmp_path, command(name, *words), extras=False)
     assert done.returncode == 2, done.stderr
     assert re.search(rf"^error: .*which is not installed.*{extra}", done.stderr.strip().splitlines()[-1])
 
@@ -102,7 +96,7 @@ def test_help_comes_without_torch(name, tmp_path):
     words = [*filter(None, [name]), "--help"]
     code = f"import peer_command, sys; peer_command.main({words}); print('torch' in sys.modules)"
     began = time.monotonic()
-    done = run(REPOSITORY, tmp_path, code=code)
+    done = run(REPOSITORY, tmp_path, code)
     took = time.monotonic() - began
     *text, has_torch = done.stdout.strip().splitlines()
     assert text[0].startswith(f"usage: peer {name or 'COMMAND'}"), done.stderr

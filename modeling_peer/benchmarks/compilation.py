@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from modeling_peer.benchmarks.preconditions import announce
+from modeling_peer.benchmarks.circumstances import announce
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.costs.provenance import describe_versions

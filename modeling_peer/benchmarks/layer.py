@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from modeling_peer.benchmarks.calls import make_call, make_tokens
+from modeling_peer.benchmarks.circumstances import announce, describe_measurement
 from modeling_peer.benchmarks.contenders import (
     COMPILED,
     EAGER,
@@ -22,7 +23,6 @@ from modeling_peer.benchmarks.contenders import (
     why_missing,
 )
 from modeling_peer.benchmarks.memory import call_bytes, fit, in_new_process, weight_bytes
-from modeling_peer.benchmarks.preconditions import announce, describe_measurement
 from modeling_peer.benchmarks.report import publish, save, scaling_of
 from modeling_peer.benchmarks.settings import Case, LayerArguments, parse_cases, select
 from modeling_peer.benchmarks.traffic import count_rows, measure_traffic

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from modeling_peer.benchmarks.circumstances import announce, describe_measurement
 from modeling_peer.benchmarks.contenders import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.memory import in_new_process
-from modeling_peer.benchmarks.preconditions import announce, describe_measurement
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments, select
 from modeling_peer.console.command_line import Overrides

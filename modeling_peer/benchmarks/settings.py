@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from modeling_peer.console.command_line import Fields, merge, parse_arguments
+from modeling_peer.console.command_line import Fields, merge
 from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
 
@@ -132,8 +132,6 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
         words: the command line without the program's name; `sys.argv[1:]` by default.
     """
     words = list(sys.argv[1:] if words is None else words)
-    if words[:1] in (["-h"], ["--help"]):
-        return parse_arguments(group, words)
     if not words or words[0].startswith("-"):
         known = sorted(path.stem for path in find_file("cpu", FOLDER, ".yaml").parent.glob("*.yaml"))
         raise SettingsError(f"name the sizes to measure first: {', '.join(known)}, or a file like those in {FOLDER}.")

@@ -52,7 +52,7 @@ class Fields:
         self._parser.error = refuse
         for action in self._parser._actions:
             action.default = argparse.SUPPRESS  # only what is given: defaults are the dataclasses' own
-        self.known = {action.dest: action for action in self._parser._actions}
+        self.known = {action.dest: action for action in self._parser._actions if action.dest != "help"}
 
     def parse(self, words: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
         """The fields that words set (`sys.argv[1:]` by default), and the words that are of none."""

@@ -68,7 +68,7 @@ def defect(implementation: str) -> str | None:
 def _find_defect(implementation: str) -> str | None:
     try:
         import_module(f"{__package__}.{implementation}.probe").probe()
-    except Exception as error:
+    except Exception as error:  # any kind, from the compiler or from what it needs
         return _describe(implementation, error)
     return None
 

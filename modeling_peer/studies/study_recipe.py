@@ -54,10 +54,10 @@ class StudyRecipe:
     """A study.
 
     Args:
-        recipe: recipe of train_lm.py that every run begins with: model, corpus, batch, optimizer.
+        recipe: recipe of `peer train` that every run begins with: model, corpus, batch, optimizer.
         contenders: by name.
         reference: the contender with which the others are compared, and to whose budget they are fitted.
-        training: fields of train_lm.py over those of `recipe`.
+        training: fields of `peer train` over those of `recipe`.
         model_overrides: fields of the configuration, of all models. A contender's or a size's `mlp_layer_types:
             dense` stands for as many as there are layers.
         budget: what a contender is given as much of as the reference: forward "flops" per token, "parameters",
@@ -66,7 +66,7 @@ class StudyRecipe:
             `modeling_peer.costs.budgets` names for its feed-forward. A contender may have its own, or [] to stay as
             it is.
         seeds: one run of every contender for each.
-        sizes: models smaller or larger than the base, by name, with fields of train_lm.py if need be.
+        sizes: models smaller or larger than the base, by name, with fields of `peer train` if need be.
         training_tokens: tokens of each run, in place of `max_steps`.
         training_flops: FLOPs of each run, in place of `max_steps`: a model whose tokens cost less sees more of them.
         evaluations: during a run, evenly spread; as many points has its curve.
@@ -150,8 +150,6 @@ def parse_study(words: Sequence[str] | None = None) -> Study:
         SettingsError: a recipe that is not one, with the field and what it must be.
     """
     words = list(sys.argv[1:] if words is None else words)
-    if words[:1] in (["-h"], ["--help"]):
-        parse_arguments(StudyArguments, words)
     if not words or words[0].startswith("-"):
         known = sorted(path.stem for path in find_file("smoke", FOLDER, ".yaml").parent.glob("*.yaml"))
         raise SettingsError(f"name a study first: {', '.join(known)}, or a file like those in {FOLDER}.")

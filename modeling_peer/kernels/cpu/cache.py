@@ -54,7 +54,7 @@ class _KernelCache(FunctionCache):
     def load_overload(self, sig, target_context):
         try:
             return super().load_overload(sig, target_context)
-        except Exception as error:
+        except Exception as error:  # damaged files raise whatever unpickling them does
             _warn(f"compiled kernels in {self.cache_path} can't be read", error)
             self._begin_again()
             return None
@@ -62,7 +62,7 @@ class _KernelCache(FunctionCache):
     def save_overload(self, sig, data):
         try:
             super().save_overload(sig, data)
-        except Exception as error:
+        except Exception as error:  # a kernel that is not kept still runs
             _warn(f"compiled kernels can't be written to {self.cache_path}", error)
             self.disable()
 
@@ -77,7 +77,7 @@ def keep_compiled(dispatcher) -> None:
     """Cache the function that Numba compiles (`njit`) on disk, if any folder is writable."""
     try:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
-    except Exception as error:
+    except Exception as error:  # Numba raises RuntimeError, the file system its own
         _warn("there is no folder for compiled kernels: set NUMBA_CACHE_DIR to one that can be written", error)
 
 
