@@ -7,13 +7,8 @@ from typing import Any
 from modeling_peer.benchmarks.settings import BenchmarkArguments
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 
-UNRECORDED = (
-    "command",
-    "kernel_tests",
-    "commit",
-    "output_file",
-    "plot_file",
-)  # recorded apart, or of no use elsewhere
+# recorded apart, or of no use elsewhere
+UNRECORDED = ("command", "kernel_tests", "commit", "output_file", "plot_file")
 
 
 def announce(words: str) -> None:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass
 from dataclasses import fields as dataclass_fields
+from functools import cache
 from typing import Any
 
 from modeling_peer.console.command_line import Fields, merge
@@ -64,24 +65,26 @@ def parse_recipe(words: Sequence[str] | None = None) -> Recipe:
     """
     words = list(sys.argv[1:] if words is None else words)
     path = find_file(words.pop(0), FOLDER, ".yaml") if words and not words[0].startswith("-") else None
-    fields = Fields(*GROUPS)
-    given, others = fields.parse(words)
-    fields.refuse(others)
-    of_file = fields.read(read_yaml(path), str(path)) if path else {}
-    return build_recipe({"output_dir": f"runs/{path.stem if path else 'train_lm'}"}, of_file, given)
+    of_file = read_run_fields(read_yaml(path), str(path)) if path else {}
+    output_dir = f"runs/{path.stem if path else 'train_lm'}"
+    return build_recipe({"output_dir": output_dir}, of_file, parse_run_fields(words))
 
 
 def parse_run_fields(words: Sequence[str]) -> dict[str, Any]:
     """The fields of a recipe that words set; unknown ones are refused as in `parse_recipe`."""
-    fields = Fields(*GROUPS)
-    given, others = fields.parse(words)
-    fields.refuse(others)
+    given, others = _fields().parse(words)
+    _fields().refuse(others)
     return given
 
 
 def read_run_fields(values: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The fields of a recipe that a file sets under `place`."""
-    return Fields(*GROUPS).read(values, place)
+    return _fields().read(values, place)
+
+
+@cache
+def _fields() -> Fields:
+    return Fields(*GROUPS)
 
 
 def build_recipe(*layers: Mapping[str, Any]) -> Recipe:
