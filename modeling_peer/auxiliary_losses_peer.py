@@ -9,9 +9,14 @@ class AuxiliaryLosses:
 
     A head passes one to the model, and each layer passes another to its sparse MLP. With `None` the losses are not
     computed. It is an object rather than a list, because hooks around modules (FSDP, Accelerate) copy lists.
+
+    Args:
+        weight: factor of their sum in the task's loss; a layer does not need it.
     """
 
-    total: torch.Tensor | None = None  # float32 scalar
+    def __init__(self, weight: float = 1.0):
+        self.weight = weight
+        self.total: torch.Tensor | None = None  # float32 scalar
 
     def add(self, loss: torch.Tensor) -> None:
         """Add one layer's unweighted loss; layers may be on several devices."""

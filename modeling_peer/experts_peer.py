@@ -220,7 +220,11 @@ class PeerExperts(nn.Module):
 
     `down_embed` reads a token, `up_embed` writes it back, and `gate_embed` (gated experts only) modulates. Each is
     `(num_peer_experts, hidden_size)`, one row per expert. With `has_readers=False` there is `up_embed` only.
+
+    `row_sparse` says whether gradients of the tables are row-sparse in this run; with `None` the configuration does.
     """
+
+    row_sparse: bool | None = None
 
     def __init__(self, config: PeerConfig, has_readers: bool = True):
         super().__init__()
@@ -260,9 +264,13 @@ class PeerExperts(nn.Module):
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
         if is_parametrized(self):
             self._check_adapted_tables()
-        if torch.is_grad_enabled() and self.config.row_sparse_gradients:
+        if torch.is_grad_enabled() and self.has_row_sparse_gradients():
             return _with_row_sparse_gradients(mixture, *inputs)
         return mixture(*inputs)
+
+    def has_row_sparse_gradients(self) -> bool:
+        """Whether gradients of the tables are row-sparse."""
+        return self.config.row_sparse_gradients if self.row_sparse is None else self.row_sparse
 
     def tables(self) -> tuple[torch.Tensor | None, ...] | None:
         """`down_embed`, `up_embed` and `gate_embed` as registered; None if one is computed, as under an adapter."""
@@ -279,7 +287,7 @@ class PeerExperts(nn.Module):
                 "(target_modules), or train the tables themselves."
             )
         trained = any(getattr(self, name).requires_grad for name in self.parametrizations)
-        if self.config.row_sparse_gradients and torch.is_grad_enabled() and trained:
+        if trained and torch.is_grad_enabled() and self.has_row_sparse_gradients():
             raise ValueError(
                 "row_sparse_gradients=True: an adapter of expert tables (target_parameters) is trained through the "
                 "dense gradient of the whole table. Load the model with row_sparse_gradients=False, or train the "

@@ -49,6 +49,7 @@ from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
+from .masks_peer import current_token_mask, fit_attention_mask, num_cached
 from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
@@ -177,21 +178,25 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
         self.config._experts_implementation = self.get_correct_experts_implementation(experts_implementation)
 
-    def _collect_aux_losses(self, has_labels: bool) -> AuxiliaryLosses | None:
-        """Collector of the layers' auxiliary losses; None in generation and in evaluation without labels."""
+    def _collect_aux_losses(self, has_labels: bool, weight: float | None = None) -> AuxiliaryLosses | None:
+        """Collector of the layers' auxiliary losses; None in generation and in evaluation without labels.
+
+        Args:
+            weight: their weight in the loss of this call; `None` for the configuration's `router_aux_loss_coef`.
+        """
         wanted = self.config.has_aux_losses and (self.training or has_labels)
-        return AuxiliaryLosses() if wanted else None
+        return AuxiliaryLosses(self.config.router_aux_loss_coef if weight is None else weight) if wanted else None
 
     def _add_aux_losses(self, outputs, aux_losses: AuxiliaryLosses | None, share: torch.Tensor | float = 1.0):
         """Set `aux_loss` in a head's outputs and add it to their loss.
 
-        There it is weighted by the configuration and by this micro-batch's share of the step.
+        There it is weighted by the collector's weight and by this micro-batch's share of the step.
         """
         if aux_losses is None or aux_losses.total is None:
             return outputs
         outputs["aux_loss"] = aux_losses.total
         if outputs.loss is not None:
-            weighted = self.config.router_aux_loss_coef * share * aux_losses.total
+            weighted = aux_losses.weight * share * aux_losses.total
             outputs["loss"] = outputs.loss + weighted.to(outputs.loss.device)
         return outputs
 
@@ -315,17 +320,18 @@ class PeerModel(PeerPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if 0 in inputs_embeds.shape[:2]:
-            batch_size, sequence_length = inputs_embeds.shape[:2]
-            raise ValueError(f"The input is empty: {batch_size} sequences of {sequence_length} tokens.")
-        attention_mask = self._fit_attention_mask(attention_mask, inputs_embeds, cache)
+        batch_size, length = inputs_embeds.shape[:2]
+        if 0 in (batch_size, length):
+            raise ValueError(f"The input is empty: {batch_size} sequences of {length} tokens.")
+        num_heads = self.config.num_attention_heads
+        attention_mask = fit_attention_mask(attention_mask, batch_size, length, num_heads, cache)
         # A non-causal model has nothing to cache: each new token changes the states of all earlier ones.
         if use_cache and self.config.is_causal and cache is None:
             cache = DynamicCache(config=self.config)
-        num_cached = _num_cached(cache)
+        cached_before = num_cached(cache)
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = torch.arange(length, device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
@@ -337,7 +343,7 @@ class PeerModel(PeerPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        token_mask = self._token_mask(attention_mask, inputs_embeds, cache)
+        token_mask = current_token_mask(attention_mask, length, cache)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -353,72 +359,14 @@ class PeerModel(PeerPreTrainedModel):
             if isinstance(hidden_states, tuple):
                 hidden_states, aux_loss = hidden_states
                 aux_losses.add(aux_loss)
-        if num_cached is not None and _num_cached(cache) != num_cached + inputs_embeds.shape[1]:
+        if cached_before is not None and num_cached(cache) != cached_before + length:
             raise RuntimeError(
-                f"Attention left the cache at {_num_cached(cache)} tokens, where {num_cached} and "
-                f"{inputs_embeds.shape[1]} new ones were expected: what follows would forget them. In training with "
+                f"Attention left the cache at {num_cached(cache)} tokens, where {cached_before} and "
+                f"{length} new ones were expected: what follows would forget them. In training with "
                 "gradient checkpointing Transformers takes the cache away: pass use_cache=False and no cache. "
                 f"Otherwise this code does not fit transformers {transformers.__version__}: update modeling_peer."
             )
         return PeerModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE: cache})
-
-    def _fit_attention_mask(self, attention_mask, inputs_embeds, cache):
-        """Give a padding mask one row per sequence; return other masks unchanged.
-
-        Raises:
-            ValueError: the mask does not fit the input. Attention would broadcast it or read the wrong columns.
-        """
-        if not isinstance(attention_mask, torch.Tensor):
-            return attention_mask
-        batch_size, length = inputs_embeds.shape[:2]
-        seen = _num_seen(cache)
-        shape, wanted = attention_mask.shape, f"({batch_size}, {seen + length})"
-        if len(shape) == 2:
-            # A longer mask is for a static cache: it can cover all of the cache's positions.
-            fits = shape[1] >= seen + length if cache is not None else shape[1] == length
-        else:  # which tokens attend to which; attention broadcasts it
-            wanted = f"{wanted} or ({batch_size}, 1, {length}, {seen + length})"
-            fits = len(shape) == 4 and shape[1] in (1, self.config.num_attention_heads) and shape[2] in (1, length)
-            fits = fits and (cache is not None or shape[3] in (1, length))
-        if not fits or shape[0] not in (1, batch_size):
-            cached = f" after {seen} in the cache" if seen else ""
-            raise ValueError(
-                f"attention_mask is {tuple(shape)}, but there are {batch_size} sequences of {length} tokens{cached}: "
-                f"give a mask of shape {wanted}, with 1 for a token and 0 for padding."
-            )
-        return attention_mask.expand(batch_size, -1) if len(shape) == 2 else attention_mask
-
-    def _token_mask(self, attention_mask, inputs_embeds, cache) -> torch.Tensor | None:
-        """Which of the current tokens are not padding: `(batch_size, sequence_length)`.
-
-        Masks of other ranks say which tokens attend to which, not which ones are padding.
-        """
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-            return None
-        length = inputs_embeds.shape[1]
-        if attention_mask.shape[1] == length:
-            return attention_mask.bool()
-        seen = _num_seen(cache) or attention_mask.shape[1] - length
-        return attention_mask[:, seen : seen + length].bool()
-
-
-def _num_seen(cache: Cache | None) -> int:
-    """Number of tokens in `cache`; 0 if finding out would wait for a device, as with static caches."""
-    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
-    return seen if isinstance(seen, int) else 0
-
-
-def _num_cached(cache: Cache | None) -> int | None:
-    """Number of tokens in a cache; None if there is no cache or the number must not be read.
-
-    A compiled graph would depend on it, and a static cache on an accelerator would make the CPU wait.
-    """
-    if not isinstance(cache, Cache) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    length = cache.get_seq_length()
-    if not isinstance(length, torch.Tensor):
-        return length
-    return int(length) if length.device.type == "cpu" else None
 
 
 class PeerLanguageModel(PeerPreTrainedModel):
@@ -467,6 +415,7 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
         past_key_values: Cache | None = None,
         output_expert_ids: bool | None = None,
         output_expert_gates: bool | None = None,
+        router_aux_loss_coef: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerCausalLMOutputWithPast:
         """
@@ -475,10 +424,12 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
             logits_to_keep: compute logits only for this many last positions (0: for all), or for these positions:
                 `(num_positions,)`, `(batch_size, num_positions)`, or a boolean `(batch_size, sequence_length)`.
             output_expert_ids, output_expert_gates: see [`PeerModelOutputWithPast`].
+            router_aux_loss_coef: weight of the auxiliary losses in `loss`; the configuration's by default. With 0,
+                `loss` is the cross-entropy alone.
 
         The other arguments are those of [`PeerModel`].
         """
-        aux_losses = self._collect_aux_losses(labels is not None)
+        aux_losses = self._collect_aux_losses(labels is not None, router_aux_loss_coef)
         outputs: PeerModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -527,16 +478,18 @@ class PeerForMaskedLM(PeerLanguageModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        router_aux_loss_coef: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PeerMaskedLMOutput:
         """
         Args:
             labels: `(batch_size, sequence_length)`, the original token where one was masked, elsewhere -100. Not
                 shifted.
+            router_aux_loss_coef: see [`PeerForCausalLM`].
 
         The other arguments are those of [`PeerModel`].
         """
-        aux_losses = self._collect_aux_losses(labels is not None)
+        aux_losses = self._collect_aux_losses(labels is not None, router_aux_loss_coef)
         outputs: PeerModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -584,11 +537,11 @@ def _with_aux_losses(forward: Callable, output_class: type) -> Callable:
 
     @wraps(forward)
     @can_return_tuple
-    def forward_with_aux_losses(self, *args, **kwargs):
+    def forward_with_aux_losses(self, *args, router_aux_loss_coef: float | None = None, **kwargs):
         kwargs |= dict(zip(names, args, strict=False))
         self._check_recorded(kwargs, head=type(self).__name__)
         has_labels = any(kwargs.get(name) is not None for name in ("labels", "start_positions"))
-        aux_losses = self._collect_aux_losses(has_labels)
+        aux_losses = self._collect_aux_losses(has_labels, router_aux_loss_coef)
         outputs = output_class(**forward(self, **kwargs, aux_losses=aux_losses, return_dict=True))
         return self._add_aux_losses(outputs, aux_losses)
 

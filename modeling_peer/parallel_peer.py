@@ -56,7 +56,7 @@ if torch.distributed.is_available():
         @contextlib.contextmanager
         def context_around_forward(self, module, mesh):
             tables = dict(module._parameters)
-            row_sparse = module.config.row_sparse_gradients and torch.is_grad_enabled()
+            row_sparse = torch.is_grad_enabled() and module.has_row_sparse_gradients()
             module._parameters.update({name: _local_rows(table, row_sparse) for name, table in tables.items()})
             try:
                 yield

@@ -50,6 +50,7 @@ TRAVELLING_FILES = {
     "one_call_peer.py",
     "query_norms_peer.py",
     "balance_loss_peer.py",
+    "masks_peer.py",
     "modeling_peer.py",
 }
 

@@ -21,6 +21,16 @@ def expert_tables(model: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if EXPERT_TABLE.search(name) and p.requires_grad]
 
 
+def expert_pools(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that hold expert tables, remote code's classes included."""
+    return [module for module in model.modules() if hasattr(type(module), "has_row_sparse_gradients")]
+
+
+def has_row_sparse_gradients(model: nn.Module) -> bool:
+    """Whether gradients of expert tables of `model` are row-sparse, by its configuration or in this run."""
+    return any(pool.has_row_sparse_gradients() for pool in expert_pools(model))
+
+
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
@@ -51,7 +61,7 @@ def parameter_groups(
         RETRIEVAL_GROUP: {"lr": learning_rate * retrieval_learning_rate_multiple, "weight_decay": 0.0},
         EXPERT_TABLES: {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay},
     }
-    if getattr(getattr(model, "config", None), "row_sparse_gradients", False):
+    if has_row_sparse_gradients(model):
         settings[EXPERT_TABLES]["row_sparse"] = True
     members = defaultdict(list)
     for name, parameter in model.named_parameters():

@@ -13,31 +13,27 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_peer.kernels.lazy_gradients import LazyRowGradient, OuterProducts
-from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_tables
-
-
-def has_row_sparse_gradients(model: nn.Module) -> bool:
-    """Whether the configuration of `model` sets `row_sparse_gradients`."""
-    return getattr(getattr(model, "config", None), "row_sparse_gradients", False)
+from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_pools, expert_tables
 
 
 @contextmanager
 def row_sparse_gradients(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Inside this context, gradients of the expert tables of `model` are row-sparse; with `enabled=False`, dense.
 
-    This is a setting of the run rather than of the model. Any optimizer can train a checkpoint that is saved outside
-    the context.
+    This is a setting of the run rather than of the model. The configuration keeps its value, so any optimizer can
+    train a checkpoint that is saved inside or outside the context.
     """
-    if enabled == has_row_sparse_gradients(model):
-        yield
-        return
-    if not hasattr(model.config, "row_sparse_gradients"):
+    pools = expert_pools(model)
+    if enabled and not pools:
         raise ValueError(f"{type(model).__name__} has no expert tables: row_sparse_gradients is of PEER models.")
-    model.config.row_sparse_gradients = enabled
+    before = [pool.row_sparse for pool in pools]
+    for pool in pools:
+        pool.row_sparse = enabled
     try:
         yield
     finally:
-        model.config.row_sparse_gradients = not enabled
+        for pool, row_sparse in zip(pools, before, strict=True):
+            pool.row_sparse = row_sparse
 
 
 def coalesced(gradient: torch.Tensor) -> torch.Tensor:

@@ -26,17 +26,11 @@ class LanguageModelTrainer(PeerTrainer):
         if self.is_world_process_zero() and self.card_facts:
             write_model_card(self.args.output_dir, self.card_facts)
 
-    def evaluate(self, *args, **kwargs):
-        """Evaluate by the task's loss alone: with the auxiliary ones it would not compare with other models'."""
-        config = self.model.config
-        weight = getattr(config, "router_aux_loss_coef", None)
-        if weight is None:
-            return super().evaluate(*args, **kwargs)
-        config.router_aux_loss_coef = 0.0
-        try:
-            return super().evaluate(*args, **kwargs)
-        finally:
-            config.router_aux_loss_coef = weight
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Evaluate by the task's loss alone, so that models with auxiliary losses compare with models without."""
+        if getattr(self.model.config, "has_aux_losses", False):
+            inputs = {**inputs, "router_aux_loss_coef": 0.0}
+        return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
         """Log, unless a loss is not a number: then the run is over."""

@@ -8,12 +8,17 @@ from accelerate import DistributedType
 from transformers import Trainer, TrainingArguments
 
 from modeling_peer.console.errors import SettingsError, require_numbers
-from modeling_peer.optim.parameter_groups import EXPERT_TABLES, expert_tables, parameter_groups, schedule_tables
+from modeling_peer.optim.parameter_groups import (
+    EXPERT_TABLES,
+    expert_tables,
+    has_row_sparse_gradients,
+    parameter_groups,
+    schedule_tables,
+)
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.optim.row_sparse_gradients import (
     average_over_processes,
     clip_gradients,
-    has_row_sparse_gradients,
     row_sparse_gradients,
 )
 from modeling_peer.training.arguments import PeerTrainingArguments
@@ -26,7 +31,7 @@ from modeling_peer.transformers_names_peer import require_arguments, require_met
 # Trainer's own methods that PeerTrainer and its mixins override: one that a release renames is never called again.
 OVERRIDDEN = (
     *("create_optimizer", "create_scheduler", "get_optimizer_cls_and_kwargs", "training_step", "log", "train"),
-    *("save_model", "evaluate", "create_model_card", "_clip_grad_norm", "_get_grad_norm", "_get_learning_rate"),
+    *("save_model", "prediction_step", "create_model_card", "_clip_grad_norm", "_get_grad_norm", "_get_learning_rate"),
     *("_get_output_dir", "_save", "_save_checkpoint", "_push_from_checkpoint", "_save_rng_state", "_load_rng_state"),
     *("_run_epoch", "_init_training_state", "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"),
     *("_load_from_checkpoint", "_load_best_model", "save_state"),
@@ -93,7 +98,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     def _optimizer_class_and_groups(self, model):
         settings, network = self._table_settings, self.model if model is None else model
         optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
-        with row_sparse_gradients(self.model, self._row_sparse):  # groups say so
+        with row_sparse_gradients(self.model, self._row_sparse):  # which the groups record
             groups = parameter_groups(
                 network,
                 options.get("lr", self.args.learning_rate),
@@ -150,7 +155,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return self.lr_scheduler
 
     def training_step(self, *args, **kwargs):
-        """Forward and backward; only here does the model's configuration say what the run says."""
+        """Forward and backward, with the kind of gradients that the run asks for."""
         with row_sparse_gradients(self.model, self._row_sparse):
             return super().training_step(*args, **kwargs)
 

@@ -67,12 +67,16 @@ def test_clipping_waits_for_no_device(model):
     assert clip_gradients(model, 1.0).others.is_meta
 
 
-def test_gradients_are_row_sparse_within_and_the_saved_configuration_says_nothing_of_it(tiny_config, tmp_path):
+def test_gradients_are_row_sparse_inside_the_context_and_the_configuration_stays(tiny_config, tmp_path):
     model = PeerForCausalLM(tiny_config()).train()
     with row_sparse_gradients(model):
         accumulate(model, 1)
+        assert not model.config.row_sparse_gradients
+        model.save_pretrained(tmp_path)
     assert all(table.grad.is_sparse for table in expert_tables(model))
-    model.save_pretrained(tmp_path)
+    model.zero_grad()
+    accumulate(model, 1)
+    assert not any(table.grad.is_sparse for table in expert_tables(model))
     assert not PeerForCausalLM.from_pretrained(tmp_path).config.row_sparse_gradients
     sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))

@@ -282,3 +282,4 @@ def test_auxiliary_losses_are_trained_and_not_in_the_loss_of_an_evaluation(tiny_
     outputs = model(TEXT[:4], labels=TEXT[:4])
     assert outputs.aux_loss > 0.5
     torch.testing.assert_close(outputs.loss, loss + 0.5 * outputs.aux_loss)
+    torch.testing.assert_close(model(TEXT[:4], labels=TEXT[:4], router_aux_loss_coef=0.0).loss.item(), loss)
