@@ -10,22 +10,29 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from .auto_classes_peer import AUTO_MAP
-from .checksums_peer import add_checksum, refuse_damage, weight_files
-from .exchange_peer import CONFIG_NAME, GENERATION_CONFIG_NAME, staged_save, staging_folders
+from .checksums_peer import refuse_damage, weight_files
+from .exchange_peer import staged_save, staging_folders
+from .file_names_peer import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .query_norms_peer import freeze_running_statistics
+from .table_placement_peer import check_placement, place_tables
+from .table_shards_peer import lay_out_weights, refuse_index_damage
 
 # Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
 CHECKED_BYTES = 256 << 20
 ATTEMPTS_TO_READ = 3
+# Of a file of weights, by default, and of one that is copied into the final layout: the disk holds it twice meanwhile.
+MAX_SHARD_SIZE, COPIED_SHARD_SIZE = "50GB", "4GB"
 
 
 class PeerCheckpoints:
     """Extends loading and saving of `PreTrainedModel`: all or nothing, and with the code that loads the model."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, verify_checksums=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *model_args, verify_checksums=None, table_placement=None, **kwargs
+    ):
         """Like `PreTrainedModel.from_pretrained`, with errors that say how to repair a broken checkpoint.
 
         Running statistics that were updated in training are frozen
@@ -34,15 +41,21 @@ class PeerCheckpoints:
         Args:
             verify_checksums: read every weight file whole and compare it with its checksum. The default does so for
                 up to 256 MiB of weights; larger files are mapped and not read. False never does.
+            table_placement: where expert tables are. `"mapped"`: in their files, read-only, whatever the device of
+                the model; a ValueError says why that is not possible. `"memory"`: in the memory of the process. By
+                default as Transformers loads them: mapped, on a CPU and in the saved dtype.
 
         Raises:
             OSError: a weight file is damaged, or the files were replaced during loading. The message names a damaged
                 file, its size and the size in its header.
             RuntimeError: tensors do not have the configuration's shapes.
         """
+        check_placement(table_placement)
         options = {name: kwargs[name] for name in ("variant", "subfolder", "cache_dir", "revision") if name in kwargs}
         others = pretrained_model_name_or_path is None or kwargs.get("state_dict")
         others = others or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False
+
+        is_local = pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path)
 
         def find_files():
             return [] if others else weight_files(pretrained_model_name_or_path, **options)
@@ -53,7 +66,11 @@ class PeerCheckpoints:
             before = _identities(pretrained_model_name_or_path, options.get("subfolder"))
             failure = None
             try:
+                if is_local and not others:
+                    refuse_index_damage(pretrained_model_name_or_path, **options)
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                if not is_local and not others:  # downloaded now
+                    refuse_index_damage(pretrained_model_name_or_path, **options)
             except Exception as error:  # raised again below, once it is known whether the files were replaced
                 failure = error
             after = _identities(pretrained_model_name_or_path, options.get("subfolder"))
@@ -73,7 +90,9 @@ class PeerCheckpoints:
             refuse_damage(pretrained_model_name_or_path, files, verify, failure)
         if failure is None:
             # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
-            freeze_running_statistics(loaded[0] if isinstance(loaded, tuple) else loaded, only_learned=True)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            freeze_running_statistics(model, only_learned=True)
+            place_tables(model, table_placement)
             return loaded
         if isinstance(failure, RuntimeError) and "ignore_mismatched_sizes" in str(failure):
             raise RuntimeError(
@@ -119,14 +138,16 @@ class PeerCheckpoints:
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
         private, token = kwargs.pop("private", None), kwargs.get("token")
         commit = {name: kwargs.pop(name) for name in ("commit_message", "create_pr") if name in kwargs}
+        max_shard_size = kwargs.pop("max_shard_size", None)
         earlier = self._get_files_timestamps(save_directory) if os.path.isdir(save_directory) else {}
         with staged_save(save_directory, kwargs.get("variant")) as staging:
-            super().save_pretrained(staging, is_main_process, state_dict, **kwargs)
+            as_adapter = getattr(self, "_hf_peft_config_loaded", False)
+            size = max_shard_size or (MAX_SHARD_SIZE if as_adapter else COPIED_SHARD_SIZE)
+            super().save_pretrained(staging, is_main_process, state_dict, max_shard_size=size, **kwargs)
             if not (staging / "modeling_peer.py").exists():  # a subclass elsewhere: its file was copied, or none
                 own = (base for base in type(self).__mro__ if base.__module__.rpartition(".")[2] == "modeling_peer")
                 custom_object_save(next(own), staging)
-            for file in staging.glob("*.safetensors"):
-                add_checksum(file)
+            lay_out_weights(staging, kwargs.get("variant"), max_shard_size or MAX_SHARD_SIZE)
             saved = {path.name for path in staging.iterdir()}
         if push_to_hub:  # as Transformers does after its own save
             repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id

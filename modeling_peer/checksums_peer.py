@@ -4,11 +4,15 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
+
+from .file_names_peer import index_name, weights_stem
 
 # The safetensors library writes other spaces. A program that copies a file's metadata to other tensors therefore does
 # not produce this text, so the checksum is not copied.
@@ -16,61 +20,122 @@ CHECKSUM_START = b'{"__metadata__": {"crc32": "'
 NO_CHECKSUM = b"0" * 8
 LARGEST_HEADER = 100_000_000  # bytes, the safetensors format's limit
 BLOCK = 1 << 24  # bytes read at once
+PAGE = 4096  # bytes: the smallest unit that is read from a mapped file
 
 
-def weight_files(
-    path: str | os.PathLike, variant=None, subfolder: str = "", cache_dir=None, revision: str | None = None
-) -> list[Path]:
-    """The safetensors files that `from_pretrained` reads, in a local folder or downloaded from the Hub."""
+def find_file(
+    path: str | os.PathLike, name: str, subfolder: str = "", cache_dir=None, revision: str | None = None
+) -> Path | None:
+    """A file of a local folder, or of a Hub repository that was downloaded; None if there is none."""
+    name = os.path.join(subfolder or "", name)
+    if os.path.isdir(path):
+        return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(str(path), Path(name).as_posix(), cache_dir, revision)
+    except ValueError:  # not a repository name
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
-    def find(name: str) -> Path | None:
-        name = os.path.join(subfolder or "", name)
-        if os.path.isdir(path):
-            return Path(path, name) if os.path.isfile(os.path.join(path, name)) else None
-        try:
-            cached = huggingface_hub.try_to_load_from_cache(str(path), Path(name).as_posix(), cache_dir, revision)
-        except ValueError:  # not a repository name
-            return None
-        return Path(cached) if isinstance(cached, str) else None
 
-    dotted = f".{variant}" if variant else ""
-    whole, index = find(f"model{dotted}.safetensors"), find(f"model.safetensors.index{dotted}.json")
-    if whole or not index:
+def weight_files(path: str | os.PathLike, variant: str | None = None, **where) -> list[Path]:
+    """The safetensors files that `from_pretrained` reads, in a local folder or downloaded from the Hub.
+
+    Args:
+        where: `subfolder`, `cache_dir` and `revision`, as in `find_file`.
+    """
+    index = weight_index(path, variant, **where)
+    if index is None:
+        whole = find_file(path, f"{weights_stem(variant)}.safetensors", **where)
         return [whole] if whole else []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [find(name) for name in sorted(names)]
+        files = [find_file(path, name, **where) for name in sorted(names)]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
     return [file for file in files if file]
 
 
-def add_checksum(file: Path):
-    """Write the CRC-32 of a safetensors file into its header, in place.
+def weight_index(path: str | os.PathLike, variant: str | None = None, **where) -> Path | None:
+    """The index that `from_pretrained` reads; None if it reads a single file. Arguments: see `weight_files`."""
+    if find_file(path, f"{weights_stem(variant)}.safetensors", **where):
+        return None
+    return find_file(path, index_name(variant), **where)
 
-    The checksum is of the whole file, with zeros for its own eight digits.
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: its dtype by the format's name, and the position of its data in bytes."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+def read_header(file: str | os.PathLike) -> dict[str, dict]:
+    """The header of a safetensors file: dtype, shape and offsets of each tensor, and `"__metadata__"`.
+
+    Raises:
+        ValueError: the file does not start with such a header.
     """
-    with open(file, "r+b") as stream:
-        size = file.stat().st_size
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length)
-        plain = b'{"__metadata__":{'
-        if not header.startswith(plain):
-            return
-        header = CHECKSUM_START + NO_CHECKSUM + b'",' + header[len(plain) :].rstrip(b" ")
-        header += b" " * (-len(header) % 8)
-        # backwards from the end, since the tensors move by less than a block
-        for start in reversed(range(8 + length, size, BLOCK)):
-            stream.seek(start)
-            block = stream.read(min(BLOCK, size - start))
-            stream.seek(start + len(header) - length)
-            stream.write(block)
-        stream.seek(0)
-        stream.write(len(header).to_bytes(8, "little") + header)
-        stream.flush()
-        found = _checksum_without_its_digits(stream)
-        stream.seek(8 + len(CHECKSUM_START))
-        stream.write(b"%08x" % found)
+    with open(file, "rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError(f"{file} announces a header of {size} bytes: it is not a safetensors file.")
+        header = json.loads(stream.read(size))
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} does not start with a safetensors header.")
+    return header
+
+
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors in a safetensors file, by name. Only the header is read."""
+    with open(file, "rb") as stream:
+        first = 8 + int.from_bytes(stream.read(8), "little")
+    found = {}
+    for name, entry in read_header(file).items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            found[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]), first + start, end - start)
+    return found
+
+
+def write_tensors(file: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file with copies of stored tensors, and its CRC-32 in the header.
+
+    The checksum is of the whole file, with zeros for its own eight digits. The data starts at a multiple of `PAGE`.
+    """
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        entries[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [end, end + tensor.num_bytes]}
+        end += tensor.num_bytes
+    parts = [json.dumps(part, separators=(",", ":")).encode()[1:] for part in (metadata, entries)]
+    others, tables = (b"," + part if len(part) > 1 else part for part in parts)  # without its first brace
+    header = CHECKSUM_START + NO_CHECKSUM + b'"' + others + tables
+    header += b" " * (-(8 + len(header)) % PAGE)
+    start = len(header).to_bytes(8, "little") + header
+    found = zlib.crc32(start)
+    with open(file, "wb") as target:
+        target.write(start)
+        for tensor in tensors.values():
+            for block in _blocks(tensor):
+                found = zlib.crc32(block, found)
+                target.write(block)
+        target.seek(8 + len(CHECKSUM_START))
+        target.write(b"%08x" % found)
+
+
+def _blocks(tensor: StoredTensor) -> Iterator[bytes]:
+    left = tensor.num_bytes
+    with open(tensor.file, "rb") as stream:
+        stream.seek(tensor.start)
+        while left:
+            block = stream.read(min(BLOCK, left))
+            if not block:
+                raise OSError(f"{tensor.file} ends {left} bytes before its header says.")
+            left -= len(block)
+            yield block
 
 
 def _checksum_without_its_digits(stream) -> int:

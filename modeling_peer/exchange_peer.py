@@ -11,6 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .file_names_peer import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    index_name,
+    is_weight_file,
+)
 from .files_peer import flush, flush_all, give_default_permissions
 
 try:
@@ -24,8 +31,6 @@ STAGING_PREFIX = ".saving-"
 # Inside a staging folder: the complete new files, the old ones while they are replaced, the names of both, and a lock
 # held by the saving process.
 NEW_FILES, OLD_FILES, EXCHANGE, LOCK = "new", "old", "exchange.json", "lock"
-CONFIG_NAME, ADAPTER_CONFIG_NAME = "config.json", "adapter_config.json"
-GENERATION_CONFIG_NAME = "generation_config.json"
 
 
 @contextmanager
@@ -131,10 +136,7 @@ def _locked(path: Path, create: bool = False) -> Iterator[None]:
 
 
 def _replace_files(staging: Path, directory: Path, variant: str | None):
-    stem = "model" if variant is None else f"model.{variant}"
-    index = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
-    is_weights = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch
-
+    index, is_weights = index_name(variant), is_weight_file(variant)
     source = staging / NEW_FILES
     # relative paths, because an adapter may have a folder of its own
     new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}

@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
+from .table_placement_peer import MappedTables
 
 # Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB. One token's rows may be more.
 # On CPU a tile of this size stays in cache. An accelerator needs larger tiles to be busy.
@@ -225,6 +226,7 @@ class PeerExperts(nn.Module):
     """
 
     row_sparse: bool | None = None
+    mapped_tables: MappedTables | None = None
 
     def __init__(self, config: PeerConfig, has_readers: bool = True):
         super().__init__()
@@ -261,12 +263,42 @@ class PeerExperts(nn.Module):
         if self.up_embed.shape[0] < self.num_peer_experts:
             expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
         mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
+        if self.mapped_tables is not None:
+            self._use_mapped_tables(expert_ids)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
         if is_parametrized(self):
             self._check_adapted_tables()
         if torch.is_grad_enabled() and self.has_row_sparse_gradients():
             return _with_row_sparse_gradients(mixture, *inputs)
         return mixture(*inputs)
+
+    def _use_mapped_tables(self, expert_ids: torch.Tensor):
+        """Request the rows of these experts if they may have to be read from the disk.
+
+        Raises:
+            ValueError: a gradient is wanted for tables that are only mapped.
+        """
+        trained = self.training and torch.is_grad_enabled() and self.up_embed.requires_grad
+        if trained and self.mapped_tables.only_mapped:
+            raise ValueError(
+                'table_placement="mapped": the expert tables are read from their file and cannot be trained. Load the '
+                "model without it to train them, or freeze them (requires_grad_(False)) to train the rest."
+            )
+        if not torch.compiler.is_compiling() and self.mapped_tables.waits_for_disk():
+            self.mapped_tables.request(expert_ids)
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast the module; tables that are only mapped stay where they are and keep their dtype."""
+        if self.mapped_tables is None:
+            return super()._apply(fn, recurse)
+        if self.mapped_tables.only_mapped:
+            tables = {name: self._parameters.pop(name) for name in TABLE_NAMES}
+            try:
+                return super()._apply(fn, recurse)
+            finally:
+                self._parameters.update(tables)
+        self.mapped_tables = None  # the tables are copied
+        return super()._apply(fn, recurse)
 
     def has_row_sparse_gradients(self) -> bool:
         """Whether gradients of the tables are row-sparse."""

@@ -81,6 +81,9 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
         return None
     if type(tables[1]) not in (nn.Parameter, torch.Tensor):
         return None
+    mapped = experts.mapped_tables
+    if mapped is not None and (mapped.waits_for_disk() or tables[1].device != tokens.device):
+        return None
     run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
     network = None if run is None else _query_network(retrieval)
     if network is None or torch.is_autocast_enabled("cpu"):

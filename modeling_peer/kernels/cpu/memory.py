@@ -1,19 +1,21 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Tensors as NumPy arrays on the same memory, for Numba's kernels; large ones in huge pages."""
 
-import ctypes
-import sys
+import threading
 import weakref
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-HUGE_PAGE = 2**21  # bytes
+from ...mapped_memory_peer import COLLAPSE, HUGE_PAGE, advise, is_mapped_file
+
+BYTES_OF_HUGE_PAGE = 2**21
 MIN_BYTES = 2**25  # glibc gives larger allocations their own pages
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # <sys/mman.h>, Linux; the second since 6.1
+MOVED_AT_ONCE = 2**26  # bytes; between two such pieces a table may be freed
 
 _moved: set[tuple[int, int]] = set()
+_movers: list[threading.Thread] = []
 
 
 class _Memory:
@@ -84,22 +86,36 @@ def _check_address(address: int) -> int:
 
 
 def move_to_huge_pages(table: torch.Tensor) -> None:
-    """Move a large `table` to huge pages, once; that takes about a second for 1 GiB.
+    """Begin to move a large `table` to huge pages, once, on another thread; about a second for 1 GiB.
 
-    Scattered rows then need no walk through the page tables (36 against 26 ms for 256 MiB of rows).
+    Scattered rows then need no walk through the page tables (36 against 26 ms for 256 MiB of rows). A mapped file is
+    left as it is: the move would read all of it into memory of this process.
     """
     memory = (table.data_ptr(), table.nbytes)
     if table.nbytes > MIN_BYTES and memory not in _moved:
         _moved.add(memory)
+        storage = table.untyped_storage()
         # Another table may get the same address later.
-        weakref.finalize(table.untyped_storage(), _moved.discard, memory).atexit = False
-        _advise(table, MADV_HUGEPAGE)
-        _advise(table, MADV_COLLAPSE)
+        weakref.finalize(storage, _moved.discard, memory).atexit = False
+        if not is_mapped_file(memory[0]):
+            mover = threading.Thread(target=_move, args=(weakref.ref(storage), *memory), daemon=True)
+            _movers[:] = [other for other in _movers if other.is_alive()] + [mover]
+            mover.start()
 
 
-def _advise(tensor: torch.Tensor, advice: int) -> None:
-    """Give Linux `advice` on the huge pages within `tensor`. If Linux ignores it, only the speed changes."""
-    start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    end = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if sys.platform == "linux" and end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+def _move(storage: weakref.ref, address: int, num_bytes: int) -> None:
+    start = -(-address // BYTES_OF_HUGE_PAGE) * BYTES_OF_HUGE_PAGE
+    end = (address + num_bytes) // BYTES_OF_HUGE_PAGE * BYTES_OF_HUGE_PAGE
+    for first in range(start, end, MOVED_AT_ONCE):
+        kept = storage()  # the table can't be freed while a piece of it is moved
+        if kept is None:
+            return
+        for advice in (HUGE_PAGE, COLLAPSE):
+            advise(first, min(MOVED_AT_ONCE, end - first), advice)
+        del kept
+
+
+def wait_for_huge_pages() -> None:
+    """Wait until all tables are moved. Benchmarks measure the speed after that."""
+    for mover in _movers:
+        mover.join()

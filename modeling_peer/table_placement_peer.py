@@ -1,0 +1,133 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Expert tables that stay in their file: the rows of a call are fetched together, before the first is read.
+
+A model that is loaded in its saved dtype on a CPU has tables that are views of the file (`mmap`). They take no memory
+of the process, and the system keeps in its page cache what was read. A token knows the ids of all its experts before
+it reads a row. So the pages of all rows are requested at once, and the disk reads them side by side. Without the
+request each would be a page fault, one after the other.
+
+While everything is in the page cache, requests would only cost time. They are made after a call that had to wait for
+the disk, and for some calls after it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+from .mapped_memory_peer import PAGE, RANDOM, WILL_NEED, advise, is_mapped_file
+
+try:
+    from resource import RUSAGE_SELF, getrusage
+except ModuleNotFoundError:  # Windows, where nothing is mapped
+    getrusage = None
+
+PLACEMENTS = (None, "mapped", "memory")
+# Calls with requests after one that waited for the disk. The first call after these makes none, and so finds out.
+CALLS_WITH_REQUESTS = 64
+# Smaller tables are soon in the page cache, so looking costs more than it saves.
+MIN_BYTES = 2**25
+
+
+class _Disk:
+    """Whether calls of this process wait for the disk, by its count of page faults that had to read."""
+
+    def __init__(self):
+        self.num_faults, self.calls_left = -1, 0
+
+    def is_in_use(self) -> bool:
+        """Whether rows should be requested before this call. It takes half a microsecond."""
+        num_faults = getrusage(RUSAGE_SELF).ru_majflt
+        if num_faults != self.num_faults:
+            self.num_faults, self.calls_left = num_faults, CALLS_WITH_REQUESTS
+        elif self.calls_left:
+            self.calls_left -= 1
+        return self.calls_left > 0
+
+
+_disk = _Disk()
+
+
+class MappedTables:
+    """The mapped tables of one layer.
+
+    Args:
+        tables: each `(num_peer_experts, hidden_size)`, contiguous, a view of a file.
+        only_mapped: the user asked for mapped tables: they stay on the CPU and in their dtype, and are not trained.
+    """
+
+    def __init__(self, tables: Iterable[torch.Tensor], only_mapped: bool):
+        self.tables = [(table.data_ptr(), table.shape[0], table.stride(0) * table.element_size()) for table in tables]
+        self.only_mapped = only_mapped
+        for address, num_rows, row_bytes in self.tables:
+            first = address // PAGE * PAGE
+            advise(first, address + num_rows * row_bytes - first, RANDOM)
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the model has its tables in memory
+
+    def waits_for_disk(self) -> bool:
+        """Whether a call now should request its rows before it reads them."""
+        return _disk.is_in_use()
+
+    def request(self, expert_ids: torch.Tensor) -> None:
+        """Ask the system for the pages of the rows of these experts. Returns before they are read.
+
+        Ids that do not exist are left to the function that reads the rows.
+        """
+        for address, num_rows, row_bytes in self.tables:
+            ids = expert_ids.flatten().cpu()
+            starts = address + ids[(ids >= 0) & (ids < num_rows)] * row_bytes
+            firsts, lasts = starts // PAGE, (starts + row_bytes - 1) // PAGE
+            widest = int((lasts - firsts).max()) if len(starts) else 0
+            pages = torch.cat([(firsts + i)[firsts + i <= lasts] for i in range(widest + 1)]).unique()
+            for first, length in _runs(pages):
+                advise(first * PAGE, length * PAGE, WILL_NEED)
+
+
+def _runs(numbers: torch.Tensor) -> list[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers in an ascending tensor."""
+    if not len(numbers):
+        return []
+    begins = torch.ones(len(numbers), dtype=torch.bool)
+    begins[1:] = numbers[1:] != numbers[:-1] + 1
+    positions = begins.nonzero().flatten()
+    lengths = torch.cat([positions[1:], positions.new_tensor([len(numbers)])]) - positions
+    return list(zip(numbers[positions].tolist(), lengths.tolist(), strict=True))
+
+
+def check_placement(name: str | None) -> None:
+    if name not in PLACEMENTS:
+        raise ValueError(f"table_placement must be one of {', '.join(map(str, PLACEMENTS))}; got {name!r}.")
+
+
+def place_tables(model: torch.nn.Module, placement: str | None) -> None:
+    """Set where the expert tables of a loaded model are.
+
+    Args:
+        placement: `None` requests the rows of large tables that happen to be mapped; `"mapped"` requires that all are;
+            `"memory"` copies mapped tables to the memory of the process.
+
+    Raises:
+        ValueError: `"mapped"`, and a table is not a view of a file.
+    """
+    check_placement(placement)
+    pools = {name: module for name, module in model.named_modules() if hasattr(type(module), "mapped_tables")}
+    for name, pool in pools.items():
+        tables = [table for table in pool.tables() or () if table is not None]
+        mapped = [table for table in tables if table.is_cpu and is_mapped_file(table.data_ptr())]
+        if placement == "memory":
+            for table in mapped:
+                table.data = table.data.clone()
+        elif placement == "mapped" and (len(mapped) < len(tables) or not tables):
+            raise ValueError(_why_not_mapped(name, tables))
+        elif mapped and (placement == "mapped" or sum(table.nbytes for table in mapped) > MIN_BYTES):
+            pool.mapped_tables = MappedTables(mapped, only_mapped=placement == "mapped")
+
+
+def _why_not_mapped(name: str, tables: list[torch.Tensor]) -> str:
+    found = ", ".join(sorted({f"{table.dtype} on {table.device}" for table in tables})) or "no table"
+    return (
+        f'table_placement="mapped": {name} has {found}, which is not a view of a file. Mapping needs Linux, a '
+        "safetensors checkpoint and the dtype that it was saved in: leave dtype unset, and device_map too (move the "
+        'model with .to(device) afterwards; its tables stay). Or use table_placement="memory".'
+    )

@@ -1,0 +1,156 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""The layout of a checkpoint: expert tables in safetensors files of their own, one layer a file, beside the rest.
+
+    model-00001-of-00001.safetensors        everything that every token reads: dense weights and retrieval
+    model-layer-007-experts.safetensors     the expert tables of layer 7
+    model.safetensors.index.json            which tensor is in which file, and each file's checksum
+
+Transformers reads the index and needs nothing else. One layer's tables can be downloaded or mapped alone. Their data
+starts at a multiple of 4 KiB in the file, so a row of at most 4 KiB whose size divides that lies in one page.
+"""
+
+import json
+import os
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from .checksums_peer import StoredTensor, read_header, stored_checksum, stored_tensors, weight_index, write_tensors
+from .file_names_peer import expert_tables_stem, index_name, is_weight_file, weights_stem
+
+TABLE = re.compile(r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts)\.\w+_(?:embed|scale)")
+
+
+def lay_out_weights(folder: Path, variant: str | None = None, max_shard_size: int | str = "50GB") -> None:
+    """Rewrite the safetensors files in `folder`: weights in this layout, and each file with its checksum.
+
+    Data is copied block by block, so its size does not matter for memory. A source is deleted once it is copied. A
+    model without expert tables keeps its files, as an adapter does.
+
+    Args:
+        variant: name of the weight variant, as in `save_pretrained`.
+        max_shard_size: bytes, or a number with a unit, that a file may have. A larger tensor has a file of its own.
+    """
+    sources = sorted(folder.glob("*.safetensors"))
+    weights = [file for file in sources if is_weight_file(variant)(file.name)]
+    tensors = {name: tensor for file in weights for name, tensor in stored_tensors(file).items()}
+    plan = _plan(tensors, variant, max_shard_size)
+    finished = folder / "laid_out"
+    finished.mkdir()
+    remaining = {file: len(stored_tensors(file)) for file in weights}
+    metadata = {file: read_header(file).get("__metadata__", {}) for file in sources}
+    for name, members in plan.items():
+        contents = {member: tensors[member] for member in members}
+        files = {tensor.file for tensor in contents.values()}
+        write_tensors(finished / name, contents, metadata[min(files)] | _description(contents))
+        for tensor in contents.values():
+            remaining[tensor.file] -= 1
+        for file in files:
+            if not remaining[file]:
+                file.unlink()
+    for file in sources:
+        if file not in weights:
+            write_tensors(finished / file.name, stored_tensors(file), metadata[file])
+    for file in finished.iterdir():
+        os.replace(file, folder / file.name)
+    finished.rmdir()
+    if plan:
+        index = folder / index_name(variant)
+        index.unlink(missing_ok=True)
+        if len(plan) > 1:
+            content = json.dumps(_index(folder, plan, tensors), indent=2, sort_keys=True)
+            index.write_text(content + "\n", encoding="utf-8")
+
+
+def _plan(tensors: dict[str, StoredTensor], variant: str | None, max_shard_size: int | str) -> dict[str, list[str]]:
+    """Names of the tensors of each file."""
+    layers: dict[int | None, dict[str, StoredTensor]] = {}
+    for name, tensor in tensors.items():
+        table = TABLE.fullmatch(name)
+        layers.setdefault(table and int(table["layer"]), {})[name] = tensor
+    plan = {}
+    for layer, members in layers.items():
+        stem = weights_stem(variant) if layer is None else expert_tables_stem(layer, variant)
+        split = split_state_dict_into_shards_factory(
+            members,
+            get_storage_size=lambda tensor: tensor.num_bytes,
+            filename_pattern=stem + "{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        plan |= split.filename_to_tensors
+    whole = f"{weights_stem(variant)}.safetensors"
+    if len(plan) > 1 and whole in plan:
+        # Transformers would load a file of this name alone, without the index.
+        plan[f"{weights_stem(variant)}-00001-of-00001.safetensors"] = plan.pop(whole)
+    return plan
+
+
+def _description(tensors: dict[str, StoredTensor]) -> dict[str, str]:
+    """Metadata of a file of expert tables, for readers without the model's configuration."""
+    pools = {table["pool"] for name in tensors if (table := TABLE.fullmatch(name))}
+    if not pools:
+        return {}
+    shapes = {name.rpartition(".")[2]: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
+    return {"model_type": "peer", "layer": pools.pop(), **shapes}
+
+
+def _index(folder: Path, plan: dict[str, list[str]], tensors: dict[str, StoredTensor]) -> dict[str, Any]:
+    return {
+        "metadata": {
+            "total_parameters": sum(prod(tensor.shape) for tensor in tensors.values()),
+            "total_size": sum(tensor.num_bytes for tensor in tensors.values()),
+            "checksums": {name: stored_checksum(folder / name) for name in plan},
+        },
+        "weight_map": {member: name for name, members in plan.items() for member in members},
+    }
+
+
+def refuse_index_damage(path: str | os.PathLike, variant: str | None = None, **where) -> None:
+    """Raise OSError if the index of a checkpoint and its files do not fit. Arguments: see `weight_files`."""
+    index = weight_index(path, variant, **where)
+    if index is not None and (damages := find_index_damage(index)):
+        raise OSError(
+            f"Cannot read the weights of {path}. {' '.join(damages)} Copy or save the checkpoint again, or "
+            "download it again with force_download=True."
+        )
+
+
+def find_index_damage(index: Path) -> list[str]:
+    """Sentences that say where an index and its files do not fit each other. Reads headers only.
+
+    An index may name only files beside it. A file that it gives a checksum for must have that checksum in its header,
+    so files of two saves, and files that were swapped, are found. Each tensor must be in the file that it names.
+    """
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
+        checksums = content.get("metadata", {}).get("checksums", {})
+        names = sorted({*weight_map.values(), *checksums})
+        expected = {name: {tensor for tensor, file in weight_map.items() if file == name} for name in names}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return [f"{index.name} is not readable as an index."]
+    damages = []
+    for name in names:
+        file = index.parent / name
+        if Path(name).name != name or name in ("", ".", ".."):
+            damages.append(f"{index.name} names {name!r}, which is not a file beside it.")
+        elif not file.is_file():
+            damages.append(f"{name} is missing; {index.name} names it.")
+        else:
+            damages += _file_damage(file, index.name, expected[name], checksums.get(name))
+    return damages
+
+
+def _file_damage(file: Path, index: str, expected: set[str], checksum: str | None) -> list[str]:
+    try:
+        stored, tensors = stored_checksum(file), stored_tensors(file).keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return []  # `find_safetensors_damage` says what is wrong with it
+    if checksum is not None and stored is not None and stored != checksum:
+        return [f"{file.name} was saved with the checksum {stored}, and {index} names a file with {checksum}."]
+    if missing := sorted(expected - tensors):
+        return [f"{file.name} lacks {missing[0]!r} ({len(missing)} tensors in all), which {index} looks for there."]
+    return []
