@@ -14,9 +14,9 @@ try:
         IMPLEMENTATION_OF_DEVICE,
         after_failure,
         defect,
+        dense_optimizer_check,
         dispatch,
         give_up_after,
-        gradient_takers,
         lazy_gradients,
         obstacle,
         one_call,
@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
     IMPLEMENTATION_OF_DEVICE, after_failure = {}, []
-    defect = dispatch = give_up_after = gradient_takers = lazy_gradients = None
+    defect = dispatch = give_up_after = dense_optimizer_check = lazy_gradients = None
     obstacle = one_call = operators = None
 
 logger = logging.get_logger(__name__)

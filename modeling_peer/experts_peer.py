@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced, lazy_gradients
+from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, dense_optimizer_check, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 
@@ -290,6 +290,6 @@ class PeerExperts(nn.Module):
 # The compiler does not support sparse gradients: it breaks the graph at this call, or raises (fullgraph=True).
 @torch.compiler.disable
 def _with_row_sparse_gradients(mixture: Callable, *inputs) -> torch.Tensor:
-    if gradient_takers is not None:
-        gradient_takers.expect_row_sparse_gradients(*inputs[3:6])  # the tables
+    if dense_optimizer_check is not None:
+        dense_optimizer_check.expect_row_sparse_gradients(*inputs[3:6])  # the tables
     return mixture(*inputs, row_sparse_gradients=True)

@@ -5,7 +5,7 @@ operators.py             the operators of PyTorch, their backward, and the publi
 checks.py                checks of an operator's arguments, so that kernels read only valid memory
 dispatch.py              whether a call needs PyTorch's dispatch
 lazy_gradients.py        row-sparse gradients of tables, computed row by row in an optimizer's step
-gradient_takers.py       which optimizers cannot use row-sparse gradients
+dense_optimizer_check.py which optimizers cannot use row-sparse gradients
 optimizer_arguments.py   checks of the arguments of a row update
 one_call.py              when one or a few tokens, without gradients, run through a layer in one call
 cpu/                     compiled by Numba: experts, retrieval, optimizer, a layer in one call (few_tokens)
