@@ -274,8 +274,8 @@ class PeerExperts(nn.Module):
         """Raise ValueError if a table cannot be replaced by table plus update, as PEFT's `target_parameters` does."""
         if self.config.share_expert_tables:
             raise ValueError(
-                "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update a layer, "
-                "and merging would add them all to the one table that the layers share. Adapt other weights "
+                "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update per "
+                "layer, and merging would add all of them to the one table that the layers share. Adapt other weights "
                 "(target_modules), or train the tables themselves."
             )
         trained = any(getattr(self, name).requires_grad for name in self.parametrizations)

@@ -64,7 +64,7 @@ class _KernelCache(FunctionCache):
         except Exception as error:  # damaged files raise whatever unpickling them does
             found = None
             _warn_once(f"again ({DURATION}): those in {self.cache_path} can't be read", error)
-            self._begin_again()
+            self._delete_all()
         if found is None:
             _announce_once(self.cache_path)
         return found
@@ -76,7 +76,7 @@ class _KernelCache(FunctionCache):
             _warn_once(f"{IN_EVERY_PROCESS}: they can't be written to {self.cache_path}", error)
             self.disable()
 
-    def _begin_again(self):
+    def _delete_all(self):
         try:
             self.flush()
         except Exception:  # for example not writable; `save_overload` warns
