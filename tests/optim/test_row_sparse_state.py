@@ -369,22 +369,22 @@ def products(**changes):
 
 
 WRONG_ARGUMENTS = [
-    ({"exp_avg": torch.zeros(5, 4)}, r"exp_avg has the shape \(5, 4\), and \(6, 4\) fits"),
+    ({"exp_avg": torch.zeros(5, 4)}, r"exp_avg has the shape \(5, 4\); the table and its rows need \(6, 4\)"),
     ({"exp_avg_sq": torch.zeros(6, 2)}, r"exp_avg_sq has the shape \(6, 2\)"),
     ({"exp_avg_sq": torch.zeros(5, 1)}, r"exp_avg_sq has the shape \(5, 1\)"),
-    ({"rows": torch.tensor([1, 6])}, "rows reach from 1 to 6; there are 0 to 5"),
-    ({"rows": torch.tensor([-1, 3])}, "rows reach from -1 to 3"),
-    ({"rows": torch.tensor([3, 3])}, "1 of 2 rows are given more than once"),
+    ({"rows": torch.tensor([1, 6])}, "rows must be from 0 to 5; got 1 to 6"),
+    ({"rows": torch.tensor([-1, 3])}, "rows must be from 0 to 5; got -1 to 3"),
+    ({"rows": torch.tensor([3, 3])}, "1 of 2 rows are repeated"),
     ({"rows": ROWS.int()}, "one-dimensional and int64"),
     ({"gradients": torch.ones(3, 4)}, r"gradients has the shape \(3, 4\)"),
     ({"gradients": torch.ones(2, 5)}, r"gradients has the shape \(2, 5\)"),
     ({"catch_up": torch.ones(1, 4)}, r"catch_up has the shape \(1, 4\)"),
     ({"step": 0}, r"step \(0\) must be at least 1"),
-    ({"table": torch.ones(24)}, "a table has rows and columns"),
+    ({"table": torch.ones(24)}, "table must have two dimensions"),
     ({"gradients": products(starts=torch.tensor([0, 1]))}, r"starts has the shape \(2,\)"),
     ({"gradients": products(starts=torch.tensor([0, 9, 3]))}, "starts must rise from 0 to 3"),
     ({"gradients": products(starts=torch.tensor([0, 1, 9]))}, "starts must rise from 0 to 3"),
-    ({"gradients": products(token_ids=torch.tensor([0, 1, 2]))}, "token_ids reach from 0 to 2; there are 0 to 1"),
+    ({"gradients": products(token_ids=torch.tensor([0, 1, 2]))}, "token_ids must be from 0 to 1; got 0 to 2"),
     ({"gradients": products(tokens=torch.ones(2, 3))}, r"tokens has the shape \(2, 3\)"),
 ]
 
