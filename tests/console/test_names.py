@@ -173,7 +173,7 @@ def test_offline_a_repository_that_is_not_in_the_cache_is_one_sentence():
         ({"train_file": "txt.txt"}, r"no such file or folder: txt.txt .* Did you mean 'text.txt'\?"),
         (
             {"resume_from_checkpoint": "out/checkpoint-1"},
-            r"out/checkpoint-1 is no training checkpoint .*: no such folder",
+            r"cannot resume from out/checkpoint-1: no such folder",
         ),
     ],
     ids=str,
