@@ -31,8 +31,9 @@ class PeerTrainingArguments(TrainingArguments):
     table_learning_rate_schedule: str = field(
         default="multiple",
         metadata={
-            "help": "Schedule of the tables' learning rate. 'multiple': a constant multiple of the scheduled "
-            "learning_rate. 'decaying': the multiple falls to 1 over the run. 'constant': no warm-up and no decay."
+            "help": "Schedule of the tables' learning rate. With 'multiple' it is a fixed multiple of the scheduled "
+            "learning_rate. With 'decaying' the multiple falls to 1 over the run. With 'constant' there is no warm-up "
+            "and no decay."
         },
     )
     table_weight_decay: float = field(
