@@ -21,7 +21,7 @@ def launched_sharding() -> DistributedConfig | None:
     divided among all processes that hold one copy of the model, so their tables are not gathered, as FSDP2 would do.
 
     The first call removes the setting from the environment, so a second call returns None. Trainer itself informs
-    Accelerate about a model that is already sharded. On CPUs Accelerate refuses the setting beside that.
+    Accelerate about a model that is already sharded. On CPUs Accelerate raises if it gets the setting too.
 
     Raises:
         SettingsError: the sizes exclude each other, or this release of Transformers cannot shard experts.
