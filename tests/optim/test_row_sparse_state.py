@@ -187,7 +187,7 @@ def test_a_flattened_state_of_rows_is_refused_where_nobody_knew_that_they_are(ti
         group.pop("row_sparse", None)
     other = RowSparseAdamW(groups)
     set_optimizer_state_dict(model, other, state, options=options)
-    with pytest.raises(ValueError, match="row_sparse=True, as parameter_groups"):
+    with pytest.raises(ValueError, match="row_sparse=True, as in parameter_groups"):
         train(model, other, 1)
 
 
