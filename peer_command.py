@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The console command `peer`: one subcommand for each thing that scripts/ does.
+"""The console command `peer`. Each script in scripts/, except `kernel_tests.py`, calls one of its subcommands.
 
-It stands beside the package because importing that takes seconds, for torch and Transformers. Help is read from the
-source of the argument classes instead.
+It is outside the package, because importing the package imports torch and Transformers, which takes seconds. For
+`--help` it parses the source of the argument classes instead.
 """
 
 import ast
@@ -17,9 +17,9 @@ from typing import Any
 
 WIDTH = 100
 TRAINER_HELP = (
-    "Every field of transformers.TrainingArguments, too: --learning_rate, --max_steps, --save_steps and so on."
+    "Also every field of transformers.TrainingArguments: --learning_rate, --max_steps, --save_steps and so on."
 )
-# Packages of each extra of setup.cfg; what a command lacks is looked up here.
+# Packages of each extra of setup.cfg, for the error if a command needs one that is not installed.
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "tensorboard"),
     "bench": ("matplotlib", "psutil", "PEER_pytorch"),
@@ -30,7 +30,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, the function that does it, and where its arguments are declared."""
+    """A subcommand: its help, its function, and the source of its arguments."""
 
     help: str
     function: Callable[[Sequence[str]], dict[str, Any]]
@@ -40,7 +40,8 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-# What the subcommands do: words in, a dict for the last line out. Each imports its own room when it is called.
+# The functions of the subcommands: from command-line words to the dict of the last line. Each imports its modules only
+# when it is called.
 
 
 def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_train(words: Sequence[str]) -> dict[str, Any]:
-    """Train once, with a recipe and the fields given after it."""
+    """Train once, with a recipe and the fields that follow it."""
     from modeling_peer.training.language_modeling import train_language_model
     from modeling_peer.training.recipe import parse_recipe
 
@@ -82,7 +83,7 @@ def run_compare(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_compare_runs(words: Sequence[str]) -> dict[str, Any]:
-    """Compare finished runs side by side."""
+    """Compare finished runs."""
     from modeling_peer.console.command_line import parse_arguments
     from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 
@@ -127,7 +128,7 @@ def run_bench_model(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
-    """What measuring and balancing expert usage adds to the cost of a step."""
+    """Measure the cost of expert usage figures and balance losses, as a part of a training step."""
     from modeling_peer.benchmarks.model import ModelBenchmark
     from modeling_peer.benchmarks.settings import parse_settings
     from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
@@ -153,9 +154,10 @@ BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 RECIPE = "[recipe.yaml] [--field value ...]"
 SIZES = "cpu | h200 | smoke | sizes.yaml [--field value ...]"
 COMMANDS = {
-    # Threads that wait by spinning take the cores they wait for: on a busy machine a step took 5 to 10 times as long.
+    # Spinning OpenMP threads occupy the cores that other threads need. On a busy machine a step took 5 to 10 times as
+    # long.
     "quickstart": Command(
-        "train a small model in minutes, with nothing to download, and see that it learned",
+        "train a small model in minutes, without a download, and check that it learned",
         run_quickstart,
         arguments=TRAINING,
         more=TRAINER_HELP,
@@ -173,19 +175,19 @@ COMMANDS = {
         arguments=("evaluation/generation.py:GenerationArguments",),
     ),
     "compare": Command(
-        "train PEER and its rivals from the same seeds at an equal budget: a study",
+        "run a study: train PEER and other contenders from the same seeds at an equal budget",
         run_compare,
         "study.yaml [--field value ...]",
         ("studies/study_recipe.py:StudyArguments",),
-        "Every field of `peer train`, too.",
+        "Also every field of `peer train`.",
     ),
     "compare-runs": Command(
-        "put finished runs of `peer train` side by side",
+        "compare finished runs of `peer train`",
         run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
     ),
     "costs": Command(
-        "what a model costs by part: parameters, those a token uses, FLOPs",
+        "costs of a model, by part: parameters, active parameters per token, FLOPs",
         run_costs,
         arguments=("costs/show_costs.py:CostArguments",),
     ),
@@ -203,13 +205,13 @@ COMMANDS = {
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
     ),
     "bench-usage": Command(
-        "what watching the use of experts costs of a training step",
+        "cost of measuring and balancing expert usage, as a part of a training step",
         run_bench_usage,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
     ),
     "compile-kernels": Command(
-        "compile the Triton kernels for GPUs that are not at hand",
+        "compile the Triton kernels for GPUs that this machine does not have",
         run_compile_kernels,
         arguments=("benchmarks/compilation.py:CompilationArguments",),
     ),
@@ -240,15 +242,15 @@ def main(words: Sequence[str] | None = None) -> int:
 
         result = run_script(lambda: command.function(rest))
     except ModuleNotFoundError as error:
-        if (sentence := way_to_install(name, error)) is None:
+        if (message := way_to_install(name, error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 1 if (result or {}).get("failed") else 0
 
 
 def way_to_install(name: str, error: ModuleNotFoundError) -> str | None:
-    """One sentence on the extra that has what is missing; None if none has."""
+    """A message with the extra that installs the missing package; None if there is no such extra."""
     missing = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if missing in packages:
@@ -260,18 +262,18 @@ def way_to_install(name: str, error: ModuleNotFoundError) -> str | None:
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """The usage, with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: peer COMMAND ...", "", *lines, "", "peer COMMAND --help names the fields of one."])
+    return "\n".join(["usage: peer COMMAND ...", "", *lines, "", "peer COMMAND --help lists the fields of a command."])
 
 
 def describe(name: str) -> str:
-    """The usage of a command and every field of its own, with type, default and meaning."""
+    """The usage of a command and each of its own fields, with type, default and help."""
     command = COMMANDS[name]
     lines = [f"usage: peer {name} {command.usage}".rstrip(), "", f"{command.help[0].upper()}{command.help[1:]}."]
     described = set()
-    for place in reversed(command.arguments):  # a later class changes fields of an earlier one
+    for place in reversed(command.arguments):  # a later class overrides fields of an earlier one
         heading, fields = _read_fields(place)
         own = [one for one in fields if one[0] not in described]
         described |= {one[0] for one in own}
@@ -285,7 +287,7 @@ def _field_lines(name: str, kind: str, default: str | None, text: str) -> Iterat
 
 
 def _read_fields(place: str) -> tuple[str, list[tuple[str, str, str | None, str]]]:
-    """Of a dataclass, by its source: a heading, and (name, type, default, help) of each field."""
+    """A heading, and (name, type, default, help) of each field, from the source of a dataclass."""
     path, _, class_name = place.partition(":")
     source = (Path(find_spec("modeling_peer").submodule_search_locations[0]) / path).read_text(encoding="utf-8")
     (group,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name)
@@ -306,7 +308,7 @@ def _read_field(node: ast.AnnAssign) -> tuple[str, str, str | None, str] | None:
 
 
 def _text_of(node: ast.expr) -> str:
-    """A string literal; of an f-string, names stand in braces."""
+    """The text of a string literal. In an f-string, names are in braces."""
     if isinstance(node, ast.Constant):
         return node.value
     return "".join(

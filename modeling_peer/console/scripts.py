@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The frame of every script: plain messages for errors that the user can fix, and one line of JSON at the end."""
+"""Entry point of all scripts: plain messages for errors that the user can fix, and one line of JSON at the end."""
 
 import json
 import os

@@ -218,7 +218,7 @@ class NothingMayStart:
         (["--block_size=65"], r"block_size \(65\) must be from 2 to max_position_embeddings \(64\)"),
         (["--streaming"], "set --max_steps"),
         (["--resume_from_checkpoint=last"], "nothing to resume: no checkpoint-"),
-        (["--resume_from_checkpoint=./nope"], "is no training checkpoint"),
+        (["--resume_from_checkpoint=./nope"], "cannot resume from ./nope: "),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, inputs, monkeypatch, words, message):
