@@ -7,6 +7,8 @@ python -m modeling_peer.costs.many_processes --hidden_size 256 --num_active 64
 
 import argparse
 
+from modeling_peer.console.tables import counted
+
 FLOAT32 = 4
 RANKS = (2, 4, 8, 16, 32, 64)
 POOLS = (2**20, 10**9)
@@ -47,13 +49,13 @@ def tables(hidden_size: int = 1024, num_active: int = 128) -> str:
     lines.append("|---|" + "---:|" * len(names))
     for ranks in RANKS:
         sent = bytes_per_token(ranks, hidden_size, num_active).values()
-        lines.append(f"| {ranks} ranks | " + " | ".join(f"{value / 2**10:,.1f}" for value in sent) + " |")
+        lines.append(f"| {counted(ranks, 'rank')} | " + " | ".join(f"{value / 2**10:,.1f}" for value in sent) + " |")
     uses = [(experts, training) for experts in POOLS for training in (False, True)]
     header = [f"{experts:,} experts, {'AdamW, float32' if training else 'bfloat16'}" for experts, training in uses]
     lines += ["", f"| GiB per rank, d = {hidden_size:,} | " + " | ".join(header) + " |", "|---|" + "---:|" * len(uses)]
     for ranks in (1, *RANKS):
         held = [bytes_per_rank(experts, ranks, hidden_size, training) / 2**30 for experts, training in uses]
-        lines.append(f"| {ranks} rank{'s' * (ranks > 1)} | " + " | ".join(f"{value:,.2f}" for value in held) + " |")
+        lines.append(f"| {counted(ranks, 'rank')} | " + " | ".join(f"{value:,.2f}" for value in held) + " |")
     return "\n".join(lines)
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
+from modeling_peer.console.tables import counted
 from modeling_peer.hub.loading import load_config
 from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.studies.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
-from modeling_peer.studies.report import STUDY_FILE, collect, read_study, restore, write_report
+from modeling_peer.studies.report import STUDY_FILE, TABLE_FILE, collect, read_study, restore, write_report
 from modeling_peer.studies.study_recipe import Study, parse_study
 from modeling_peer.studies.unchanged import SHARED_FILE, require_unchanged
 from modeling_peer.studies.work_queue import Tally, has_begun, require_same_settings, select_runs, work_off
+
+SUMMARY_FILE = "summary.json"
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def _train(study: Study, began: float) -> Tally:
     _require_same_study(study, data)
     left, tally = select_runs(runs, arguments.retry_failed)
     counts = f"{len(tally.done)} done, {len(tally.failed)} failed before, {len(left)} to do"
-    print(f"{len(runs)} runs: {counts}", flush=True)
+    print(f"{counted(len(runs), 'run')}: {counts}", flush=True)
     work_off(
         left,
         tally,
@@ -74,4 +77,8 @@ def _require_same_study(study: Study, data: dict[str, Any]) -> None:
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
-    return {"path": str(study.output_dir / STUDY_FILE), "rows": rows, **vars(tally)}
+    files = {"path": STUDY_FILE, "table": TABLE_FILE, "summary": SUMMARY_FILE}
+    answer = {name: str(study.output_dir / file) for name, file in files.items()}
+    answer |= {"rows": rows, **vars(tally)}
+    write_json(study.output_dir / SUMMARY_FILE, answer)
+    return answer

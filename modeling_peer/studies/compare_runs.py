@@ -13,7 +13,7 @@ from typing import Any
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import no_such_folder
 from modeling_peer.console.run_files import RESULTS_FILE
-from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.console.tables import as_markdown, mean_and_deviation, paired, with_deviation
 from modeling_peer.files_peer import write_text
 from modeling_peer.hub.loading import NEXT_TOKEN
 
@@ -54,7 +54,7 @@ def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
     _require_same_task([run for runs in groups.values() for run in runs])
     first = next(iter(groups.values()))
     rows = [{"runs": name, **_summarize(runs, first)} for name, runs in groups.items()]
-    print(as_markdown([_printed(row) for row in rows]), flush=True)
+    print(as_markdown([_printed(row, reference=rows[0]["runs"]) for row in rows]), flush=True)
     facts = {name: first[0].summary[name] for name in (*COMPARED, "versions")}
     result = {**facts, "groups": rows}
     if arguments.output_file:
@@ -63,7 +63,7 @@ def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
         from modeling_peer.studies.loss_curves import plot_losses  # matplotlib is optional
 
         plot_losses(groups, arguments.plot_file)
-    return result
+    return {"path": arguments.output_file, **result}
 
 
 def _read_group(word: str) -> tuple[str, list[Run]]:
@@ -112,11 +112,12 @@ def _require_same_task(runs: Sequence[Run]) -> None:
 def _summarize(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Any]:
     """Of one group; `difference` is its validation loss minus the first group's, run by run in order of name."""
     losses = _values(runs, "eval_loss")
-    pairs = zip(losses, _values(first, "eval_loss"), strict=False)
+    pairs = list(zip(losses, _values(first, "eval_loss"), strict=False))
     return {
         "seeds": len(runs),
         "validation_loss": mean_and_deviation(losses),
         "difference": mean_and_deviation([one - other for one, other in pairs]),
+        "pairs": len(pairs),
         "bits_per_byte": mean_and_deviation(_values(runs, "validation_bits_per_byte")),
         "seconds_per_step": median(_values(runs, "seconds_per_step") or [math.nan]),
         "peak_memory_bytes": max(_values(runs, "peak_memory_bytes"), default=None),
@@ -128,11 +129,16 @@ def _values(runs: Sequence[Run], name: str) -> list[float]:
     return [run.summary[name] for run in runs if run.summary.get(name) is not None]
 
 
-def _printed(row: dict[str, Any]) -> dict[str, Any]:
+def _printed(row: dict[str, Any], reference: str) -> dict[str, Any]:
     """Numbers as a README shows them."""
     cells = {}
     for name, value in row.items():
-        if isinstance(value, list):
+        if name == "pairs":  # beside the difference
+            continue
+        if name == "difference":
+            name = f"paired difference from {reference}"
+            value = paired(value, "+.4f", row["pairs"], row["seeds"])
+        elif isinstance(value, list):
             value = with_deviation(value, ".4f")
         elif name == "peak_memory_bytes":
             name, value = "peak memory, MiB", "-" if value is None else round(value / 2**20)

@@ -8,7 +8,7 @@ from typing import Any
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json, write_json
-from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.console.tables import as_markdown, counted, mean_and_deviation, paired, with_deviation
 from modeling_peer.files_peer import write_text
 from modeling_peer.studies.data import DATA_FILE, FACTS
 from modeling_peer.studies.plan import FITS_FILE, group_name
@@ -116,6 +116,7 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
             "seeds": len(runs),
             "perplexity": mean_and_deviation([run["validation_perplexity"] for run in runs]),
             "against_reference": mean_and_deviation([100 * (ratio - 1) for ratio in ratios]),
+            "pairs": len(ratios),
             "bits_per_byte": mean_and_deviation(_known(run["validation_bits_per_byte"] for run in runs)),
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
@@ -148,13 +149,15 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 def _headline(study: dict[str, Any]) -> str:
     tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
-    budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']}"
+    budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']} as {study['reference']}"
     places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
     masked = not study["runs"][0]["settings"]["architecture"].get("is_causal", True)
     return (
-        f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget} as {study['reference']}; "
+        f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget}; "
         f"{'perplexity of masked tokens; ' if masked else ''}"
-        f"mean ± standard deviation over seeds. {'; '.join(places)}."
+        f"mean ± standard deviation over seeds. {'; '.join(places)}.\n\n"
+        f"A paired difference compares a run with the one of {study['reference']} that has the same seed. Its "
+        "deviation is over these differences, so it can be smaller than those of the perplexities."
     )
 
 
@@ -164,7 +167,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _hardware(machine: dict[str, Any]) -> str:
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads a run"
+    return machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')} a run"
 
 
 def _software(versions: dict[str, Any]) -> str:
@@ -179,7 +182,7 @@ def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
         **_name(row),
         "seeds": row["seeds"],
         "perplexity": with_deviation(row["perplexity"], ".2f"),
-        f"against {reference}, %": with_deviation(row["against_reference"], "+.2f"),
+        f"paired difference from {reference}, %": paired(row["against_reference"], "+.2f", row["pairs"], row["seeds"]),
         "bits per byte": with_deviation(row["bits_per_byte"], ".4f"),
         "parameters": row["total_parameters"],
         "active": row["active_parameters"],

@@ -16,6 +16,7 @@ import torch
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
+from modeling_peer.console.tables import counted
 from modeling_peer.studies.plan import PlannedRun, compared
 from modeling_peer.studies.run import (
     FAILURE_FILE,
@@ -115,7 +116,7 @@ def work_off(
                     process = context.Process(target=run_in_process, args=(run, stop, num_threads, keep_models))
                     process.start()
                     working[process.sentinel] = run, process, time.monotonic()
-                    print(f"begins: {run.name}, {run.cost['steps']:,} steps; see {run.folder}", flush=True)
+                    print(f"begins: {run.name}, {counted(run.cost['steps'], 'step')}; see {run.folder}", flush=True)
                 if stop.is_set() and not working:
                     break
                 for sentinel in connection.wait(list(working), timeout=SECONDS_BETWEEN_LOOKS):

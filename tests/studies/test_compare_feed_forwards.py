@@ -348,6 +348,10 @@ def test_a_difference_is_taken_seed_by_seed_and_only_where_both_are_done():
     assert peer["peak_memory_bytes"] == 2 * 2**20
     table = as_tables(study, [dense, peer])
     assert "| dense | 2 | 75.00 ± 35.36 | +0.00 ± 0.00 |" in table
+    assert "| perplexity | paired difference from dense, % |" in table
+    assert "| peer | 2 | 23.00 ± 31.11 | -10.00 (1 pair) |" in table
+    assert "has the same seed" in table
+    assert "a CPU, 1 thread a run" in table
     assert "| peer | 23.00 ± 31.11 | - | - | 1.500 | - |" in table
 
 
