@@ -39,7 +39,9 @@ class CompilationArguments:
         default_factory=lambda: [80, 90, 100],
         metadata={"help": "Compute capabilities times ten: 80 A100, 89 L4, 90 H100 and H200, 100 B200."},
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON file of the result. Unset: runs/benchmarks/compile-kernels.json."}
+    )
 
     def __post_init__(self):
         for architecture in self.architectures:
@@ -108,7 +110,7 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
         "kernels": kernels,
     }
     publish(result, settings.output_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 class _AbsentGpu:

@@ -62,7 +62,7 @@ def bench_layer(settings: LayerArguments) -> dict[str, Any]:
         from modeling_peer.benchmarks.plots import plot_scaling  # matplotlib is optional
 
         plot_scaling(result, settings.plot_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 def _in_new_process(

@@ -102,7 +102,7 @@ def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
         "tasks": tasks,
     }
     publish(result, settings.output_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 def build_models(names: list[str], settings: ModelBenchmark) -> dict[str, PreTrainedModel]:

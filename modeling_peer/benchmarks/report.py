@@ -12,11 +12,11 @@ from typing import Any
 
 from modeling_peer.benchmarks.settings import TASKS
 from modeling_peer.console.files import write_json
-from modeling_peer.console.tables import as_markdown
+from modeling_peer.console.tables import as_markdown, counted
 
 
 def publish(result: dict[str, Any], output_file: str | None) -> None:
-    """Write the result as JSON if asked to, and print the tables."""
+    """Print the tables of a result. Write it to `output_file`, as JSON, if that is set."""
     save(result, output_file)
     print(as_tables(result), flush=True)
 
@@ -108,7 +108,7 @@ MARKDOWN = {"layer": layer_markdown, "model": model_markdown, "compilation": com
 def headline(result: dict[str, Any]) -> str:
     """One sentence: machine, versions, commit, command."""
     machine, versions = result["machine"], result["versions"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
     commit = (versions["modeling_peer"] or "unknown")[:10] + (
         " with changes" if versions["uncommitted_changes"] else ""
     )
@@ -200,11 +200,11 @@ def _memory_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _growth(scaling: list[dict[str, Any]]) -> list[str]:
     parts = []
-    titles = {"num_experts": ("experts", "num_tokens", "tokens"), "num_tokens": ("tokens", "num_experts", "experts")}
-    for along, (words, fixed, fixed_words) in titles.items():
+    titles = {"num_experts": ("experts", "num_tokens", "token"), "num_tokens": ("tokens", "num_experts", "expert")}
+    for along, (words, fixed, fixed_noun) in titles.items():
         entries = [entry for entry in scaling if entry["along"] == along]
         for size in sorted({entry[fixed] for entry in entries}):
-            parts.append(f"**growth with {words}**, forward at {size:,} {fixed_words}, microseconds per token")
+            parts.append(f"**growth with {words}**, forward at {counted(size, fixed_noun)}, microseconds per token")
             parts.append(table([_series(entry) for entry in entries if entry[fixed] == size]))
     return parts
 

@@ -15,8 +15,10 @@ import torch
 from modeling_peer.console.command_line import Fields, merge
 from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
+from modeling_peer.console.tables import counted
 
 FOLDER = "configuration/benchmarks"
+OUTPUT_FOLDER = Path("runs/benchmarks")
 DTYPES = ("float32", "bfloat16", "float16")
 # decode is a forward of one token; forward runs as in prefill; a step is forward, backward, update, gradients freed
 TASKS = ("decode", "forward", "forward_backward", "step")
@@ -40,7 +42,8 @@ class Case:
         return self.task in ("forward_backward", "step")
 
     def __str__(self):
-        return f"{self.task}: {self.num_tokens:,} tokens, {self.num_experts:,} experts of width {self.hidden_size:,}"
+        sizes = f"{counted(self.num_tokens, 'token')}, {counted(self.num_experts, 'expert')}"
+        return f"{self.task}: {sizes} of width {self.hidden_size:,}"
 
 
 @dataclass
@@ -59,7 +62,9 @@ class BenchmarkArguments:
     commit: str | None = field(
         default=None, metadata={"help": "What is measured, on a machine that has the files without git."}
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON file of the result. Unset: runs/benchmarks/<command>-<sizes>.json."}
+    )
     kernel_tests: str = field(
         default="not run", metadata={"help": "What they said before the measurement; scripts/bench_*.py run them."}
     )
@@ -123,14 +128,16 @@ class LayerArguments(BenchmarkArguments):
         require_plotting(self.plot_file)
 
 
-def parse_settings(group: type, section: str, words: Sequence[str] | None = None) -> Any:
+def parse_settings(group: type, section: str, words: Sequence[str] | None = None, command: str | None = None) -> Any:
     """Read `<file of configuration/benchmarks> --field value ...`.
 
     Args:
         group: a dataclass of `BenchmarkArguments`.
         section: which part of the file is meant, `layer` or `model`.
         words: the command line without the program's name; `sys.argv[1:]` by default.
+        command: name of the subcommand; default: `bench-<section>`.
     """
+    command = command or f"bench-{section}"
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0].startswith("-"):
         known = sorted(path.stem for path in find_file("cpu", FOLDER, ".yaml").parent.glob("*.yaml"))
@@ -145,8 +152,22 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
     settings = group(**merge(fields.read(sizes, str(path)), given))
     require_numbers(settings)
     shown = [word for word in words if not word.startswith("--kernel_tests=")]
-    settings.command = shlex.join(["peer", f"bench-{section}", *shown])
+    settings.command = shlex.join(["peer", command, *shown])
+    settings.output_file = settings.output_file or default_output_file(f"{command}-{path.stem}")
     return settings
+
+
+def default_output_file(name: str) -> str:
+    """The JSON file of a result if no `--output_file` is given. Its folder is made now, before anything is measured.
+
+    Raises:
+        SettingsError: the folder cannot be made.
+    """
+    try:
+        OUTPUT_FOLDER.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to {OUTPUT_FOLDER}: {error.strerror}. Name an --output_file.") from error
+    return str(OUTPUT_FOLDER / f"{name}.json")
 
 
 def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:

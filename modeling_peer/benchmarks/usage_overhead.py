@@ -5,6 +5,7 @@ from typing import Any
 
 from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
 from modeling_peer.benchmarks.model import ModelBenchmark, build_models, make_call, make_input, row_sparse
+from modeling_peer.benchmarks.report import save
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.costs.timing import Clock, interleave, set_threads
 
@@ -45,7 +46,7 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
     step = milliseconds["step"]
     percent = {"usage": (milliseconds["count"] + milliseconds["figures"] / LOGGING_STEPS) / step}
     percent |= {kind: milliseconds[kind] / step - 1 for kind in BALANCE_LOSSES}
-    return {
+    result = {
         "benchmark": "expert_usage",
         "machine": describe_machine(settings.torch_device),
         "versions": describe_versions(settings.commit),
@@ -55,3 +56,5 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
         "milliseconds": milliseconds,
         "percent_of_a_step": {cost: round(100 * share, 2) for cost, share in percent.items()},
     }
+    save(result, settings.output_file)
+    return {"path": settings.output_file, **result}

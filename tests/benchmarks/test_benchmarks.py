@@ -175,6 +175,7 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
     run_script(lambda: bench_layer(settings))
     *printed, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
+    assert result.pop("path") == str(tmp_path / "layer.json")
     assert result == json.loads((tmp_path / "layer.json").read_text())
     assert (tmp_path / "layer.png").read_bytes().startswith(b"\x89PNG")
 
@@ -374,7 +375,8 @@ def test_a_case_that_makes_no_sense_is_refused(line, message):
 
 
 @pytest.mark.parametrize("name", ["cpu", "smoke", "h200"])
-def test_every_file_of_sizes_is_understood_and_the_command_line_wins(name):
+def test_every_file_of_sizes_is_understood_and_the_command_line_wins(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     layer = parse_settings(LayerArguments, "layer", [name, "--device", "cpu", "--repeats", "4"])
     assert (layer.repeats, layer.command) == (4, f"peer bench-layer {name} --device cpu --repeats 4")
     assert {case.task for case in parse_cases(layer.cases, layer.hidden_size)} == set(TASKS)
