@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Feed-forwards side by side at an equal budget: what `peer compare` does."""
+"""Compare feed-forwards at an equal budget: the function behind `peer compare`."""
 
 import time
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ SUMMARY_FILE = "summary.json"
 
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train what is left of a study, and report on all of it.
+    """Train the remaining runs of a study, and report on all of its runs.
 
     Args:
         words: `recipe.yaml --field value ...`; see `parse_study`.
 
     Returns:
-        Rows of the table, and the names of the runs that are done, failed, paused or waiting.
+        Paths of the files, rows of the table, and the names of the runs that are done, failed, paused or waiting.
 
     Raises:
-        SettingsError: anything wrong with the study, before its first run.
+        SettingsError: the study cannot work. It is raised before the first run.
     """
     study = parse_study(words)
     if study.arguments.report_only:
@@ -66,13 +66,13 @@ def _train(study: Study, began: float) -> Tally:
 
 
 def _require_same_study(study: Study, data: dict[str, Any]) -> None:
-    """Raise SettingsError if the folder has runs that are no match for the planned ones."""
+    """Raise SettingsError if the folder has runs whose settings differ from the planned ones."""
     if not has_begun(study.output_dir):
         (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
     path, settings = study.output_dir / SHARED_FILE, shared_settings(study)
     require_unchanged(path, settings, "settings for all", ignored=NOT_COMPARED)
     for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
-        require_same_settings(run)  # to its budget others were fitted
+        require_same_settings(run)  # the other contenders were fitted to its budget
     write_json(path, settings)
 
 
