@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What it costs to watch how experts are used, and to even it out: what `peer bench-usage` runs."""
+"""Benchmark the cost of measuring and of balancing expert usage: the function behind `peer bench-usage`."""
 
 from typing import Any
 
@@ -9,13 +9,16 @@ from modeling_peer.benchmarks.report import save
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.costs.timing import Clock, interleave, set_threads
 
-LOGGING_STEPS = 10  # the default of peer train
+LOGGING_STEPS = 10  # the default of `peer train`
 BALANCE_LOSSES = ("switch", "uniformity")
 
 
 def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
-    """Time a training step, what `ExpertUsageCallback` adds in each and in one of `LOGGING_STEPS`, and the same
-    step with a balance loss. Row-sparse gradients: the shortest step, of which the costs are the largest share."""
+    """Time a training step, the work that `ExpertUsageCallback` adds, and the same step with a balance loss.
+
+    The callback counts in each step and measures once in `LOGGING_STEPS`. The step has row-sparse gradients. It is the
+    shortest one, so the costs are the largest share of it.
+    """
     set_threads(settings.threads)
     name = row_sparse(settings.device)
     model = build_models([name], settings)[name]

@@ -51,9 +51,9 @@ def test_every_kernel_compiles_for_an_h200_without_spills_and_loads_16_bytes_at_
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"architectures": [90, 75]}, "--architectures 75 is none of 80, 86"),
+        ({"architectures": [90, 75]}, "--architectures must be among 80, 86.*got 75"),
         ({"output_file": "nowhere/kernels.json"}, "--output_file nowhere/kernels.json: no such folder"),
-        ({}, "TRITON_INTERPRET=1 compiles nothing: unset it"),
+        ({}, "with TRITON_INTERPRET=1 nothing is compiled: unset it"),
     ],
     ids=str,
 )
