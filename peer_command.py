@@ -158,8 +158,7 @@ def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
 def summarize_study(result: dict[str, Any]) -> dict[str, Any]:
     """Files of a study, and how many of its runs are done, paused or waiting. Failed ones keep their causes."""
     counts = {name: len(result[name]) for name in ("done", "paused", "waiting")}
-    files = {name: result[name] for name in ("path", "table", "summary")}
-    return {**files, **counts, "failed": result["failed"]}
+    return {"path": result["path"], "table": result["table"], **counts, "failed": result["failed"]}
 
 
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:

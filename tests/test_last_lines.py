@@ -34,7 +34,7 @@ def test_the_last_line_of_presets_has_their_names_and_the_rows_only_if_asked_for
 
 
 def test_the_last_line_of_a_study_counts_runs_and_keeps_the_causes_of_failures():
-    result = {"path": "s/study.json", "table": "s/table.md", "summary": "s/summary.json", "rows": [{"x": 1}] * 30}
+    result = {"path": "s/study.json", "table": "s/table.md", "rows": [{"x": 1}] * 30}
     result |= {"done": ["dense-0"] * 27, "failed": {"peer-0": "diverged"}, "paused": [], "waiting": ["peer-1"]}
     short = COMMANDS["compare"].summarize(result)
     assert short["path"] == "s/study.json"
@@ -70,7 +70,7 @@ def test_a_command_with_a_short_result_has_no_such_option(capsys):
 
 
 def test_a_failed_run_still_decides_the_exit_status(monkeypatch, capsys):
-    result = {"path": "", "table": "", "summary": "", "rows": [], "done": [], "paused": [], "waiting": []}
+    result = {"path": "", "table": "", "rows": [], "done": [], "paused": [], "waiting": []}
     result["failed"] = {"peer-0": "diverged"}
     command = replace(COMMANDS["compare"], function=lambda words: result)
     monkeypatch.setitem(COMMANDS, "compare", command)

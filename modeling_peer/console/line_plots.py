@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Line plots that all commands draw alike: styles told apart without colour, and a label at the end of each line."""
+"""Line plots of all commands: styles that differ without color, and a label at the end of each line."""
 
 from collections.abc import Sequence
 from pathlib import Path

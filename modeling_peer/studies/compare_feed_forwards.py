@@ -10,7 +10,7 @@ from modeling_peer.console.files import write_json
 from modeling_peer.console.tables import counted
 from modeling_peer.hub.loading import load_config
 from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.studies.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
+from modeling_peer.studies.plan import NOT_COMPARED, group_name, plan_runs, shared_recipe, shared_settings
 from modeling_peer.studies.report import STUDY_FILE, TABLE_FILE, collect, read_study, restore, write_report
 from modeling_peer.studies.study_recipe import Study, parse_study
 from modeling_peer.studies.unchanged import SHARED_FILE, require_unchanged
@@ -33,10 +33,14 @@ def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
     """
     study = parse_study(words)
     if study.arguments.report_only:
-        return _answer(study, write_report(read_study(study.output_dir), study.output_dir), Tally())
+        content = read_study(study.output_dir)
+        done = [f"{group_name(run['contender'], run['size'])}-{run['seed']}" for run in content["runs"]]
+        return _answer(study, write_report(content, study.output_dir), Tally(done=done))
     began = time.monotonic()
     tally = _train(study, began)
-    return _answer(study, write_report(collect(study), study.output_dir), tally)
+    answer = _answer(study, write_report(collect(study), study.output_dir), tally)
+    write_json(study.output_dir / SUMMARY_FILE, answer)
+    return answer
 
 
 def _train(study: Study, began: float) -> Tally:
@@ -77,8 +81,5 @@ def _require_same_study(study: Study, data: dict[str, Any]) -> None:
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
-    files = {"path": STUDY_FILE, "table": TABLE_FILE, "summary": SUMMARY_FILE}
-    answer = {name: str(study.output_dir / file) for name, file in files.items()}
-    answer |= {"rows": rows, **vars(tally)}
-    write_json(study.output_dir / SUMMARY_FILE, answer)
-    return answer
+    files = {"path": str(study.output_dir / STUDY_FILE), "table": str(study.output_dir / TABLE_FILE)}
+    return {**files, "rows": rows, **vars(tally)}

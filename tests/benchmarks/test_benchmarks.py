@@ -364,7 +364,7 @@ def test_a_line_of_cases_is_every_combination():
     [
         ("foward num_tokens=1 num_sub_keys=2", "Did you mean 'forward'"),
         ("forward num_sub_keys=2", "does not set num_tokens"),
-        ("forward num_tokens=0 num_sub_keys=2", "positive numbers joined by commas, got '0'"),
+        ("forward num_tokens=0 num_sub_keys=2", "positive numbers joined by commas; got '0'"),
         ("forward tokens=1", "sizes are num_tokens=.*got 'tokens=1'"),
         ("decode num_tokens=2 num_sub_keys=2", "one token at a time"),
     ],

@@ -112,6 +112,8 @@ def test_every_contender_is_trained_with_every_seed_seed_by_seed(finished):
     dense, peer = finished.answer["rows"]
     assert peer["forward_flops_per_token"] == pytest.approx(dense["forward_flops_per_token"], rel=0.01)
     assert dense["against_reference"] == [0, 0]
+    assert (dense["pairs"], peer["pairs"]) == (2, 2)
+    assert read(finished.folder / "summary.json") == finished.answer
 
 
 def test_a_finished_run_leaves_its_results_and_no_weights(finished):
@@ -179,7 +181,10 @@ def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     (tmp_path / "study.json").write_bytes((finished.folder / "study.json").read_bytes())
     words = [finished.words[0], "--output_dir", str(tmp_path), "--report_only"]
-    assert compare_feed_forwards(words)["rows"] == finished.answer["rows"]
+    answer = compare_feed_forwards(words)
+    assert answer["rows"] == finished.answer["rows"]
+    assert sorted(answer["done"]) == sorted(finished.answer["done"])
+    assert not (tmp_path / "summary.json").exists()  # the folder of a committed study gets no new file
     assert (tmp_path / "table.md").read_text() == (finished.folder / "table.md").read_text()
 
 
