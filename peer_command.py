@@ -19,6 +19,8 @@ WIDTH = 100
 TRAINER_HELP = (
     "Also every field of transformers.TrainingArguments: --learning_rate, --max_steps, --save_steps and so on."
 )
+FULL_JSON = ("--full_json", "--full-json")
+FULL_JSON_HELP = "Print the whole result in the last line, as JSON. Default: a short summary of it."
 # Packages of each extra of setup.cfg, for the error if a command needs one that is not installed.
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "tensorboard"),
@@ -38,6 +40,8 @@ class Command:
     arguments: tuple[str, ...] = ()  # "path in the package:class"
     more: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    # The last line from a result that is long. None: the last line is the whole result.
+    summarize: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
 # The functions of the subcommands: from command-line words to the dict of the last line. Each imports its modules only
@@ -54,8 +58,10 @@ def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
 def run_train(words: Sequence[str]) -> dict[str, Any]:
     """Train once, with a recipe and the fields that follow it."""
     from modeling_peer.training.language_modeling import train_language_model
+    from modeling_peer.training.parallelism import require_devices_for_launch
     from modeling_peer.training.recipe import parse_recipe
 
+    require_devices_for_launch()
     return train_language_model(parse_recipe(words)).summary
 
 
@@ -133,15 +139,50 @@ def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
     from modeling_peer.benchmarks.settings import parse_settings
     from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
 
-    return bench_expert_usage(parse_settings(ModelBenchmark, "model", words))
+    return bench_expert_usage(parse_settings(ModelBenchmark, "model", words, "bench-usage"))
 
 
 def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
     """Compile the Triton kernels for GPUs that this machine does not have."""
     from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
+    from modeling_peer.benchmarks.settings import default_output_file
     from modeling_peer.console.command_line import parse_arguments
 
-    return compile_kernels(parse_arguments(CompilationArguments, words))
+    arguments = parse_arguments(CompilationArguments, words)
+    arguments.output_file = arguments.output_file or default_output_file("compile-kernels")
+    return compile_kernels(arguments)
+
+
+# What the last line of a command with a long result keeps of it.
+
+
+def summarize_study(result: dict[str, Any]) -> dict[str, Any]:
+    """Files of a study, and how many of its runs are done, paused or waiting. Failed ones keep their causes."""
+    counts = {name: len(result[name]) for name in ("done", "paused", "waiting")}
+    return {"path": result["path"], "table": result["table"], **counts, "failed": result["failed"]}
+
+
+def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
+    """The file, and the validation loss of each group: mean and standard deviation."""
+    losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
+    return {"path": result["path"], "validation_loss": losses}
+
+
+def summarize_costs(result: dict[str, Any]) -> dict[str, Any]:
+    """All but the parts, which the table has."""
+    return {name: value for name, value in result.items() if name != "parts"}
+
+
+def summarize_presets(result: dict[str, Any]) -> dict[str, Any]:
+    """The names."""
+    return {"presets": [row["preset"] for row in result["presets"]]}
+
+
+def summarize_benchmark(result: dict[str, Any]) -> dict[str, Any]:
+    """The file, and how many cases, tasks or kernels it has."""
+    counts = {name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels") if name in result}
+    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step")
+    return {**{name: result[name] for name in names if name in result}, **counts}
 
 
 TRAINING = (
@@ -180,40 +221,49 @@ COMMANDS = {
         "study.yaml [--field value ...]",
         ("studies/study_recipe.py:StudyArguments",),
         "Also every field of `peer train`.",
+        summarize=summarize_study,
     ),
     "compare-runs": Command(
         "compare finished runs of `peer train`",
         run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
+        summarize=summarize_groups,
     ),
     "costs": Command(
         "costs of a model, by part: parameters, active parameters per token, FLOPs",
         run_costs,
         arguments=("costs/show_costs.py:CostArguments",),
+        summarize=summarize_costs,
     ),
-    "presets": Command("the table of model presets with their parameter counts", run_presets, ""),
+    "presets": Command(
+        "the table of model presets with their parameter counts", run_presets, "", summarize=summarize_presets
+    ),
     "bench-layer": Command(
         "time and peak memory of one layer against eager, torch.compile, PEER-pytorch and dense MLPs",
         run_bench_layer,
         SIZES,
         (BENCHMARK, "benchmarks/settings.py:LayerArguments"),
+        summarize=summarize_benchmark,
     ),
     "bench-model": Command(
         "time and peak memory of whole models",
         run_bench_model,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        summarize=summarize_benchmark,
     ),
     "bench-usage": Command(
         "cost of measuring and balancing expert usage, as a part of a training step",
         run_bench_usage,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        summarize=summarize_benchmark,
     ),
     "compile-kernels": Command(
         "compile the Triton kernels for GPUs that this machine does not have",
         run_compile_kernels,
         arguments=("benchmarks/compilation.py:CompilationArguments",),
+        summarize=summarize_benchmark,
     ),
 }
 
@@ -235,12 +285,15 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(describe(name))
         return 0
+    summarize = command.summarize
+    if summarize and set(FULL_JSON) & set(rest):
+        summarize, rest = None, [word for word in rest if word not in FULL_JSON]
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
     try:
         from modeling_peer.console.scripts import run_script
 
-        result = run_script(lambda: command.function(rest))
+        result = run_script(lambda: command.function(rest), summarize)
     except ModuleNotFoundError as error:
         if (message := way_to_install(name, error)) is None:
             raise
@@ -278,6 +331,8 @@ def describe(name: str) -> str:
         own = [one for one in fields if one[0] not in described]
         described |= {one[0] for one in own}
         lines[3:3] = ["", heading, *(line for one in own for line in _field_lines(*one))]
+    if command.summarize:
+        lines += _field_lines("full_json", "bool", "False", FULL_JSON_HELP)
     return "\n".join([*lines, *(["", command.more] if command.more else [])])
 
 

@@ -13,6 +13,29 @@ from transformers.distributed import DistributedConfig
 
 from modeling_peer.console.errors import SettingsError
 
+# The way out for those who launched many processes on a machine with few accelerators.
+WITHOUT_ACCELERATORS = (
+    "On one CPU or GPU run `peer train quickstart`, or launch with configuration/accelerate/one_machine.yaml. With N "
+    "accelerators give --num_processes N, and sizes (--parallelism_config_dp_shard_size N) whose product is N."
+)
+
+
+def require_devices_for_launch() -> None:
+    """Raise SettingsError if a launch with a `parallelism_config` has more processes than this machine accelerators.
+
+    Called before anything is read or built. `ACCELERATE_USE_CPU=true` skips the check: processes then share the CPU.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() != "true":
+        return
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return
+    wanted, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if found < wanted:
+        raise SettingsError(
+            f"this launch starts {wanted} processes, each on an accelerator of its own, and this machine has {found}. "
+            f"{WITHOUT_ACCELERATORS}"
+        )
+
 
 def launched_sharding() -> DistributedConfig | None:
     """How the `parallelism_config` of the launch shards models; None if it has none.

@@ -66,7 +66,15 @@ def parse_recipe(words: Sequence[str] | None = None) -> Recipe:
     """
     words = list(sys.argv[1:] if words is None else words)
     path = find_file(words.pop(0), FOLDER, ".yaml") if words and not words[0].startswith("-") else None
-    from_file = read_run_fields(read_yaml(path), str(path)) if path else {}
+    values = read_yaml(path) if path else {}
+    if "compute_environment" in values:
+        number = values.get("num_processes", 1)
+        needs = f"It needs {number} accelerators, one for each of its {number} processes. " if number != 1 else ""
+        raise SettingsError(
+            f"{path} is a file for `accelerate launch --config_file`, not a recipe. {needs}On one CPU or GPU run "
+            "`peer train quickstart`, or launch with configuration/accelerate/one_machine.yaml."
+        )
+    from_file = read_run_fields(values, str(path)) if path else {}
     output_dir = f"runs/{path.stem if path else 'train_lm'}"
     return build_recipe({"output_dir": output_dir}, from_file, parse_run_fields(words))
 
