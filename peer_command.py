@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The console command `peer`: one subcommand for each thing that scripts/ does.
+"""The console command `peer`. Each script in scripts/, except `kernel_tests.py`, calls one of its subcommands.
 
-It stands beside the package because importing that takes seconds, for torch and Transformers. Help is read from the
-source of the argument classes instead.
+It is outside the package, because importing the package imports torch and Transformers, which takes seconds. For
+`--help` it parses the source of the argument classes instead.
 """
 
 import ast
@@ -17,9 +17,11 @@ from typing import Any
 
 WIDTH = 100
 TRAINER_HELP = (
-    "Every field of transformers.TrainingArguments, too: --learning_rate, --max_steps, --save_steps and so on."
+    "Also every field of transformers.TrainingArguments: --learning_rate, --max_steps, --save_steps and so on."
 )
-# Packages of each extra of setup.cfg; what a command lacks is looked up here.
+FULL_JSON = ("--full_json", "--full-json")
+FULL_JSON_HELP = "Print the whole result in the last line, as JSON. Default: a short summary of it."
+# Packages of each extra of setup.cfg, for the error if a command needs one that is not installed.
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "tensorboard"),
     "bench": ("matplotlib", "psutil", "PEER_pytorch"),
@@ -30,7 +32,7 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it does, the function that does it, and where its arguments are declared."""
+    """A subcommand: its help, its function, and the source of its arguments."""
 
     help: str
     function: Callable[[Sequence[str]], dict[str, Any]]
@@ -38,9 +40,12 @@ class Command:
     arguments: tuple[str, ...] = ()  # "path in the package:class"
     more: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    # The last line from a result that is long. None: the last line is the whole result.
+    summarize: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
 
-# What the subcommands do: words in, a dict for the last line out. Each imports its own room when it is called.
+# The functions of the subcommands: from command-line words to the dict of the last line. Each imports its modules only
+# when it is called.
 
 
 def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
@@ -51,10 +56,12 @@ def run_quickstart(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_train(words: Sequence[str]) -> dict[str, Any]:
-    """Train once, with a recipe and the fields given after it."""
+    """Train once, with a recipe and the fields that follow it."""
     from modeling_peer.training.language_modeling import train_language_model
+    from modeling_peer.training.parallelism import require_devices_for_launch
     from modeling_peer.training.recipe import parse_recipe
 
+    require_devices_for_launch()
     return train_language_model(parse_recipe(words)).summary
 
 
@@ -82,7 +89,7 @@ def run_compare(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_compare_runs(words: Sequence[str]) -> dict[str, Any]:
-    """Compare finished runs side by side."""
+    """Compare finished runs."""
     from modeling_peer.console.command_line import parse_arguments
     from modeling_peer.studies.compare_runs import ComparisonArguments, compare_runs
 
@@ -127,20 +134,55 @@ def run_bench_model(words: Sequence[str]) -> dict[str, Any]:
 
 
 def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
-    """What measuring and balancing expert usage adds to the cost of a step."""
+    """Measure the cost of expert usage figures and balance losses, as a part of a training step."""
     from modeling_peer.benchmarks.model import ModelBenchmark
     from modeling_peer.benchmarks.settings import parse_settings
     from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
 
-    return bench_expert_usage(parse_settings(ModelBenchmark, "model", words))
+    return bench_expert_usage(parse_settings(ModelBenchmark, "model", words, "bench-usage"))
 
 
 def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
     """Compile the Triton kernels for GPUs that this machine does not have."""
     from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
+    from modeling_peer.benchmarks.settings import default_output_file
     from modeling_peer.console.command_line import parse_arguments
 
-    return compile_kernels(parse_arguments(CompilationArguments, words))
+    arguments = parse_arguments(CompilationArguments, words)
+    arguments.output_file = arguments.output_file or default_output_file("compile-kernels")
+    return compile_kernels(arguments)
+
+
+# What the last line of a command with a long result keeps of it.
+
+
+def summarize_study(result: dict[str, Any]) -> dict[str, Any]:
+    """Files of a study, and how many of its runs are done, paused or waiting. Failed ones keep their causes."""
+    counts = {name: len(result[name]) for name in ("done", "paused", "waiting")}
+    return {"path": result["path"], "table": result["table"], **counts, "failed": result["failed"]}
+
+
+def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
+    """The file, and the validation loss of each group: mean and standard deviation."""
+    losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
+    return {"path": result["path"], "validation_loss": losses}
+
+
+def summarize_costs(result: dict[str, Any]) -> dict[str, Any]:
+    """All but the parts, which the table has."""
+    return {name: value for name, value in result.items() if name != "parts"}
+
+
+def summarize_presets(result: dict[str, Any]) -> dict[str, Any]:
+    """The names."""
+    return {"presets": [row["preset"] for row in result["presets"]]}
+
+
+def summarize_benchmark(result: dict[str, Any]) -> dict[str, Any]:
+    """The file, and how many cases, tasks or kernels it has."""
+    counts = {name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels") if name in result}
+    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step")
+    return {**{name: result[name] for name in names if name in result}, **counts}
 
 
 TRAINING = (
@@ -153,9 +195,10 @@ BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 RECIPE = "[recipe.yaml] [--field value ...]"
 SIZES = "cpu | h200 | smoke | sizes.yaml [--field value ...]"
 COMMANDS = {
-    # Threads that wait by spinning take the cores they wait for: on a busy machine a step took 5 to 10 times as long.
+    # Spinning OpenMP threads occupy the cores that other threads need. On a busy machine a step took 5 to 10 times as
+    # long.
     "quickstart": Command(
-        "train a small model in minutes, with nothing to download, and see that it learned",
+        "train a small model in minutes, without a download, and check that it learned",
         run_quickstart,
         arguments=TRAINING,
         more=TRAINER_HELP,
@@ -173,45 +216,54 @@ COMMANDS = {
         arguments=("evaluation/generation.py:GenerationArguments",),
     ),
     "compare": Command(
-        "train PEER and its rivals from the same seeds at an equal budget: a study",
+        "run a study: train PEER and other contenders from the same seeds at an equal budget",
         run_compare,
         "study.yaml [--field value ...]",
         ("studies/study_recipe.py:StudyArguments",),
-        "Every field of `peer train`, too.",
+        "Also every field of `peer train`.",
+        summarize=summarize_study,
     ),
     "compare-runs": Command(
-        "put finished runs of `peer train` side by side",
+        "compare finished runs of `peer train`",
         run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
+        summarize=summarize_groups,
     ),
     "costs": Command(
-        "what a model costs by part: parameters, those a token uses, FLOPs",
+        "costs of a model, by part: parameters, active parameters per token, FLOPs",
         run_costs,
         arguments=("costs/show_costs.py:CostArguments",),
+        summarize=summarize_costs,
     ),
-    "presets": Command("the table of model presets with their parameter counts", run_presets, ""),
+    "presets": Command(
+        "the table of model presets with their parameter counts", run_presets, "", summarize=summarize_presets
+    ),
     "bench-layer": Command(
         "time and peak memory of one layer against eager, torch.compile, PEER-pytorch and dense MLPs",
         run_bench_layer,
         SIZES,
         (BENCHMARK, "benchmarks/settings.py:LayerArguments"),
+        summarize=summarize_benchmark,
     ),
     "bench-model": Command(
         "time and peak memory of whole models",
         run_bench_model,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        summarize=summarize_benchmark,
     ),
     "bench-usage": Command(
-        "what watching the use of experts costs of a training step",
+        "cost of measuring and balancing expert usage, as a part of a training step",
         run_bench_usage,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        summarize=summarize_benchmark,
     ),
     "compile-kernels": Command(
-        "compile the Triton kernels for GPUs that are not at hand",
+        "compile the Triton kernels for GPUs that this machine does not have",
         run_compile_kernels,
         arguments=("benchmarks/compilation.py:CompilationArguments",),
+        summarize=summarize_benchmark,
     ),
 }
 
@@ -233,22 +285,25 @@ def main(words: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(describe(name))
         return 0
+    summarize = command.summarize
+    if summarize and set(FULL_JSON) & set(rest):
+        summarize, rest = None, [word for word in rest if word not in FULL_JSON]
     for variable, value in command.environment.items():
         os.environ.setdefault(variable, value)
     try:
         from modeling_peer.console.scripts import run_script
 
-        result = run_script(lambda: command.function(rest))
+        result = run_script(lambda: command.function(rest), summarize)
     except ModuleNotFoundError as error:
-        if (sentence := way_to_install(name, error)) is None:
+        if (message := way_to_install(name, error)) is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         return 2
     return 1 if (result or {}).get("failed") else 0
 
 
 def way_to_install(name: str, error: ModuleNotFoundError) -> str | None:
-    """One sentence on the extra that has what is missing; None if none has."""
+    """A message with the extra that installs the missing package; None if there is no such extra."""
     missing = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if missing in packages:
@@ -260,22 +315,24 @@ def way_to_install(name: str, error: ModuleNotFoundError) -> str | None:
 
 
 def overview() -> str:
-    """All commands, a line each."""
+    """The usage, with one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: peer COMMAND ...", "", *lines, "", "peer COMMAND --help names the fields of one."])
+    return "\n".join(["usage: peer COMMAND ...", "", *lines, "", "peer COMMAND --help lists the fields of a command."])
 
 
 def describe(name: str) -> str:
-    """The usage of a command and every field of its own, with type, default and meaning."""
+    """The usage of a command and each of its own fields, with type, default and help."""
     command = COMMANDS[name]
     lines = [f"usage: peer {name} {command.usage}".rstrip(), "", f"{command.help[0].upper()}{command.help[1:]}."]
     described = set()
-    for place in reversed(command.arguments):  # a later class changes fields of an earlier one
+    for place in reversed(command.arguments):  # a later class overrides fields of an earlier one
         heading, fields = _read_fields(place)
         own = [one for one in fields if one[0] not in described]
         described |= {one[0] for one in own}
         lines[3:3] = ["", heading, *(line for one in own for line in _field_lines(*one))]
+    if command.summarize:
+        lines += _field_lines("full_json", "bool", "False", FULL_JSON_HELP)
     return "\n".join([*lines, *(["", command.more] if command.more else [])])
 
 
@@ -285,7 +342,7 @@ def _field_lines(name: str, kind: str, default: str | None, text: str) -> Iterat
 
 
 def _read_fields(place: str) -> tuple[str, list[tuple[str, str, str | None, str]]]:
-    """Of a dataclass, by its source: a heading, and (name, type, default, help) of each field."""
+    """A heading, and (name, type, default, help) of each field, from the source of a dataclass."""
     path, _, class_name = place.partition(":")
     source = (Path(find_spec("modeling_peer").submodule_search_locations[0]) / path).read_text(encoding="utf-8")
     (group,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name)
@@ -306,7 +363,7 @@ def _read_field(node: ast.AnnAssign) -> tuple[str, str, str | None, str] | None:
 
 
 def _text_of(node: ast.expr) -> str:
-    """A string literal; of an f-string, names stand in braces."""
+    """The text of a string literal. In an f-string, names are in braces."""
     if isinstance(node, ast.Constant):
         return node.value
     return "".join(

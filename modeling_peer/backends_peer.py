@@ -12,21 +12,21 @@ from transformers.utils import logging
 try:
     from modeling_peer.kernels import (
         IMPLEMENTATION_OF_DEVICE,
-        after_failure,
         defect,
+        dense_optimizer_check,
         dispatch,
-        give_up_after,
-        gradient_takers,
         lazy_gradients,
         obstacle,
+        on_compiler_failure,
         one_call,
         operators,
+        record_compiler_failure,
     )
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "modeling_peer":
         raise
-    IMPLEMENTATION_OF_DEVICE, after_failure = {}, []
-    defect = dispatch = give_up_after = gradient_takers = lazy_gradients = None
+    IMPLEMENTATION_OF_DEVICE, on_compiler_failure = {}, []
+    defect = dispatch = record_compiler_failure = dense_optimizer_check = lazy_gradients = None
     obstacle = one_call = operators = None
 
 logger = logging.get_logger(__name__)
@@ -164,7 +164,7 @@ def _best_implementation(device_type: str, dtype: torch.dtype) -> str:
     return name
 
 
-after_failure += [_obstacle.cache_clear, _best_implementation.cache_clear]
+on_compiler_failure += [_obstacle.cache_clear, _best_implementation.cache_clear]
 
 
 @cache
@@ -185,12 +185,12 @@ class _OrEager(partial):
             return self._run_eager(*args, **kwargs)
         try:
             return super().__call__(*args, **kwargs)
-        except Exception as error:  # compilers raise many kinds; what is not theirs is raised again
-            cause = give_up_after(error, self.implementation)
+        except Exception as error:  # compilers raise many kinds; other errors are raised again
+            cause = record_compiler_failure(error, self.implementation)
             if cause is None:
                 raise
-            if self.asked_for is not None:
-                raise ValueError(_refusal(self.asked_for, cause)) from error
+            if self.requested is not None:
+                raise ValueError(_refusal(self.requested, cause)) from error
             _warn(f'PEER runs experts_implementation="eager": "{self.implementation}", which is faster here, {cause}.')
         return self._run_eager(*args, **kwargs)
 
@@ -199,7 +199,7 @@ class _OrEager(partial):
 
 
 @cache
-def _or_eager(function: Callable, eager: Callable | None, asked_for: str | None, implementation: str) -> Callable:
+def _or_eager(function: Callable, eager: Callable | None, requested: str | None, implementation: str) -> Callable:
     guarded = _OrEager(function)
-    guarded.eager, guarded.asked_for, guarded.implementation = eager, asked_for, implementation
+    guarded.eager, guarded.requested, guarded.implementation = eager, requested, implementation
     return guarded

@@ -25,8 +25,8 @@ def balance_loss(
     """How unevenly the tokens use the sub-keys, with gradients for queries and sub-keys.
 
     A softmax over all n² product keys is the product of one softmax per codebook, so no tensor has the pool's size.
-    Both losses balance the rows and the columns of the grid of experts, not each expert. P is the mean probability of
-    each sub-key of a codebook over tokens and heads, and f is the share of the retrieved experts in its row or column.
+    Both losses balance the rows and the columns of the grid of experts, not each expert. P is a sub-key's mean
+    probability over tokens and heads. f is the share of the retrieved experts in its row or column.
 
         "switch"       n · Σ f · P, mean of both codebooks; 1 when even (Fedus et al. 2021, eqs. 4-6; arXiv:2101.03961)
         "uniformity"   KL(P ‖ uniform), natural logarithm, sum of both codebooks; 0 when even (after Monet's

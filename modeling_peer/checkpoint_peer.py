@@ -79,8 +79,8 @@ class PeerCheckpoints:
                 break
             if attempt == attempts - 1:
                 raise OSError(
-                    f"The files of {pretrained_model_name_or_path} were replaced while they were read, so that what "
-                    "was read may be of two models. Load it again."
+                    f"The files of {pretrained_model_name_or_path} were replaced during loading, so they may be of "
+                    "two models. Load it again."
                 ) from failure
         # A flipped bit in a header gives a tensor another name or shape. Report the cause before this effect.
         files = find_files()
@@ -97,8 +97,8 @@ class PeerCheckpoints:
         if isinstance(failure, RuntimeError) and "ignore_mismatched_sizes" in str(failure):
             raise RuntimeError(
                 f"The weights of {pretrained_model_name_or_path} do not fit the configuration: the report above gives "
-                "both shapes of each tensor. Load them with the configuration they were saved with, or pass "
-                "ignore_mismatched_sizes=True to initialise those tensors anew."
+                "both shapes of each tensor. Load them with the configuration they were saved with. Or pass "
+                "ignore_mismatched_sizes=True, which initialises those tensors at random."
             ) from failure
         raise failure
 
@@ -160,7 +160,7 @@ class PeerCheckpoints:
 
 
 def _identities(path: str | os.PathLike, subfolder: str | None) -> dict[str, tuple[int, int, int]]:
-    """Identity of each file of a model in a local folder; it changes even if an equal file replaces one."""
+    """Identity of each file of a model in a local folder. It changes even if a file is replaced by an equal one."""
     folder = os.path.join(path, subfolder or "") if path is not None else ""
     found = {}
     for name in os.listdir(folder) if os.path.isdir(folder) else []:

@@ -187,7 +187,7 @@ def find_safetensors_damage(file: str | os.PathLike, verify: bool = True) -> str
             with open(file, "rb") as stream:
                 found = f"{_checksum_without_its_digits(stream):08x}"
             if found != stored:
-                return f"{file.name} was saved with the checksum {stored} and has {found} now: its content changed."
+                return f"{file.name} was saved with the checksum {stored}, but now has {found}: its content changed."
     except (OSError, SafetensorError) as error:
         return f"{file.name} cannot be read ({error})."
     return None
@@ -209,7 +209,7 @@ def _header_damage(file: Path) -> str | None:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             return unreadable
     if size != expected:
-        return f"{file.name} is {size} bytes long, its header announces {expected}."
+        return f"{file.name} is {size} bytes long, but its header announces {expected}."
     return None
 
 

@@ -151,7 +151,8 @@ def _replace_files(staging: Path, directory: Path, variant: str | None):
     for name in sorted(changed | stale):
         if (directory / name).is_dir():
             raise IsADirectoryError(
-                f"Cannot save to {directory}: {name} is a folder there, and a file of the model. Rename the folder."
+                f"Cannot save to {directory}: the model has a file {name}, and a folder there has that name. "
+                "Rename the folder."
             )
     last = None
     if len(changed | stale) > 1:
@@ -199,9 +200,9 @@ def _exchange(staging: Path, directory: Path, exchange: dict):
             _put_back(staging, directory)
         except OSError as error:
             raise OSError(
-                f"Cannot save to {directory} ({failure}), nor put the old files back ({error}). They are in "
-                f"{staging / OLD_FILES}. The next save there puts them back, or restore_old_files of "
-                "exchange_peer.py does."
+                f"Cannot save to {directory} ({failure}) or restore the old files ({error}). They are in "
+                f"{staging / OLD_FILES}. The next save to that folder restores them, and so does "
+                "modeling_peer.exchange_peer.restore_old_files(folder)."
             ) from failure
         raise
 

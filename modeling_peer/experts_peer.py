@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
-from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, gradient_takers, is_traced, lazy_gradients
+from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, dense_optimizer_check, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
 from .parallel_peer import draw_rows_
 from .table_placement_peer import MappedTables
@@ -314,8 +314,8 @@ class PeerExperts(nn.Module):
         """Raise ValueError if a table cannot be replaced by table plus update, as PEFT's `target_parameters` does."""
         if self.config.share_expert_tables:
             raise ValueError(
-                "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update a layer, "
-                "and merging would add them all to the one table that the layers share. Adapt other weights "
+                "share_expert_tables=True: an adapter of expert tables (target_parameters) learns one update per "
+                "layer, and merging would add all of them to the one table that the layers share. Adapt other weights "
                 "(target_modules), or train the tables themselves."
             )
         trained = any(getattr(self, name).requires_grad for name in self.parametrizations)
@@ -330,6 +330,6 @@ class PeerExperts(nn.Module):
 # The compiler does not support sparse gradients: it breaks the graph at this call, or raises (fullgraph=True).
 @torch.compiler.disable
 def _with_row_sparse_gradients(mixture: Callable, *inputs) -> torch.Tensor:
-    if gradient_takers is not None:
-        gradient_takers.expect_row_sparse_gradients(*inputs[3:6])  # the tables
+    if dense_optimizer_check is not None:
+        dense_optimizer_check.expect_row_sparse_gradients(*inputs[3:6])  # the tables
     return mixture(*inputs, row_sparse_gradients=True)

@@ -62,9 +62,9 @@ from .outputs_peer import (
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
 from .query_norms_peer import (
     Float32Module,
-    cached_steps_teach_nothing,
     freeze_running_statistics,
-    statistics_at_rest,
+    keep_statistics_in_generation,
+    statistics_as_in_evaluation,
 )
 from .retrieval_peer import PeerRetrieval
 from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
@@ -287,7 +287,7 @@ class PeerModel(PeerPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    @cached_steps_teach_nothing
+    @keep_statistics_in_generation
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -398,7 +398,7 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        with statistics_at_rest(self):
+        with statistics_as_in_evaluation(self):
             return super().generate(*args, **kwargs)
 
     @can_return_tuple

@@ -44,8 +44,8 @@ if torch.distributed.is_available():
             module.num_experts = -(-num_experts // num_ranks)
             if module.num_experts * (num_ranks - 1) >= num_experts:
                 raise ValueError(
-                    f"{num_experts} experts, {module.num_experts} a rank, leave some of {num_ranks} ranks without: "
-                    f"use at most {-(-num_experts // module.num_experts)} ranks, or more experts."
+                    f"{num_experts} experts, {module.num_experts} per rank, do not suffice for {num_ranks} ranks. Use "
+                    f"at most {-(-num_experts // module.num_experts)} ranks, or more experts."
                 )
             rows = distribute_tensor(table, mesh, [Shard(0)], src_data_rank=None)
             module._parameters[param] = nn.Parameter(rows, requires_grad=table.requires_grad)
@@ -216,7 +216,7 @@ def require_dense_gradients(distributed_config) -> None:
     if fsdp > 1 or ep > 1:
         raise ValueError(
             f"row_sparse_gradients=True does not work with fsdp_size * dp_replicate_size = {fsdp}, ep_size = {ep}: "
-            "both take dense gradients. Set row_sparse_gradients=False, or shard by tp_size alone."
+            "these need dense gradients. Set row_sparse_gradients=False, or shard by tp_size alone."
         )
 
 

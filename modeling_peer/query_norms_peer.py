@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Norms of queries, and BatchNorm's running statistics: when they are updated, frozen, or at rest."""
+"""Norms of queries, and BatchNorm's running statistics: when they are updated, and when not."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ class RunningStatistics(Float32Module):
         - `statistics_frozen` is set, as `from_pretrained` does if the checkpoint has statistics that were updated
           (`PeerPreTrainedModel.freeze_running_statistics` changes it); or
         - the weight they belong to does not train, as under an adapter, whose file would not contain them; or
-        - this module is in evaluation mode, as it is for a step of generation (`statistics_at_rest`).
+        - this module is in evaluation mode, as it is for a step of generation (`statistics_as_in_evaluation`).
 
     While they are not updated, the module computes the same in training as in evaluation.
     """
@@ -71,7 +71,7 @@ def freeze_running_statistics(model: nn.Module, frozen: bool = True, only_learne
 
 
 @contextmanager
-def statistics_at_rest(model: nn.Module) -> Iterator[None]:
+def statistics_as_in_evaluation(model: nn.Module) -> Iterator[None]:
     """Inside this context every `RunningStatistics` of `model` acts as in evaluation, whatever the model's mode."""
     learning = [module for module in model.modules() if isinstance(module, RunningStatistics) and module.training]
     for module in learning:
@@ -83,22 +83,22 @@ def statistics_at_rest(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def cached_steps_teach_nothing(forward: Callable) -> Callable:
+def keep_statistics_in_generation(forward: Callable) -> Callable:
     """Decorate a decoder's `forward` so that generation does not update running statistics.
 
     A call with a cache and without gradients is a step of generation, even if the model is in training mode.
     """
 
     @wraps(forward)
-    def forward_at_rest(self, *args, **kwargs):
+    def checked_forward(self, *args, **kwargs):
         # Transformers 5.24 renamed `past_key_values`.
         has_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
         if not (self.training and has_cache) or torch.is_grad_enabled():
             return forward(self, *args, **kwargs)
-        with statistics_at_rest(self):
+        with statistics_as_in_evaluation(self):
             return forward(self, *args, **kwargs)
 
-    return forward_at_rest
+    return checked_forward
 
 
 class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):

@@ -31,7 +31,7 @@ def real_tokens(token_mask: torch.Tensor | None, shape: torch.Size) -> torch.Ten
             token_mask = token_mask.expand(shape)
         except RuntimeError as error:
             raise ValueError(
-                f"token_mask is {tuple(token_mask.shape)}, but the tokens are {tuple(shape)}: give one value a token."
+                f"token_mask is {tuple(token_mask.shape)}, but the tokens are {tuple(shape)}. Give each token a value."
             ) from error
     return token_mask.bool().flatten()
 
@@ -39,9 +39,9 @@ def real_tokens(token_mask: torch.Tensor | None, shape: torch.Size) -> torch.Ten
 def _refuse_sync_batch_norm(norm: nn.Module) -> None:
     if isinstance(norm, nn.SyncBatchNorm):
         raise ValueError(
-            "query_norm became a SyncBatchNorm, which counts padding and ignores frozen statistics: PEER refuses it. "
-            "Do not convert the model (sync_batchnorm=False in Lightning). For the same function in every process, "
-            'train with query_norm="rms_norm", or call model.freeze_running_statistics().'
+            "query_norm is a SyncBatchNorm, which counts padding and ignores frozen statistics. PEER does not "
+            "support it. Do not convert the model (sync_batchnorm=False in Lightning). For the same function in every "
+            'process, train with query_norm="rms_norm", or call model.freeze_running_statistics().'
         )
 
 

@@ -41,7 +41,7 @@ def argument_name(function: Callable, *names: str) -> str:
     for name in names:
         if name in known:
             return name
-    raise _unsupported(f"{function.__qualname__} takes no argument {' or '.join(names)}, but {', '.join(known)}")
+    raise _unsupported(f"{function.__qualname__} has no argument {' or '.join(names)}; it has {', '.join(known)}")
 
 
 def require_arguments(function: Callable, *names: str) -> None:
@@ -67,9 +67,9 @@ def require_fields(output: type, *names: str) -> None:
 def _unsupported(difference: str) -> ImportError:
     oldest, newest = TESTED_RELEASES
     return ImportError(
-        f"This code of PEER does not fit transformers {transformers.__version__}: {difference}. Install a release it "
-        f"was tested with, transformers>={oldest},<={newest}.99, or update modeling_peer and save checkpoints that "
-        "carry the old code again."
+        f"PEER's code does not work with transformers {transformers.__version__}: {difference}. Install a tested "
+        f"release, transformers>={oldest},<={newest}.99. Or update modeling_peer, and save checkpoints with the old "
+        "code again."
     )
 
 

@@ -181,7 +181,7 @@ def test_an_expert_of_another_rank_costs_nothing_and_adds_nothing():
 def test_more_ranks_than_blocks_of_experts_are_refused(tiny_config):
     experts = PeerExperts(tiny_config(num_sub_keys=9))
     style, ranks = ALL_PARALLEL_STYLES[EXPERT_ROWS], SimpleNamespace(size=lambda: 64)
-    with pytest.raises(ValueError, match=r"81 experts, 2 a rank, .* use at most 41 ranks"):
+    with pytest.raises(ValueError, match=r"81 experts, 2 per rank, .* Use at most 41 ranks"):
         style.shard_param(experts, "down_embed", ranks)
 
 

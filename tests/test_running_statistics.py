@@ -214,7 +214,7 @@ def test_a_state_without_metadata_loads_strictly():
 
 def test_a_converted_sync_batch_norm_is_refused_by_name(tiny_config):
     model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(PeerForCausalLM(tiny_config()))
-    with pytest.raises(ValueError, match=r"query_norm became a SyncBatchNorm.*rms_norm.*freeze_running_statistics"):
+    with pytest.raises(ValueError, match=r"query_norm is a SyncBatchNorm.*rms_norm.*freeze_running_statistics"):
         model(texts())
 
 

@@ -99,7 +99,7 @@ def test_what_cannot_be_evaluated_is_refused_before_it_is_scored(tmp_path):
     (tmp_path / "large").mkdir()
     train_byte_level_bpe([some_text()], 300).save_pretrained(tmp_path / "large")
     cases = {
-        r"'bfloat61' is none of auto, .*Did you mean 'bfloat16'\?": {"dtype": "bfloat61"},
+        r"must be one of auto, .*got 'bfloat61'.*Did you mean 'bfloat16'\?": {"dtype": "bfloat61"},
         r"--output_file .*: Is a directory": {"output_file": str(tmp_path)},
         r"--output_file .*: No such file": {"output_file": str(tmp_path / "no" / "such")},
         r"has 300 tokens, the one of .* 257; 43 differ": {"tokenizer": str(tmp_path / "large")},

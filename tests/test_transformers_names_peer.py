@@ -110,7 +110,7 @@ def _renamed(hidden_states, kv_store=None, **kwargs):
 @pytest.mark.parametrize(
     ("look_up", "missing"),
     [
-        (lambda: argument_name(_renamed, *CACHE_NAMES), "_renamed takes no argument cache or past_key_values, but"),
+        (lambda: argument_name(_renamed, *CACHE_NAMES), "_renamed has no argument cache or past_key_values; it has"),
         (lambda: require_arguments(_renamed, "hidden_states", "attention_mask"), "no argument attention_mask"),
         (lambda: require_methods(LlamaAttention, "forward", "extend_cache"), "LlamaAttention has no extend_cache"),
         (lambda: require_fields(transformers.modeling_outputs.BaseModelOutput, "memory"), "has no field memory"),

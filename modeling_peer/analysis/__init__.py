@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Measurements of a trained model, which they never change."""
+"""Analysis measures a trained model and does not change it."""

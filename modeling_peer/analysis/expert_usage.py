@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Expert usage of a layer: how many experts were retrieved, how evenly, and which never."""
+"""Expert usage of a layer: the share of retrieved experts, their unevenness, and the number of dead ones."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import torch
 
 
 def expert_usage(gate_sums: torch.Tensor) -> torch.Tensor:
-    """Share of the experts whose sum of gates is not zero (He 2024, section 3.3); `gate_sums` is `(num_experts,)`."""
+    """Share of the experts with a nonzero sum of gates (He 2024, section 3.3). `gate_sums` is `(num_experts,)`."""
     return gate_sums.ne(0).sum() / gate_sums.numel()
 
 
@@ -17,31 +17,31 @@ def unevenness(gate_sums: torch.Tensor) -> torch.Tensor:
 
         z_i = gate_sums_i / Σ gate_sums;  log N + Σ z_i log z_i,  natural logarithm
 
-    It is 0 if all experts have equal sums, and log N if one has everything. `gate_sums` is `(num_experts,)`, not all
-    zero.
+    It is 0 if all experts have equal sums. It is log N if only one sum is not zero. `gate_sums` is `(num_experts,)`,
+    and not all zero.
     """
     total = gate_sums.sum(dtype=torch.float64)
-    # With z' = total · z. Terms are float32: a float64 copy of a million sums would take longer than the rest.
+    # gate_sums = total · z. The terms are float32: a float64 copy of a million sums would take longer than the rest.
     weighted_logs = torch.special.xlogy(gate_sums, gate_sums).sum(dtype=torch.float64)
     return (math.log(gate_sums.numel()) - total.log() + weighted_logs / total).clamp(min=0.0)
 
 
 class ExpertUsage:
-    """Adds up the gates of each expert of one layer: 8 bytes per expert, without waiting for the device.
+    """Sums the gates of each expert of one layer. It needs 8 bytes per expert, and does not wait for the device.
 
     Args:
         num_experts: experts in the layer's pool.
-        device: device of the sums; best the one of gates and ids.
+        device: device of the sums. On the device of gates and ids nothing is copied.
     """
 
     def __init__(self, num_experts: int, device: torch.device | str | None = None):
-        # Gates of each expert: from all heads, and from the heads whose best it was. Float32 keeps seven digits of
-        # sums in the millions. A gate lost to rounding on a larger sum changes neither usage nor unevenness.
+        # Row 0 sums the gates of all heads. Row 1 sums those of heads whose best expert it was. Float32 has seven
+        # digits. A gate that rounding loses in a larger sum does not change usage, and hardly unevenness.
         self.sums = torch.zeros(2, num_experts, device=device)
 
     @torch.no_grad()
     def add(self, gates: torch.Tensor, expert_ids: torch.Tensor, token_mask: torch.Tensor | None = None) -> None:
-        """Add one forward.
+        """Add the gates of one forward.
 
         Args:
             gates, expert_ids: the retrieved experts, `(..., num_heads, top_k)`, a head's best one first.
@@ -54,12 +54,12 @@ class ExpertUsage:
         self.sums[1].index_add_(0, expert_ids[..., 0].flatten(), gates[..., 0].flatten())
 
     def measure(self) -> dict[str, float]:
-        """The measurements of all added forwards; empty if there were none.
+        """The measurements over all added forwards; empty if there were none.
 
         Returns:
             expert_usage: share of the experts that were retrieved.
             top_1_usage: share of the experts that were the best of some head. With many experts per head, nearly all
-                may be retrieved while few of them matter (Kim & Jung 2020; arXiv:2010.03881).
+                can be retrieved although few of them matter (Kim & Jung 2020; arXiv:2010.03881).
             unevenness: see `unevenness`.
             dead_experts: number of experts that were not retrieved.
         """
@@ -78,7 +78,7 @@ class ExpertUsage:
 def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The modules that retrieve experts, each with a name such as `layer_5`.
 
-    They are found by class name, because a model loaded with a checkpoint's own code has other classes.
+    They are found by class name. A model that was loaded with a checkpoint's own code has other class objects.
     """
     found = []
     for path, module in model.named_modules():

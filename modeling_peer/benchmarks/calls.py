@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What is measured of a contender: on which tokens, doing what."""
+"""The inputs and the calls that a benchmark times."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from modeling_peer.costs.training_steps import build_optimizer
 
 
 def make_tokens(case: Case, settings: LayerArguments, number: int) -> torch.Tensor:
-    """Tokens of unit variance, as a layer gets them behind RMSNorm: `(1, num_tokens, hidden_size)`."""
+    """Random tokens of unit variance, as RMSNorm gives them to a layer: `(1, num_tokens, hidden_size)`."""
     generator = torch.Generator(settings.device).manual_seed(1_000_003 * settings.seed + number)
     shape = (1, case.num_tokens, case.hidden_size)
     return torch.randn(shape, generator=generator, device=settings.device, dtype=settings.torch_dtype)
@@ -20,13 +20,15 @@ def make_tokens(case: Case, settings: LayerArguments, number: int) -> torch.Tens
 def make_call(
     contender: Contender, case: Case, settings: LayerArguments, optimizers: dict
 ) -> Callable[[torch.Tensor], None]:
-    """What is measured: a function of the tokens.
+    """The timed call: a function of the tokens.
 
-    decode, forward: evaluation, without gradients. forward_backward: gradients of tokens and of all parameters, and
-    freeing them, as every step of a training does. step: with the optimizer's update.
+    - `decode` and `forward` evaluate without gradients.
+    - `forward_backward` computes the gradients of tokens and of all parameters, and frees them.
+    - `step` also runs the optimizer's update.
 
     Args:
-        optimizers: those made so far; contenders that share weights and kind of gradient share one; by `state_owner`.
+        optimizers: the optimizers made so far, by `state_owner`. Contenders that share weights and kind of gradient
+            share an optimizer. A new one is added.
     """
     module = contender.module
     step = None
@@ -37,7 +39,7 @@ def make_call(
         step = optimizers[owner].step
 
     def call(tokens):
-        if module.training != case.trains:  # a program switches once, not at every token: 0.02 of 0.4 ms
+        if module.training != case.trains:  # only if needed: a switch at every token would cost 0.02 of 0.4 ms
             module.train(case.trains)
         if not case.trains:
             with torch.no_grad():

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What stands beside a result: how it came about."""
+"""The origin of a result: machine, versions, settings and command."""
 
 import sys
 from typing import Any
@@ -7,17 +7,17 @@ from typing import Any
 from modeling_peer.benchmarks.settings import BenchmarkArguments
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 
-# recorded apart, or of no use elsewhere
+# fields that are recorded elsewhere in the result, or that matter on this machine only
 UNRECORDED = ("command", "kernel_tests", "commit", "output_file", "plot_file")
 
 
 def announce(words: str) -> None:
-    """Progress, beside the result: on stderr."""
+    """Print progress on stderr, because stdout has the result."""
     print(words, file=sys.stderr, flush=True)
 
 
 def describe_measurement(settings: BenchmarkArguments) -> dict[str, Any]:
-    """Machine, versions, settings and command, as a result records them."""
+    """Machine, versions, settings and command, in the form that a result records."""
     return {
         "command": settings.command,
         "machine": describe_machine(settings.torch_device),

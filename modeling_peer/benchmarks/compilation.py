@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Triton's kernels compiled for GPUs that are not at hand: what `peer compile-kernels` runs.
+"""Compile Triton's kernels for GPUs that this machine does not have: the function behind `peer compile-kernels`.
 
-Triton brings NVIDIA's assembler, which needs no GPU. What it says of a kernel, registers, what it had to spill, shared
-memory and instructions, bounds how fast the kernel can be; how fast it is only a GPU can tell.
+Triton includes NVIDIA's assembler, which needs no GPU. The assembler reports registers, spills, shared memory and
+instructions of a kernel. These limit the speed of the kernel. The speed itself can be measured only on a GPU.
 """
 
 import re
@@ -23,9 +23,9 @@ from modeling_peer.benchmarks.report import publish
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.costs.provenance import describe_versions
 
-# Of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
+# Limits of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 REGISTERS_OF_QUARTER = 16384
-REGISTERS_AT_A_TIME = 256  # for a warp
+REGISTERS_AT_A_TIME = 256  # unit of allocation for a warp
 SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
@@ -33,26 +33,30 @@ PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 
 @dataclass
 class CompilationArguments:
-    """For which GPUs."""
+    """The GPUs to compile for."""
 
     architectures: list[int] = field(
         default_factory=lambda: [80, 90, 100],
         metadata={"help": "Compute capabilities times ten: 80 A100, 89 L4, 90 H100 and H200, 100 B200."},
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON file of the result. Unset: runs/benchmarks/compile-kernels.json."}
+    )
 
     def __post_init__(self):
         for architecture in self.architectures:
             if architecture not in WARPS:
                 known = ", ".join(map(str, WARPS))
-                raise SettingsError(f"--architectures {architecture} is none of {known} (compute capability 9.0: 90).")
+                raise SettingsError(
+                    f"--architectures must be among {known} (compute capability 9.0: 90); got {architecture}."
+                )
         if self.output_file and not Path(self.output_file).parent.is_dir():
             raise SettingsError(f"--output_file {self.output_file}: no such folder.")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that a kernel is compiled for."""
+    """The sizes that a kernel is compiled for."""
 
     num_tokens: int
     width: int
@@ -80,21 +84,21 @@ SHAPES = (
 
 
 def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
-    """Compile every kernel for every shape and architecture, and print what each takes.
+    """Compile every kernel for every shape and architecture, and print the resources that each one uses.
 
     Raises:
         SettingsError: Triton is missing, or runs in its interpreter.
     """
     if find_spec("triton") is None:
-        raise SettingsError('kernels are compiled by triton, which is not installed: pip install -e ".[triton]".')
+        raise SettingsError('compilation needs triton, which is not installed: pip install -e ".[triton]".')
     from triton import knobs
     from triton.runtime.jit import JITFunction
 
-    # Asked before kernels are imported: what is interpreted then stays so in this process.
+    # Checked before the import: kernels that are imported under the interpreter stay interpreted in this process.
     if not knobs.runtime.interpret:
         from modeling_peer.kernels.triton.experts import read_experts_kernel
     if knobs.runtime.interpret or not isinstance(read_experts_kernel, JITFunction):
-        raise SettingsError("TRITON_INTERPRET=1 compiles nothing: unset it.")
+        raise SettingsError("with TRITON_INTERPRET=1 nothing is compiled: unset it.")
     kernels = []
     for architecture in settings.architectures:
         for shape in SHAPES:
@@ -108,11 +112,11 @@ def compile_kernels(settings: CompilationArguments) -> dict[str, Any]:
         "kernels": kernels,
     }
     publish(result, settings.output_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 class _AbsentGpu:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton calls before it compiles."""
 
     def __init__(self, architecture: int):
         self.architecture = architecture
@@ -123,7 +127,7 @@ class _AbsentGpu:
         return GPUTarget("cuda", self.architecture, warp_size=32)
 
     def get_current_device(self) -> int:
-        return self.architecture  # each has compiled kernels of its own
+        return self.architecture  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -131,7 +135,10 @@ class _AbsentGpu:
 
 @contextmanager
 def _recorded(architecture: int) -> Iterator[list]:
-    """Launches compile, and do not run; the compiled kernels, each once, and the constants compiled into them."""
+    """Within this context, launches compile and do not run.
+
+    It yields the compiled kernels, each one once, with the constants compiled into them.
+    """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -155,7 +162,7 @@ def _recorded(architecture: int) -> Iterator[list]:
 
 
 def _launch_all(shape: Shape) -> None:
-    """Every kernel as the operators call it. Tensors of the CPU do: only types, sizes and alignment count."""
+    """Launch every kernel as the operators do. CPU tensors suffice: only types, sizes and alignment matter."""
     from modeling_peer.kernels.triton import experts as triton_experts
     from modeling_peer.kernels.triton import retrieval as triton_retrieval
 
@@ -193,7 +200,7 @@ def _describe(kernel, constants: dict[str, Any], architecture: int, shape: Shape
         "warps": num_warps,
         "warps_per_multiprocessor": _resident_warps(architecture, usage["REG"], shared, num_warps),
         "widest_load_bits": max((_load_bits(opcode) for opcode in opcodes), default=0),
-        "tensor_core_instructions": sum(n for opcode, n in opcodes.items() if _is_product(opcode)),
+        "tensor_core_instructions": sum(n for opcode, n in opcodes.items() if _uses_tensor_cores(opcode)),
         "instructions": sum(opcodes.values()),
     }
 
@@ -209,22 +216,22 @@ def _dump(kernel, what: str) -> str:
 
 
 def _load_bits(opcode: str) -> int:
-    """Bits that a thread loads from the GPU's memory at once; 0 of another instruction."""
+    """Bits that a thread loads from the GPU's memory at once; 0 if the instruction is not a load."""
     if not opcode.startswith("LDG"):
         return 0
     widths = [int(part) for part in opcode.split(".") if part in ("64", "128", "256")]
     return max(widths, default=32)
 
 
-def _is_product(opcode: str) -> bool:
-    """Of tensor cores: HMMA, HGMMA, UTCHMMA and more; HFMA2.MMA is none."""
+def _uses_tensor_cores(opcode: str) -> bool:
+    """Whether tensor cores run it: HMMA, HGMMA, UTCHMMA and others do, HFMA2.MMA does not."""
     return opcode.partition(".")[0].endswith("MMA")
 
 
 def _resident_warps(architecture: int, registers: int, shared: int, num_warps: int) -> int:
-    """How many warps of such programs fit into one multiprocessor."""
+    """Number of warps of such programs that fit into one multiprocessor."""
     registers_of_warp = -(-registers * 32 // REGISTERS_AT_A_TIME) * REGISTERS_AT_A_TIME
     warps = min(WARPS[architecture], 4 * (REGISTERS_OF_QUARTER // registers_of_warp))
     limits = [warps // num_warps, PROGRAMS[architecture]]
-    limits.append(SHARED_KIB[architecture] * 2**10 // (shared + 1024))  # 1 KiB is the system's
+    limits.append(SHARED_KIB[architecture] * 2**10 // (shared + 1024))  # CUDA reserves 1 KiB per program
     return min(limits) * num_warps

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Who is compared: PEER in its implementations, PEER-pytorch, and dense MLPs."""
+"""The contenders of the layer benchmark: PEER in its implementations, PEER-pytorch, and dense MLPs."""
 
 import importlib.util
 import os
@@ -22,38 +22,38 @@ FAST = {"cpu": "cpu", "cuda": "triton"}  # implementation by device; also the co
 
 @dataclass
 class Contender:
-    """A layer to measure, and what its traffic is counted from."""
+    """A layer to measure, and the tables and the function from which its traffic is counted."""
 
     name: str
     module: nn.Module
-    tables: tuple[nn.Parameter, ...] = ()  # expert tables, one row an expert
-    find_experts: Callable[[torch.Tensor], torch.Tensor] | None = None  # tokens to the ids of their experts
+    tables: tuple[nn.Parameter, ...] = ()  # expert tables, one row per expert
+    find_experts: Callable[[torch.Tensor], torch.Tensor] | None = None  # from tokens to the ids of their experts
 
 
 def row_sparse(device: str) -> str:
-    """Name of the fast implementation when gradients are the touched rows only."""
+    """Name of the fast implementation with row-sparse gradients, which have only the touched rows."""
     return f"{FAST[device]}, row-sparse"
 
 
 def all_names(device: str) -> list[str]:
-    """Everyone, in the order in which they are measured and printed."""
+    """All contenders, in the order in which they are measured and printed."""
     return [EAGER, COMPILED, FAST[device], row_sparse(device), PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE]
 
 
 def takes_part(name: str, case: Case, settings: LayerArguments) -> bool:
-    """Whether a contender differs from the others in this case."""
+    """Whether a contender is measured in this case."""
     if name == row_sparse(settings.device):
-        return case.trains  # its forward is that of the fast implementation
+        return case.trains  # without training it equals the fast implementation
     return name != COMPILED or case.task in settings.compile_tasks
 
 
 def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
-    """Why a contender cannot run on this machine, in words; None if it can."""
+    """The reason why a contender cannot run on this machine; None if it can."""
     device = settings.device
     if name == PEER_PYTORCH and importlib.util.find_spec("PEER_pytorch") is None:
         return "PEER-pytorch is not installed"
     if name == COMPILED and device == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "torch.compile needs a C++ compiler, and there is no g++ here"
+        return "torch.compile needs a C++ compiler, and g++ was not found"
     if name == COMPILED and device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton, which is not installed"
     if name in (FAST[device], row_sparse(device)):
@@ -66,19 +66,22 @@ def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
 
 
 def weights_owner(name: str) -> str:
-    """Whose weights a contender uses: PEER's own implementations have those of eager."""
+    """Name of the contender whose weights this one uses. PEER's own implementations share those of eager."""
     return name if name in (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE) else EAGER
 
 
 def state_owner(name: str) -> str:
-    """Whose optimizer state it updates: the same, but for the one with an optimizer of its own."""
+    """Name of the contender whose optimizer state this one updates.
+
+    It is the owner of the weights, except that row-sparse gradients have their own optimizer.
+    """
     return name if name in map(row_sparse, FAST) else weights_owner(name)
 
 
 def build_contenders(names: list[str], case: Case, settings: LayerArguments) -> dict[str, Contender]:
-    """Build layers of the case's sizes. PEER's own implementations share one set of weights: a million experts once.
+    """Build layers of the case's sizes. PEER's own implementations share one set of weights, to save memory.
 
-    Nothing is shared with PEER-pytorch, whose sub-keys have another shape, but the values are drawn alike.
+    PEER-pytorch shares none, because its sub-keys have another shape.
     """
     torch.manual_seed(settings.seed)
     contenders, layer = {}, None
@@ -118,7 +121,7 @@ def _peer_layer(name: str, case: Case, settings: LayerArguments, weights_of: Pee
 
 
 def share_weights(module: nn.Module, other: nn.Module) -> None:
-    """Let `module` use the very parameters and buffers of `other`."""
+    """Make `module` use the same parameter and buffer objects as `other`."""
     module.load_state_dict(other.state_dict(keep_vars=True), assign=True)
 
 
@@ -129,10 +132,10 @@ def _peer_contender(name: str, layer: PeerLayer) -> Contender:
 
 
 def _peer_pytorch(case: Case, settings: LayerArguments) -> Contender:
-    """PEER-pytorch in the paper's mode: its defaults retrieve one expert a head, gated by ReLU."""
+    """PEER-pytorch as in the paper. Its defaults would retrieve one expert per head, gated by ReLU."""
     from PEER_pytorch import PEER
 
-    with torch.device("meta"):  # its constructor draws every number of the tables from N(0, 1)
+    with torch.device("meta"):  # its constructor would fill the tables from N(0, 1), which is slow
         module = PEER(
             dim=case.hidden_size,
             heads=settings.num_retrieval_heads,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""One layer against its rivals: what `peer bench-layer` runs."""
+"""Benchmark one layer beside other layers: the function behind `peer bench-layer`."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,7 +31,7 @@ from modeling_peer.costs.timing import MIN_SECONDS, Clock, copy_bandwidth, inter
 
 
 def bench_layer(settings: LayerArguments) -> dict[str, Any]:
-    """Measure every case, print the tables, and write the files asked for."""
+    """Measure every case, print the tables, and write the result and the plot if the settings name files."""
     names = select(settings.contenders, all_names(settings.device))
     missing = {name: why for name in names if (why := why_missing(name, settings))}
     for name, why in missing.items():
@@ -39,7 +39,7 @@ def bench_layer(settings: LayerArguments) -> dict[str, Any]:
     names = [name for name in names if name not in missing]
     set_threads(settings.threads)
     bandwidth = copy_bandwidth(settings.torch_device)
-    announce(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s, read and written")
+    announce(f"copy bandwidth: {bandwidth / 1e9:.1f} GB/s, bytes read plus bytes written")
 
     cases = parse_cases(settings.cases, settings.hidden_size)
     result = {
@@ -53,7 +53,7 @@ def bench_layer(settings: LayerArguments) -> dict[str, Any]:
     }
     for _, group in groupby(cases, key=lambda case: (case.num_sub_keys, case.hidden_size)):
         result["cases"] += _in_new_process(list(group), names, settings, bandwidth)
-        save(result, settings.output_file)  # an hour's figures outlive what ends the rest
+        save(result, settings.output_file)  # keeps the finished cases if a later one fails
     if settings.device == "cpu":
         result["memory"] = _memory_in_new_processes(names, settings)
     result["scaling"] = scaling_of(result["cases"])
@@ -62,14 +62,16 @@ def bench_layer(settings: LayerArguments) -> dict[str, Any]:
         from modeling_peer.benchmarks.plots import plot_scaling  # matplotlib is optional
 
         plot_scaling(result, settings.plot_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 def _in_new_process(
     cases: list[Case], names: list[str], settings: LayerArguments, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """Measure cases that have the same weights in a process that had no others before. If it is killed, for want of
-    memory for example, the other cases still count."""
+    """Measure cases that have the same weights in a new process.
+
+    If the process is killed, for example because memory ran out, the results of other cases remain.
+    """
     arguments = (settings.as_arguments(), [asdict(case) for case in cases], names, bandwidth)
     answer = in_new_process("modeling_peer.benchmarks.layer:measure_cases", *arguments)
     if "why" in answer:
@@ -82,7 +84,7 @@ def _in_new_process(
 def measure_cases(
     arguments: dict[str, Any], cases: list[dict[str, Any]], names: list[str], bandwidth: float
 ) -> dict[str, list[dict[str, Any]]]:
-    """Build the weights that `cases` have in common, and measure one case after the other."""
+    """Build the weights that `cases` have in common, and measure the cases one after another."""
     settings, cases = LayerArguments(**arguments), [Case(**case) for case in cases]
     set_threads(settings.threads)
     names = [name for name in names if any(takes_part(name, case, settings) for case in cases)]
@@ -105,7 +107,7 @@ def _measure_case(
     skipped |= too_large
     optimizers = {}
     calls = {name: make_call(contenders[name], case, settings, optimizers) for name in names}
-    torch.compiler.reset()  # after eight shapes PyTorch would stop compiling, and say so nowhere
+    torch.compiler.reset()  # PyTorch silently stops compiling after eight shapes
 
     def new_input(number):
         return make_tokens(case, settings, number)
@@ -114,7 +116,7 @@ def _measure_case(
         skipped |= _drop_out_of_memory(calls, contenders, new_input(0))
 
     for name, why in skipped.items():
-        announce(f"{case}: without {name}, which {why}")
+        announce(f"{case}: {name} is left out: it {why}")
     budget = (settings.repeats, settings.max_seconds, MIN_SECONDS[settings.device])
     summaries = interleave(calls, new_input, Clock(device), *budget)
     measured = {}
@@ -134,9 +136,10 @@ def _measure_case(
 def _drop_out_of_memory(
     calls: dict[str, Callable], contenders: dict[str, Contender], tokens: torch.Tensor
 ) -> dict[str, str]:
-    """Take out the calls that the estimate let in and the GPU does not; the reasons.
+    """Remove the calls that run out of GPU memory although the estimate let them in; return the reasons.
 
-    Twice, since the optimizer's state that the last call makes is there when the first runs again."""
+    Every call is tried twice. At the second time, the optimizer states of all calls occupy memory.
+    """
     reasons = {}
     for name in 2 * list(calls):
         if name in reasons:
@@ -153,7 +156,7 @@ def _drop_out_of_memory(
 
 
 def _ratio(summaries: dict, other: str, name: str) -> float | None:
-    """How many times as fast as `other`."""
+    """Speed relative to `other`: 2.0 means twice as fast."""
     return round(summaries[other].median_ms / summaries[name].median_ms, 3) if other in summaries else None
 
 
@@ -163,7 +166,7 @@ def _memory_in_new_processes(names: list[str], settings: LayerArguments) -> list
         peaks, skipped = {}, {}
         for name in names:
             if name == COMPILED or not takes_part(name, case, settings):
-                continue  # a compiler at work in the process takes more than what it compiles
+                continue  # the compiler itself uses more memory than the compiled layer
             held, during = call_bytes(name, case, settings)
             needs = (held + weight_bytes(name, case, settings), during)
             _, too_large = fit([name], lambda _, needs=needs: needs, available_bytes(settings.torch_device), str)
@@ -185,9 +188,10 @@ def _memory_in_new_processes(names: list[str], settings: LayerArguments) -> list
 
 
 def probe_memory(arguments: dict[str, Any], case: dict[str, Any], name: str) -> dict[str, Any]:
-    """Peak memory of one contender in one case, measured in this process, which should be a fresh one.
+    """Peak memory of one contender in one case, measured in this process, which should be new.
 
-    Its parameters, its optimizer's state, and whatever a first call with a single token loads are there before.
+    The peak excludes memory that is in use before: parameters, optimizer state, and code loaded by a first call with
+    one token.
     """
     settings, case = LayerArguments(**arguments), Case(**case)
     set_threads(settings.threads)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A whole model, in PEER's implementations and without PEER: what `peer bench-model` runs."""
+"""Benchmark a whole model with PEER's implementations and without PEER: the function behind `peer bench-model`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,59 +26,59 @@ PEER_EAGER, DENSE_TWIN = "PEER eager", "dense twin"
 
 @dataclass
 class ModelBenchmark(BenchmarkArguments):
-    """Which model, and how many tokens at a time."""
+    """The model, and the number of tokens per call."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
     model_overrides: Overrides = field(
         default_factory=Overrides,
         metadata={
             "nargs": "+",
-            "action": "extend",  # those of the file and of the command line add up
+            "action": "extend",  # values of the file and of the command line are merged
             "help": "Configuration fields to change, as key=value pairs or a JSON object.",
         },
     )
-    contenders: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
-    batch_size: int = field(default=4, metadata={"help": "Sequences."})
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Contenders to measure. Unset: all."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences per call."})
     training_tokens: int = field(default=256, metadata={"help": "Length of a sequence in training."})
     prefill_tokens: int = field(default=256, metadata={"help": "Length of a prompt that is read in one pass."})
     prompt_tokens: int = field(default=8, metadata={"help": "Length of the prompt that decode continues."})
-    new_tokens: int = field(default=32, metadata={"help": "Tokens that decode writes to each sequence."})
+    new_tokens: int = field(default=32, metadata={"help": "Tokens that decode adds to each sequence."})
 
     def __post_init__(self):
         super().__post_init__()
         require_at_least_one(self, "batch_size", "training_tokens", "prefill_tokens", "prompt_tokens", "new_tokens")
 
     def length(self, task: str) -> int:
-        """Tokens of one sequence that a call is given."""
+        """Input tokens of one sequence in a call."""
         return {"training": self.training_tokens, "prefill": self.prefill_tokens, "decode": self.prompt_tokens}[task]
 
     def counted(self, task: str) -> int:
-        """Tokens that a call's speed counts: of decode the new ones, though it also reads the prompt."""
+        """Tokens that count for the speed of a call. For decode these are the new tokens, without the prompt."""
         return self.batch_size * (self.new_tokens if task == "decode" else self.length(task))
 
     def shape(self, task: str) -> str:
-        """The size of a task in words."""
+        """The size of a task as text."""
         words = f"{self.batch_size} x {self.length(task)}"
         return f"{words}, {self.new_tokens} new" if task == "decode" else words
 
 
 def all_names(device: str) -> list[str]:
-    """Everyone, in the order in which they are measured and printed."""
+    """All contenders, in the order in which they are measured and printed."""
     return [PEER_EAGER, f"PEER {FAST[device]}", row_sparse(device), DENSE_TWIN]
 
 
 def row_sparse(device: str) -> str:
-    """Name of the fast implementation when gradients are the touched rows only."""
+    """Name of the fast implementation with row-sparse gradients, which have only the touched rows."""
     return f"PEER {FAST[device]}, row-sparse"
 
 
 def takes_part(name: str, task: str, settings: ModelBenchmark) -> bool:
-    """Whether a contender differs from the others in this task: kinds of gradients only do in training."""
+    """Whether a contender is measured in this task. Row-sparse gradients matter only in training."""
     return task == "training" or name != row_sparse(settings.device)
 
 
 def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
-    """Measure every task, print the table, and write the file asked for."""
+    """Measure every task, print the table, and write the result if the settings name a file."""
     names = select(settings.contenders, all_names(settings.device))
     reason = why_missing(FAST[settings.device], settings)
     missing = {name: reason for name in names if reason and name not in (PEER_EAGER, DENSE_TWIN)}
@@ -91,7 +91,7 @@ def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
     tasks = _measure_tasks(models, settings)
     parameters = {name: sum(p.nbytes for p in model.parameters()) for name, model in models.items()}
     if settings.device == "cpu":
-        del models  # room for the processes that measure memory
+        del models  # frees memory for the measuring processes
         _add_peaks_of_processes(tasks, names, settings)
     result = {
         "benchmark": "model",
@@ -102,11 +102,14 @@ def bench_model(settings: ModelBenchmark) -> dict[str, Any]:
         "tasks": tasks,
     }
     publish(result, settings.output_file)
-    return result
+    return {"path": settings.output_file, **result}
 
 
 def build_models(names: list[str], settings: ModelBenchmark) -> dict[str, PreTrainedModel]:
-    """The PEER model in each implementation, all of one set of weights, and the same network with dense MLPs only."""
+    """The PEER model in each implementation, and the same network with dense MLPs only.
+
+    The PEER models share one set of weights.
+    """
     torch.manual_seed(settings.seed)
     overrides = settings.model_overrides
     models, first = {}, None
@@ -140,7 +143,7 @@ def build_models(names: list[str], settings: ModelBenchmark) -> dict[str, PreTra
 def make_call(
     name: str, model: PreTrainedModel, task: str, settings: ModelBenchmark
 ) -> Callable[[torch.Tensor], None]:
-    """What is measured, a function of token ids: a whole training step; reading a prompt; writing `new_tokens`."""
+    """The timed call, a function of token ids: a training step, a prefill, or decoding of `new_tokens`."""
     if task == "training":
         return make_training_step(model, name == row_sparse(settings.device))
 
@@ -158,7 +161,7 @@ def make_call(
 
 
 def make_input(vocab_size: int, task: str, settings: ModelBenchmark, number: int) -> torch.Tensor:
-    """Random token ids `(batch_size, length)`, others for each number."""
+    """Random token ids `(batch_size, length)`, different for each `number`."""
     shape = (settings.batch_size, settings.length(task))
     return make_token_ids(vocab_size, shape, settings.seed, number, settings.device)
 
@@ -202,9 +205,10 @@ def _add_peaks_of_processes(tasks: list[dict[str, Any]], names: list[str], setti
 
 
 def probe_memory(arguments: dict[str, Any], name: str) -> dict[str, Any]:
-    """Peak memory of each task for one contender in this process, which should be a fresh one.
+    """Peak memory of each task for one contender, measured in this process, which should be new.
 
-    Its parameters, its optimizer's state, and whatever a first call on single tokens loads are there before.
+    The peak excludes memory that is in use before: parameters, optimizer state, and code loaded by a first call with
+    two tokens.
     """
     settings = ModelBenchmark(**arguments)
     set_threads(settings.threads)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tables of a result, to paste into a README.
+"""Print the tables of a result, for a README.
 
 python -m modeling_peer.benchmarks.report results/layer_cpu.json
 """
@@ -12,28 +12,28 @@ from typing import Any
 
 from modeling_peer.benchmarks.settings import TASKS
 from modeling_peer.console.files import write_json
-from modeling_peer.console.tables import as_markdown
+from modeling_peer.console.tables import as_markdown, counted
 
 
 def publish(result: dict[str, Any], output_file: str | None) -> None:
-    """Write the result as JSON if asked to, and print the tables."""
+    """Print the tables of a result. Write it to `output_file`, as JSON, if that is set."""
     save(result, output_file)
     print(as_tables(result), flush=True)
 
 
 def save(result: dict[str, Any], output_file: str | None) -> None:
-    """Write a result, whole or as far as it goes, as JSON if asked to."""
+    """Write a result, complete or not, to `output_file`, as JSON, if that is set."""
     if output_file:
         write_json(Path(output_file), result)
 
 
 def as_tables(result: dict[str, Any]) -> str:
-    """Markdown of a result, whichever benchmark's it is."""
+    """The tables of a layer, model or compilation result, as Markdown."""
     return MARKDOWN[result["benchmark"]](result)
 
 
 def layer_markdown(result: dict[str, Any]) -> str:
-    """Times, traffic, memory and growth of one layer benchmark."""
+    """Tables of one layer benchmark: times, traffic, memory and growth of the cost."""
     cases = sorted(result["cases"], key=lambda case: TASKS.index(case["task"]))
     parts = [headline(result), "**medians**, milliseconds", medians_table(cases)]
     for task, group in groupby(cases, key=lambda case: case["task"]):
@@ -53,7 +53,7 @@ def layer_markdown(result: dict[str, Any]) -> str:
 
 
 def medians_table(cases: list[dict[str, Any]]) -> str:
-    """The table for a README: a row for each case, a column for each contender, medians in milliseconds."""
+    """The table for a README: medians in milliseconds, with a row per case and a column per contender."""
     rows = []
     for case in cases:
         medians = {name: f"{measured['median_ms']:.3g}" for name, measured in case["contenders"].items()}
@@ -62,7 +62,7 @@ def medians_table(cases: list[dict[str, Any]]) -> str:
 
 
 def model_markdown(result: dict[str, Any]) -> str:
-    """Tokens per second and peak memory of one model benchmark."""
+    """Table of one model benchmark: tokens per second and peak memory."""
     rows = []
     for task in result["tasks"]:
         for name, measured in task["contenders"].items():
@@ -80,7 +80,7 @@ def model_markdown(result: dict[str, Any]) -> str:
 
 
 def compilation_markdown(result: dict[str, Any]) -> str:
-    """What each kernel takes of each GPU, which it was compiled for."""
+    """Tables of the resources that each kernel uses, one table per GPU architecture."""
     parts = [f"Triton {result['versions']['triton']}"]
     for architecture, kernels in groupby(result["kernels"], key=lambda kernel: kernel["architecture"]):
         rows = [
@@ -106,9 +106,9 @@ MARKDOWN = {"layer": layer_markdown, "model": model_markdown, "compilation": com
 
 
 def headline(result: dict[str, Any]) -> str:
-    """One sentence: machine, versions, commit, command."""
+    """One line: machine, versions, commit, kernel tests, command."""
     machine, versions = result["machine"], result["versions"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
     commit = (versions["modeling_peer"] or "unknown")[:10] + (
         " with changes" if versions["uncommitted_changes"] else ""
     )
@@ -119,17 +119,18 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; a row that lacks a column gets a dash."""
+    """A Markdown table. A row that lacks a column gets a dash."""
     columns = dict.fromkeys(name for row in rows for name in row)
     return as_markdown([{name: row.get(name, "-") for name in columns} for row in rows]) if rows else "(none)"
 
 
 def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How the cost of a forward pass, per token, grows with experts (tokens fixed) and with tokens (experts fixed).
+    """Growth of the cost per token of a forward with experts (tokens fixed) and with tokens (experts fixed).
 
     Returns:
-        One entry per contender and series of at least two sizes: `along` ("num_experts" or "num_tokens"), its
-        sizes, microseconds per token at each, and `ratio`, cost at the largest size over cost at the smallest.
+        One entry per contender and series of at least two sizes. `along` is "num_experts" or "num_tokens". `sizes`
+        are its values, with `microseconds_per_token` at each. `ratio` is the cost at the largest size over that at
+        the smallest.
     """
     points = {}
     for case in cases:
@@ -138,7 +139,7 @@ def scaling_of(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for along, fixed in (("num_experts", "num_tokens"), ("num_tokens", "num_experts")):
             for name, measured in case["contenders"].items():
                 if along == "num_experts" and name.startswith("dense"):
-                    continue  # has no experts
+                    continue  # a dense MLP has no experts
                 series = points.setdefault((along, fixed, case[fixed], case["hidden_size"], name), {})
                 series[case[along]] = 1000 * measured["median_ms"] / case["num_tokens"]
     entries = []
@@ -200,11 +201,11 @@ def _memory_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _growth(scaling: list[dict[str, Any]]) -> list[str]:
     parts = []
-    titles = {"num_experts": ("experts", "num_tokens", "tokens"), "num_tokens": ("tokens", "num_experts", "experts")}
-    for along, (words, fixed, fixed_words) in titles.items():
+    titles = {"num_experts": ("experts", "num_tokens", "token"), "num_tokens": ("tokens", "num_experts", "expert")}
+    for along, (words, fixed, fixed_noun) in titles.items():
         entries = [entry for entry in scaling if entry["along"] == along]
         for size in sorted({entry[fixed] for entry in entries}):
-            parts.append(f"**growth with {words}**, forward at {size:,} {fixed_words}, microseconds per token")
+            parts.append(f"**growth with {words}**, forward at {counted(size, fixed_noun)}, microseconds per token")
             parts.append(table([_series(entry) for entry in entries if entry[fixed] == size]))
     return parts
 

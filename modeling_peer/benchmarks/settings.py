@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What to measure: dataclass defaults, then a file of configuration/benchmarks, then the command line."""
+"""Settings of a benchmark: dataclass defaults, then a file of configuration/benchmarks, then the command line."""
 
 import importlib.util
 import shlex
@@ -15,16 +15,18 @@ import torch
 from modeling_peer.console.command_line import Fields, merge
 from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
+from modeling_peer.console.tables import counted
 
 FOLDER = "configuration/benchmarks"
+OUTPUT_FOLDER = Path("runs/benchmarks")
 DTYPES = ("float32", "bfloat16", "float16")
-# decode is a forward of one token; forward runs as in prefill; a step is forward, backward, update, gradients freed
+# decode: a forward of one token. forward: as in prefill. step: forward, backward, update, and freeing the gradients.
 TASKS = ("decode", "forward", "forward_backward", "step")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure, for every contender."""
+    """A task with its sizes, measured for every contender."""
 
     task: str
     num_tokens: int
@@ -40,37 +42,47 @@ class Case:
         return self.task in ("forward_backward", "step")
 
     def __str__(self):
-        return f"{self.task}: {self.num_tokens:,} tokens, {self.num_experts:,} experts of width {self.hidden_size:,}"
+        sizes = f"{counted(self.num_tokens, 'token')}, {counted(self.num_experts, 'expert')}"
+        return f"{self.task}: {sizes} of width {self.hidden_size:,}"
 
 
 @dataclass
 class BenchmarkArguments:
-    """Where and how often; the same for a layer and for a model."""
+    """Device, repeats and output, for a layer and for a model."""
 
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     dtype: str = field(default="float32", metadata={"help": "Type of weights and activations."})
     threads: int | None = field(default=None, metadata={"help": "CPU threads. Unset: PyTorch's own choice."})
-    repeats: int = field(default=15, metadata={"help": "Rounds; in each, every contender is measured once."})
+    repeats: int = field(default=15, metadata={"help": "Rounds. Each contender is measured once in each round."})
     max_seconds: float = field(
         default=20.0,
-        metadata={"help": "Time for one case, all contenders together. Slow ones get fewer repeats, but at least 3."},
+        metadata={
+            "help": "Seconds for one case, all contenders together. Slow contenders get fewer repeats, but at least 3."
+        },
     )
-    seed: int = field(default=0, metadata={"help": "Of the weights and of the tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the weights and of the tokens."})
     commit: str | None = field(
-        default=None, metadata={"help": "What is measured, on a machine that has the files without git."}
+        default=None, metadata={"help": "Commit that is measured. Needed where the files have no git repository."}
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the result here too, as JSON."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "JSON file of the result. Unset: runs/benchmarks/<command>-<sizes>.json."}
+    )
     kernel_tests: str = field(
-        default="not run", metadata={"help": "What they said before the measurement; scripts/bench_*.py run them."}
+        default="not run",
+        metadata={
+            "help": "Summary of the kernel tests. scripts/bench_*.py run them before the measurement and set it."
+        },
     )
     command: str = field(init=False, default="")
 
     def __post_init__(self):
         require_at_least_one(self, "threads", "repeats")
         if self.dtype not in DTYPES:
-            raise SettingsError(f"--dtype {self.dtype!r} is none of {', '.join(DTYPES)}.{nearest(self.dtype, DTYPES)}")
+            raise SettingsError(
+                f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.{nearest(self.dtype, DTYPES)}"
+            )
         if self.device not in ("cpu", "cuda"):
-            raise SettingsError(f"--device {self.device!r} is neither cpu nor cuda.")
+            raise SettingsError(f"--device must be cpu or cuda; got {self.device!r}.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SettingsError("--device cuda, but PyTorch sees no CUDA device here. Use --device cpu.")
         if self.output_file and not Path(self.output_file).parent.is_dir():
@@ -85,7 +97,7 @@ class BenchmarkArguments:
         return getattr(torch, self.dtype)
 
     def as_arguments(self) -> dict[str, Any]:
-        """Keywords that make the same settings in another process."""
+        """Keyword arguments that build the same settings in another process."""
         return {name: value for name, value in vars(self).items() if name != "command"}
 
 
@@ -93,26 +105,30 @@ class BenchmarkArguments:
 class LayerArguments(BenchmarkArguments):
     """Sizes of the layer and the cases to measure."""
 
-    hidden_size: int = field(default=256, metadata={"help": "Width d, in cases that name none."})
-    num_retrieval_heads: int = field(default=8, metadata={"help": "h."})
-    num_experts_per_head: int = field(default=16, metadata={"help": "k."})
-    query_dim: int = field(default=256, metadata={"help": "Per head, both halves together."})
+    hidden_size: int = field(default=256, metadata={"help": "Width d of cases that set no hidden_size."})
+    num_retrieval_heads: int = field(default=8, metadata={"help": "Heads h."})
+    num_experts_per_head: int = field(default=16, metadata={"help": "Experts k that a head retrieves."})
+    query_dim: int = field(default=256, metadata={"help": "Width of a head's query, both halves together."})
     cases: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Of which time is measured: one of {', '.join(TASKS)}, then sizes, several joined by commas: "
-            "'forward num_tokens=16,256 num_sub_keys=1024'; hidden_size= too."
+            "help": f"Cases to time. Each is one of {', '.join(TASKS)}, then sizes, with several values joined by "
+            "commas: 'forward num_tokens=16,256 num_sub_keys=1024'. hidden_size= is a size, too."
         },
     )
     memory_cases: list[str] = field(
         default_factory=list,
-        metadata={"help": "Of which peak memory is measured on a CPU, in a process each; on a GPU all cases are."},
+        metadata={
+            "help": "Cases whose peak memory is measured on a CPU, each in its own process. A GPU measures all cases."
+        },
     )
     compile_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Tasks in which eager under torch.compile takes part."}
+        default_factory=list, metadata={"help": "Tasks in which eager under torch.compile is measured."}
     )
-    contenders: list[str] = field(default_factory=list, metadata={"help": "Unset: all of them."})
-    plot_file: str | None = field(default=None, metadata={"help": "Draw how cost grows, as a PNG (needs matplotlib)."})
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Contenders to measure. Unset: all."})
+    plot_file: str | None = field(
+        default=None, metadata={"help": "Draw the growth of the cost to this PNG file (needs matplotlib)."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,14 +139,16 @@ class LayerArguments(BenchmarkArguments):
         require_plotting(self.plot_file)
 
 
-def parse_settings(group: type, section: str, words: Sequence[str] | None = None) -> Any:
+def parse_settings(group: type, section: str, words: Sequence[str] | None = None, command: str | None = None) -> Any:
     """Read `<file of configuration/benchmarks> --field value ...`.
 
     Args:
         group: a dataclass of `BenchmarkArguments`.
-        section: which part of the file is meant, `layer` or `model`.
+        section: the part of the file to read, `layer` or `model`.
         words: the command line without the program's name; `sys.argv[1:]` by default.
+        command: name of the subcommand; default: `bench-<section>`.
     """
+    command = command or f"bench-{section}"
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0].startswith("-"):
         known = sorted(path.stem for path in find_file("cpu", FOLDER, ".yaml").parent.glob("*.yaml"))
@@ -145,12 +163,26 @@ def parse_settings(group: type, section: str, words: Sequence[str] | None = None
     settings = group(**merge(fields.read(sizes, str(path)), given))
     require_numbers(settings)
     shown = [word for word in words if not word.startswith("--kernel_tests=")]
-    settings.command = shlex.join(["peer", f"bench-{section}", *shown])
+    settings.command = shlex.join(["peer", command, *shown])
+    settings.output_file = settings.output_file or default_output_file(f"{command}-{path.stem}")
     return settings
 
 
+def default_output_file(name: str) -> str:
+    """The JSON file of a result if no `--output_file` is given. Its folder is made now, before anything is measured.
+
+    Raises:
+        SettingsError: the folder cannot be made.
+    """
+    try:
+        OUTPUT_FOLDER.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to {OUTPUT_FOLDER}: {error.strerror}. Name an --output_file.") from error
+    return str(OUTPUT_FOLDER / f"{name}.json")
+
+
 def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:
-    """Turn lines such as `forward num_tokens=16,256 num_sub_keys=1024` into cases, one for each combination."""
+    """Turn lines such as `forward num_tokens=16,256 num_sub_keys=1024` into one case for each combination."""
     cases = []
     for line in lines:
         task, *words = line.split()
@@ -159,15 +191,17 @@ def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:
         for word in words:
             name, _, values = word.partition("=")
             if name not in ("num_tokens", "num_sub_keys", "hidden_size"):
-                raise SettingsError(f"case {line!r}: {word!r} is none of num_tokens=, num_sub_keys=, hidden_size=.")
+                raise SettingsError(
+                    f"case {line!r}: sizes are num_tokens=, num_sub_keys=, hidden_size=; got {word!r}."
+                )
             if not all(value.isdecimal() and int(value) > 0 for value in values.split(",")):
-                raise SettingsError(f"case {line!r}: {name} takes positive numbers joined by commas, got {values!r}.")
+                raise SettingsError(f"case {line!r}: {name} takes positive numbers joined by commas; got {values!r}.")
             sizes[name] = [int(value) for value in values.split(",")]
         missing = {"num_tokens", "num_sub_keys"} - set(sizes)
         if missing:
-            raise SettingsError(f"case {line!r} does not say {' and '.join(sorted(missing))}.")
+            raise SettingsError(f"case {line!r} does not set {' and '.join(sorted(missing))}.")
         if task == "decode" and sizes["num_tokens"] != [1]:
-            raise SettingsError(f"case {line!r}: decode is one token at a time; use forward for more.")
+            raise SettingsError(f"case {line!r}: decode takes one token at a time. Use forward for more.")
         names = list(sizes)
         combinations = product(*sizes.values())
         cases += [Case(task, **dict(zip(names, values, strict=True))) for values in combinations]
@@ -175,15 +209,15 @@ def parse_cases(lines: Sequence[str], hidden_size: int) -> list[Case]:
 
 
 def select(asked_for: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The contenders asked for, or all of them, in the order in which they are known."""
+    """The contenders asked for, or all if none are, in the order of `known`."""
     for name in asked_for:
         if name not in known:
-            raise SettingsError(f"contender {name!r} is none of: {', '.join(known)}.{nearest(name, known)}")
+            raise SettingsError(f"contender must be one of: {', '.join(known)}; got {name!r}.{nearest(name, known)}")
     return [name for name in known if name in (asked_for or known)]
 
 
 def require_plotting(plot_file: str | None) -> None:
-    """Raise SettingsError now rather than after ten minutes of measuring."""
+    """Raise SettingsError before anything is measured if a plot cannot be drawn or written."""
     if plot_file and importlib.util.find_spec("matplotlib") is None:
         raise SettingsError('--plot_file needs matplotlib, which is not installed: pip install -e ".[bench]".')
     if plot_file and not Path(plot_file).parent.is_dir():
@@ -192,4 +226,4 @@ def require_plotting(plot_file: str | None) -> None:
 
 def _require_task(task: str) -> None:
     if task not in TASKS:
-        raise SettingsError(f"task {task!r} is none of {', '.join(TASKS)}.{nearest(task, TASKS)}")
+        raise SettingsError(f"task must be one of {', '.join(TASKS)}; got {task!r}.{nearest(task, TASKS)}")

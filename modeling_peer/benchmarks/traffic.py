@@ -1,5 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Bytes that must move between memory and processor: the floor under the time of a layer bound by memory."""
+"""Bytes that must move between memory and processor.
+
+They are a lower bound for the time of a layer whose speed memory bandwidth limits.
+"""
 
 from dataclasses import dataclass
 
@@ -14,11 +17,11 @@ class Rows:
     """Rows of expert tables that one call uses, all tables together."""
 
     requested: int  # num_tokens * h * k in each table
-    distinct: int  # those of them that differ
+    distinct: int  # different rows among them
 
 
 def count_rows(contender: Contender, tokens: torch.Tensor) -> Rows:
-    """Count on the contender's own retrieval of `tokens` `(1, num_tokens, hidden_size)`; zero for a dense MLP."""
+    """Count the rows that the contender retrieves for `tokens`, `(1, num_tokens, hidden_size)`; 0 for a dense MLP."""
     if contender.find_experts is None:
         return Rows(0, 0)
     with torch.no_grad():
@@ -30,7 +33,7 @@ def count_rows(contender: Contender, tokens: torch.Tensor) -> Rows:
 def bytes_to_move(
     task: str, rows_read: int, rows_touched: int, row_bytes: int, token_bytes: int, weight_bytes: int
 ) -> int:
-    """Bytes of one call, counting each tensor once per pass that needs it; what lives in between may stay in cache.
+    """Bytes of one call. Each tensor counts once per pass that needs it; temporaries may stay in the cache.
 
         forward            rows read + tokens in and out + weights
         backward           rows read again, their gradients written; tokens and the output's gradient in, the tokens'
@@ -38,17 +41,19 @@ def bytes_to_move(
         update (AdamW)     gradient in; weight and two moments in and out: 7 values of the weights' type for each
                            parameter touched
 
-    With `rows_read = rows_touched = distinct rows` it is the least that an implementation moves whose gradients of
-    rows are in memory. Lazy ones (`kernels.lazy_gradients`) are not, and are counted alike, so that contenders
-    compare. With requested rows it is what one moves that reuses no row. Queries, scores, ids and gates are not
-    counted, nor are dense gradients and dense updates of whole tables: these are what an implementation adds.
+    With `rows_read = rows_touched = distinct rows` this is the minimum of an implementation that writes the gradients
+    of rows to memory. Lazy gradients (`kernels.lazy_gradients`) are not written, but count the same, so that
+    contenders compare. With requested rows it is the traffic of an implementation that reuses no row.
+
+    Queries, scores, ids and gates are not counted. Neither are dense gradients and dense updates of whole tables,
+    because they depend on the implementation.
 
     Args:
         task: one of `TASKS`.
-        rows_read, rows_touched: table rows, all tables together.
-        row_bytes: of one row, `hidden_size` values.
-        token_bytes: of all tokens of the call, `num_tokens * hidden_size` values.
-        weight_bytes: of the parameters that are used whole: query network and sub-keys, or a dense MLP.
+        rows_read, rows_touched: rows of all tables together.
+        row_bytes: bytes of one row, `hidden_size` values.
+        token_bytes: bytes of all tokens of the call, `num_tokens * hidden_size` values.
+        weight_bytes: bytes of the parameters that a call uses whole: query network and sub-keys, or a dense MLP.
     """
     total = rows_read * row_bytes + 2 * token_bytes + weight_bytes
     if task in ("forward_backward", "step"):
@@ -61,7 +66,7 @@ def bytes_to_move(
 def measure_traffic(
     contender: Contender, case: Case, rows: Rows, median_ms: float, copy_bytes_per_second: float
 ) -> dict[str, float]:
-    """Bytes, GB/s and the percentage of the machine's copy bandwidth of one measured contender."""
+    """Traffic of one measured contender: bytes, GB/s, and percent of the machine's copy bandwidth."""
     itemsize = next(contender.module.parameters()).element_size()
     tables = {id(table) for table in contender.tables}
     weight_bytes = sum(p.nbytes for p in contender.module.parameters() if id(p) not in tables)

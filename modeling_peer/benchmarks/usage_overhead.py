@@ -1,20 +1,24 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What it costs to watch how experts are used, and to even it out: what `peer bench-usage` runs."""
+"""Benchmark the cost of measuring and of balancing expert usage: the function behind `peer bench-usage`."""
 
 from typing import Any
 
 from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
 from modeling_peer.benchmarks.model import ModelBenchmark, build_models, make_call, make_input, row_sparse
+from modeling_peer.benchmarks.report import save
 from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.costs.timing import Clock, interleave, set_threads
 
-LOGGING_STEPS = 10  # the default of peer train
+LOGGING_STEPS = 10  # the default of `peer train`
 BALANCE_LOSSES = ("switch", "uniformity")
 
 
 def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
-    """Time a training step, what `ExpertUsageCallback` adds in each and in one of `LOGGING_STEPS`, and the same
-    step with a balance loss. Row-sparse gradients: the shortest step, of which the costs are the largest share."""
+    """Time a training step, the work that `ExpertUsageCallback` adds, and the same step with a balance loss.
+
+    The callback counts in each step and measures once in `LOGGING_STEPS`. The step has row-sparse gradients. It is the
+    shortest one, so the costs are the largest share of it.
+    """
     set_threads(settings.threads)
     name = row_sparse(settings.device)
     model = build_models([name], settings)[name]
@@ -45,7 +49,7 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
     step = milliseconds["step"]
     percent = {"usage": (milliseconds["count"] + milliseconds["figures"] / LOGGING_STEPS) / step}
     percent |= {kind: milliseconds[kind] / step - 1 for kind in BALANCE_LOSSES}
-    return {
+    result = {
         "benchmark": "expert_usage",
         "machine": describe_machine(settings.torch_device),
         "versions": describe_versions(settings.commit),
@@ -55,3 +59,5 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
         "milliseconds": milliseconds,
         "percent_of_a_step": {cost: round(100 * share, 2) for cost, share in percent.items()},
     }
+    save(result, settings.output_file)
+    return {"path": settings.output_file, **result}

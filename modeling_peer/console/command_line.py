@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Settings as values: fields of dataclasses, read once from a command line or a file, and merged."""
+"""Settings: fields of dataclasses, read from a command line or a file, and merged."""
 
 import argparse
 import difflib
@@ -14,18 +14,18 @@ from modeling_peer.console.secrets import is_secret, without_secrets
 
 
 class _OverrideError(SettingsError, argparse.ArgumentTypeError):
-    """As an ArgumentTypeError it keeps its message in argparse."""
+    """An ArgumentTypeError too, because argparse keeps only the message of that type."""
 
 
 class Overrides(dict):
     """Fields of a model's configuration to change.
 
     Args:
-        parts: mappings, words (`key=value`, or one JSON object), or lists of these. A later one wins. The value of a
-            word is JSON where it parses, else text.
+        parts: mappings, words (`key=value`, or one JSON object), or lists of these. Later ones override earlier ones.
+            The value of a word is parsed as JSON. If it is not JSON, it is text.
 
     Raises:
-        SettingsError: a word that is neither.
+        SettingsError: a word is neither `key=value` nor a JSON object.
     """
 
     def __init__(self, *parts: Mapping[str, Any] | str | Iterable):
@@ -38,24 +38,24 @@ class Overrides(dict):
 
 
 class Fields:
-    """The fields of some dataclasses, by name: their values from words, and from files.
+    """Reads values of the fields of some dataclasses, from a command line and from files.
 
     Args:
         groups: the dataclasses.
     """
 
     def __init__(self, *groups: type):
-        def refuse(message: str):  # argparse would print its usage, of some hundred fields
+        def refuse(message: str):  # argparse would print the usage of more than a hundred fields
             raise SettingsError(f"{message}.")
 
         self._parser = HfArgumentParser(groups, allow_abbrev=False)
         self._parser.error = refuse
         for action in self._parser._actions:
-            action.default = argparse.SUPPRESS  # only what is given: defaults are the dataclasses' own
+            action.default = argparse.SUPPRESS  # only given fields, because the dataclasses have the defaults
         self.known = {action.dest: action for action in self._parser._actions if action.dest != "help"}
 
     def parse(self, words: Sequence[str] | None) -> tuple[dict[str, Any], list[str]]:
-        """The fields that words set (`sys.argv[1:]` by default), and the words that are of none."""
+        """The fields that words set (`sys.argv[1:]` by default), and the words that belong to no field."""
         namespace, others = self._parser.parse_known_args(words)
         given = vars(namespace)
         if "model_overrides" in given:
@@ -63,11 +63,10 @@ class Fields:
         return given, others
 
     def read(self, values: Mapping[str, Any], place: str) -> dict[str, Any]:
-        """The fields that a file sets, with the types, choices and errors that words have; those set to None are left
-        out.
+        """The fields that a file sets, checked and converted like words. Fields set to None are left out.
 
         Args:
-            place: what the values are of, for errors.
+            place: the source of the values, for errors.
         """
         for name in values:
             if name not in self.known:
@@ -75,12 +74,12 @@ class Fields:
         return {name: self._convert(name, value, place) for name, value in values.items() if value is not None}
 
     def refuse(self, words: Sequence[str]) -> None:
-        """Raise SettingsError for the first of some words that are of no field, with the nearest that there is."""
+        """Raise SettingsError for the first of these words, which belong to no field, with the nearest known field."""
         for word in words:
             name, equals, _ = word.lstrip("-").partition("=")
             name = name.replace("-", "_")
             shown = without_secrets(word)
-            if equals and any(is_secret(o) for o in difflib.get_close_matches(name, self.known)):  # a mistyped token's
+            if equals and any(is_secret(o) for o in difflib.get_close_matches(name, self.known)):  # maybe a token
                 shown = f"{word.partition('=')[0]}=..."
             hint = nearest(name, self.known) if word.startswith("-") else ""
             raise SettingsError(f"unknown argument {shown!r}.{hint}")
@@ -98,7 +97,7 @@ class Fields:
 
     def _check(self, action: argparse.Action, value: Any, place: str) -> Any:
         text = _as_text(value, f"{place}: {action.dest}")
-        if isinstance(value, Mapping) and action.type is str:  # what Trainer takes as JSON, too
+        if isinstance(value, Mapping) and action.type is str:  # Trainer accepts it as JSON, too
             return dict(value)
         try:
             found = self._parser._get_value(action, text)
@@ -111,12 +110,12 @@ class Fields:
 def _as_text(value: Any, place: str) -> str:
     try:
         return value if isinstance(value, str) else json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes; a list within itself
+    except (TypeError, ValueError, RecursionError) as error:  # a date, a set, bytes, or a list that contains itself
         raise SettingsError(f"{place} must be text, a number, true or false: {error}.") from error
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of several layers, a later one winning; overrides of a model add up."""
+    """Merge the fields of several layers. Later layers override earlier ones; overrides of a model are merged."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for name, value in layer.items():
@@ -129,10 +128,10 @@ def parse_arguments(group: type, words: Sequence[str] | None = None, return_othe
 
     Args:
         words: the command line without the program's name; `sys.argv[1:]` by default.
-        return_others: return what is not of `group`, too, as a list of words, rather than refuse it.
+        return_others: return words that belong to no field of `group`, as a list, instead of an error.
 
     Raises:
-        SettingsError: an unknown field, with the nearest there is, or a value that its field can't have.
+        SettingsError: a field is unknown, or a value is invalid for its field. The message has the nearest field.
     """
     fields = Fields(group)
     given, others = fields.parse(words)

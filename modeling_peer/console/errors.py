@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Errors for settings and files that cannot work: one sentence with the numbers and the way out."""
+"""Errors for settings and files that cannot work, with the numbers and the way out."""
 
 import difflib
 from typing import Any
@@ -8,11 +8,11 @@ from modeling_peer.console.ranges import find_out_of_range
 
 
 class SettingsError(ValueError):
-    """The user's settings or files cannot work. The message has the numbers and the way out, without a traceback."""
+    """The user's settings or files cannot work. Commands print the message without a traceback."""
 
 
 class CommandFailed(RuntimeError):
-    """A command finished with a bad outcome, which the message describes. The exit status is 1."""
+    """A command ended with a bad result, which the message describes. The exit status is 1."""
 
 
 def require(holds: bool, name: str, value: Any, words: str) -> None:

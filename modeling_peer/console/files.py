@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Files that commands read and write: found by name, checked, and written all or nothing."""
+"""Files that commands read and write: search by name, checks, writing all or nothing."""
 
 import json
 import os
@@ -18,7 +18,11 @@ RESOURCES = Path(str(files("modeling_peer")))
 
 
 def find_file(name: str, folder: str, suffix: str) -> Path:
-    """Find a file by a path relative to the working directory or the package, or by name in the package's `folder`."""
+    """Find a file by its path, relative to the working directory or the package, or by its name in `folder`.
+
+    Raises:
+        SettingsError: there is no such file. The message has the known names.
+    """
     candidates = [Path(name), RESOURCES / name, RESOURCES / folder / f"{name.removesuffix(suffix)}{suffix}"]
     for path in candidates:
         if os.path.isfile(path):  # False, not an error, for an invalid file name
@@ -29,7 +33,7 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: to PyYAML, which reads YAML 1.1, `4e-3` is a word."""
+    """Loader with the numbers of YAML 1.2. PyYAML follows YAML 1.1, where `4e-3` is text."""
 
 
 _Loader.add_implicit_resolver(

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Resolves the name of a model, tokenizer or data set to a local folder, or to an existing repository of the Hub.
 
-The libraries treat every name that is no local folder as a repository of the Hub, and retry for a minute. Here a name
-that cannot be an `owner/name` is refused at once, and the Hub gets a single request.
+The libraries treat every name that is not a local folder as a repository of the Hub, and retry for a minute. Here a
+name that cannot be an `owner/name` raises at once, and the Hub gets a single request.
 """
 
 import difflib
@@ -103,7 +103,7 @@ def _locate(name: str, kind: str, meanings: dict[str, str]) -> str:
         raise SettingsError(f"no such folder.{hint or _way_out(name, kind)}")
     if "/" not in name:
         if kind in CACHED_FILES and _cached_folder(name, kind):
-            return name  # from the Hub's first years; used before
+            return name  # an old repository without an owner, used before
         raise SettingsError(f"no such folder{_or_else(kind)}.{hint or _way_out(name, kind)}")
     return _ask_hub(name, kind)
 
@@ -129,7 +129,7 @@ def _way_out(name: str, kind: str) -> str:
     if kind == "dataset":
         return " Data sets of the Hub are owner/name, such as Salesforce/wikitext; text files go to --train_file."
     configurations = f" Configurations: {', '.join(preset_files())}." if kind == "model" else ""
-    return f"{configurations} What is on the Hub is named owner/name, such as openai-community/gpt2."
+    return f"{configurations} Names on the Hub are owner/name, such as openai-community/gpt2."
 
 
 def _hint(name: str, meanings: dict[str, str]) -> str:
@@ -155,13 +155,13 @@ def _require_model(path: Path) -> None:
     if not any((path / name).is_file() for name in CACHED_FILES["model"]):
         if checkpoints := list_checkpoints(path):
             raise SettingsError(
-                f"it holds a run that has not ended. Name its newest checkpoint, {checkpoints[-1]}, or let it end: "
-                "peer train with the settings it had and --resume_from_checkpoint last."
+                f"it holds a run that has not ended. Name its newest checkpoint, {checkpoints[-1]}, or finish it: "
+                "peer train with the same settings and --resume_from_checkpoint last."
             )
         if any((path / name).exists() for name in SIGNS_OF_A_RUN):
             raise SettingsError(
-                f"{path} holds a run that has saved no model yet: it stopped before its first save. Begin it anew "
-                "with --overwrite_output_dir; --save_steps says how often to save."
+                f"{path} holds a run that has saved no model yet: it stopped before its first save. Start it again "
+                "with --overwrite_output_dir; --save_steps sets how often to save."
             )
         found = sorted(entry.name for entry in path.iterdir())
         raise SettingsError(
@@ -205,20 +205,20 @@ def _ask_hub(name: str, kind: str) -> str:
     what = "data set" if kind == "dataset" else "model"
     cached = _cached_folder(name, kind)
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        if cached or kind == "dataset":  # the library checks its own cache for these
+        if cached or kind == "dataset":  # `datasets` checks its own cache
             return name
-        raise SettingsError("no such folder here, nor in the Hub's cache, and HF_HUB_OFFLINE forbids to ask the Hub.")
+        raise SettingsError("no such folder here, nor in the Hub's cache, and HF_HUB_OFFLINE is set. Unset it.")
     try:
         repo_type = "dataset" if kind == "dataset" else "model"
         huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_TIMEOUT)
         return name
     except HFValidationError as error:
-        raise SettingsError(f"no such folder, and no name that the Hub could have: {error}") from error
+        raise SettingsError(f"no such folder, and not a valid name on the Hub: {error}") from error
     except GatedRepoError:
-        return name  # the library says where to request access
+        return name  # the error of the library says where to request access
     except RepositoryNotFoundError as error:
         raise SettingsError(
-            f"no such folder, and the Hub has no such {what}, or shows it to its owner only (set HF_TOKEN)."
+            f"no such folder, and the Hub has no such {what}, or it is private (set HF_TOKEN)."
         ) from error
     except Exception as error:  # from the HTTP library, which changes from one release to the next
         if cached:

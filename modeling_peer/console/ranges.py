@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The valid range of each numeric setting, by name. Values outside train nothing or end in a traceback."""
+"""The valid range of each numeric setting, by name. Other values train nothing or end in a traceback."""
 
 import dataclasses
 import math

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tokens and passwords in settings and messages: recognised by name or form, and hidden."""
+"""Tokens and passwords in settings and messages: detection by name or form, and hiding."""
 
 import re
 from typing import Any
@@ -19,7 +19,7 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(value: Any) -> Any:
-    """A copy of dicts, lists and texts with each token or password as `<hidden>`; other values are unchanged."""
+    """A copy of dicts, lists and texts with `<hidden>` for each token or password. Other values are unchanged."""
     if isinstance(value, dict):
         return {
             name: HIDDEN if isinstance(name, str) and is_secret(name) and inner else without_secrets(inner)

@@ -21,6 +21,17 @@ def with_deviation(pair: Sequence[float | None], spec: str) -> str:
     return f"{center:{spec}}" + (f" ± {deviation:{spec.lstrip('+')}}" if deviation is not None else "")
 
 
+def paired(pair: Sequence[float | None], spec: str, num_pairs: int, num_runs: int) -> str:
+    """A mean over pairs of runs, as by `with_deviation`; if some runs have no partner, also the number of pairs."""
+    cell = with_deviation(pair, spec)
+    return cell if num_pairs in (0, num_runs) else f"{cell} ({counted(num_pairs, 'pair')})"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 seed", "3 seeds"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def as_markdown(rows: list[dict[str, Any]]) -> str:
     """A Markdown table for the README."""
     names = list(rows[0])

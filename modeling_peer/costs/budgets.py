@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Size a model to the budget of another, so that they are compared at equal compute, equal size or equal time.
+"""Size a model to the budget of another one, to compare them at equal compute, equal size or equal time.
 
     fit = fit_to_budget(peer, reference=dense, budget="flops")
     fit.config, fit.fields, fit.ratio       # {"intermediate_size": 416}, 0.9965
@@ -10,7 +10,7 @@
 | `"parameters"` | all parameters | 1 % |
 | `"time"` | median seconds of a training step, measured in alternation | 5 % |
 
-The knobs that are changed, unless the caller names others:
+A knob is a field that is changed to meet the budget. The defaults are:
 
 | sparse layers | `"flops"` and `"time"` | `"parameters"` |
 |---|---|---|
@@ -20,8 +20,8 @@ The knobs that are changed, unless the caller names others:
 | soft_moe | num_slots_per_expert, then moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
 | multilinear_moe | the last of multilinear_ranks | the same |
 
-The knob for FLOPs is not num_sub_keys. To cost as much as the MLP it replaces, the layer of `peer_million` would need
-nine million experts; the paper has one million. It is num_sub_keys only if no layer is dense.
+The knob for FLOPs is not num_sub_keys, unless no layer is dense. To cost as much as the MLP it replaces, the layer of
+`peer_million` would need nine million experts. The paper has one million.
 """
 
 import copy
@@ -92,11 +92,11 @@ def fit_to_budget(
             Default: `modeling_peer.costs.step_time.step_time_ratio` with sequences of `sequence_length`.
 
     Raises:
-        ValueError: the budget is not met within `tolerance`; the message says how near it is. Or a knob does not
+        ValueError: the budget is not met within `tolerance`; the message has the nearest ratio. Or a knob does not
             exist, or does not change the cost.
     """
     if budget not in TOLERANCES:
-        raise ValueError(f"budget={budget!r} is none of {', '.join(TOLERANCES)}.")
+        raise ValueError(f"budget must be one of {', '.join(TOLERANCES)}; got {budget!r}.")
     tolerance = TOLERANCES[budget] if tolerance is None else tolerance
     knobs = tuple(default_knobs(config, budget) if knobs is None else knobs)
     length = reference.max_position_embeddings if sequence_length is None else sequence_length
@@ -115,21 +115,21 @@ def fit_to_budget(
 
         time_ratio = partial(step_time_ratio, sequence_length=length)
     _require_knobs(config, knobs, budget, counted_ratio)
-    # A measured ratio cannot come nearer than its own scatter.
+    # The search ends early for measured ratios, because noise limits how near they can come to 1.
     ratio, near_enough = (measured_ratio, tolerance) if budget == "time" else (counted_ratio, 0.0)
     for knob in knobs:
         is_last = knob == knobs[-1]
         for step in KNOBS[knob] if is_last else KNOBS[knob][:1]:
-            value, achieved = _turn(config, knob, step, ratio, is_last, near_enough)
+            value, achieved = _search(config, knob, step, ratio, is_last, near_enough)
             if abs(achieved - 1) <= tolerance:
                 break
-        config = _turned(config, knob, value)
+        config = _with_knob(config, knob, value)
     fields = {knob: getattr(config, knob) for knob in knobs}
     if abs(achieved - 1) > tolerance:
         raise ValueError(
             f"sparse_mlp={config.sparse_mlp!r} can't be sized to the reference's {budget} within {tolerance:.1%}: the "
             f"nearest, with {fields}, has {achieved:.3f} times as much. Name other knobs ({', '.join(KNOBS)}), change "
-            "the fields that they leave alone, or allow a larger tolerance."
+            "other fields, or allow a larger tolerance."
         )
     return Fit(config, fields, achieved)
 
@@ -152,7 +152,7 @@ def default_knobs(config: PeerConfig, budget: str) -> tuple[str, ...]:
     return ("moe_intermediate_size",)
 
 
-def _turn(
+def _search(
     config: PeerConfig,
     knob: str,
     step: int,
@@ -160,11 +160,14 @@ def _turn(
     to_nearest: bool,
     near_enough: float,
 ) -> tuple[int, float]:
-    """The largest value with a `ratio` of at most 1, or the nearest, and its ratio. Costs grow with knobs."""
+    """The largest value of the knob with a `ratio` of at most 1, and that ratio.
+
+    With `to_nearest` it is the value whose ratio is nearest to 1. Costs increase with every knob.
+    """
 
     @cache
     def ratio_at(value):
-        return ratio(_turned(config, knob, value))
+        return ratio(_with_knob(config, knob, value))
 
     def is_near(value):
         return abs(ratio_at(value) - 1) <= near_enough
@@ -192,7 +195,7 @@ def _current(config: PeerConfig, knob: str) -> int:
     return config.multilinear_factor_ranks[-1] if knob == "multilinear_ranks" else getattr(config, knob)
 
 
-def _turned(config: PeerConfig, knob: str, value: int) -> PeerConfig:
+def _with_knob(config: PeerConfig, knob: str, value: int) -> PeerConfig:
     """A copy with the knob at `value`; of several ranks, the last one is changed."""
     config = copy.deepcopy(config)
     if knob == "multilinear_ranks":
@@ -211,7 +214,7 @@ def _require_knobs(config: PeerConfig, knobs: tuple[str, ...], budget: str, rati
         if knob not in KNOBS:
             raise ValueError(f"{knob!r} is no knob. Known: {', '.join(KNOBS)}.")
         lowest = _lowest(config, knob, KNOBS[knob][0])
-        if ratio(_turned(config, knob, lowest)) == ratio(_turned(config, knob, 4 * lowest)):
+        if ratio(_with_knob(config, knob, lowest)) == ratio(_with_knob(config, knob, 4 * lowest)):
             raise ValueError(
                 f"{knob} does not change the {budget} of a model with sparse_mlp={config.sparse_mlp!r} and "
                 f"mlp_layer_types={config.mlp_layer_types}. Name another knob: {', '.join(KNOBS)}."

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Costs of a model from its configuration alone: parameters, those a token uses, and the FLOPs of its forward.
+"""Costs of a model, counted from its configuration: parameters, active parameters, and FLOPs of the forward.
 
     model_cost(config, sequence_length=512).forward_flops          # per token
     model_parts(config, sequence_length=512)["routing"].parameters
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from modeling_peer import PeerConfig
 
-# A matrix product needs two more of its size in the backward: one for the gradient of each factor. Recomputation by
-# gradient checkpointing is overhead of an implementation and not counted.
+# The backward of a matrix product has two products of the same size, one for the gradient of each factor. Gradient
+# checkpointing computes forwards again. This is not counted, because it depends on the implementation.
 TRAINING_FLOPS_PER_FORWARD_FLOP = 3
 
 
@@ -62,11 +62,14 @@ def sum_of_parts(parts: dict[str, Cost]) -> Cost:
 
 
 def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Cost of a language model, causal or masked, by part. (The head of a classifier costs almost nothing.)
+    """Cost of each part of a language model, causal or masked.
+
+    Classifiers are not counted. Their heads cost almost nothing.
 
     Args:
         config: a PEER configuration.
-        sequence_length: tokens of a sequence. Attention depends on it, and so do slots, since their number is fixed.
+        sequence_length: tokens of a sequence. Attention depends on it. So does the cost of slots per token, because
+            the number of slots is fixed.
 
     Returns:
         embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, and the output gate of
@@ -99,7 +102,7 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
 
 
 def attention_cost(config: PeerConfig, sequence_length: int) -> Cost:
-    """Llama's attention: four projections, a token's scores with all others, and the sum of their values."""
+    """Llama's attention: four projections, the scores of a token with all positions, and the sum of values."""
     width, bias = config.hidden_size, config.attention_bias
     query_width = config.num_attention_heads * config.head_dim
     key_width = config.num_key_value_heads * config.head_dim
@@ -137,14 +140,14 @@ def retrieval_cost(config: PeerConfig) -> Cost:
     num_norm_vectors = {"batch_norm": 2, "layer_norm": 2, "rms_norm": 1, "none": 0}[config.query_norm]
     sub_keys = num_keys * query_dim * (1 if config.share_sub_keys else num_heads)
     scores = Cost(sub_keys, sub_keys, 2 * num_heads * num_keys * query_dim)
-    if config.balance_loss is not None:  # and the mean over tokens is a product with a vector
+    if config.balance_loss is not None:  # the second scores, and the mean over tokens, a product with a vector
         scores += Cost(forward_flops=scores.forward_flops + 2 * 2 * num_heads * num_keys)
     query = _matrix(config.hidden_size, num_heads * query_dim, bias=True)
     return query + _elementwise(norm_width) * num_norm_vectors + scores
 
 
 def top_k_moe_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Sparsely gated mixture, whose noise has scores too, or Switch, which also computes the tokens it drops."""
+    """Noisy top-k or Switch. Noise has a router matrix of its own. Switch also computes the tokens that it drops."""
     noisy = config.moe_router == "noisy_top_k"
     router = _matrix(config.hidden_size, config.num_moe_experts) * (2 if noisy else 1)
     return {"routing": router, "experts": _mixture(config, config.num_moe_experts_per_token if noisy else 1)}
@@ -225,7 +228,7 @@ def _chosen(row: Cost, config: PeerConfig) -> Cost:
 
 
 def _some_of(expert: Cost, num_experts: int, num_per_token: float) -> Cost:
-    """A pool of experts of which a token uses some. If heads choose the same one, it computes once for each head."""
+    """A pool of experts of which a token uses some. An expert chosen by several heads counts once for each head."""
     return Cost(
         num_experts * expert.parameters,
         round(min(num_per_token, num_experts) * expert.active_parameters),

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Measured memory: memory in use, the peak of a call, and memory still available."""
+"""Measurements of memory: in use, peak of a call, and available."""
 
 import ctypes
 import gc
@@ -20,9 +20,9 @@ def forget_peak_memory(device: torch.device) -> str | None:
         return f"peak resident memory is read from /proc, which {sys.platform} does not have"
     try:
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the high-water mark
+            file.write("5")  # resets the peak, VmHWM
     except OSError as error:
-        return f"the kernel does not reset its high-water mark here: {error}"
+        return f"this kernel does not reset the peak of resident memory: {error}"
     return None
 
 
@@ -52,9 +52,12 @@ def _status_bytes(field: str) -> int:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | None, str | None]:
-    """Peak memory of `call` beyond the memory in use before it; or None, and why it cannot be measured.
+    """Peak memory of `call` beyond the memory in use before it.
 
     Freed pages that the process still holds are first returned to the system.
+
+    Returns:
+        bytes and None, or None and the reason why the peak cannot be measured.
     """
     gc.collect()
     if sys.platform == "linux":
@@ -67,7 +70,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int | Non
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory still available on the device."""
+    """Available memory of the device, in bytes."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

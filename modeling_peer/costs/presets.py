@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The configurations in configuration/models, and their costs."""
+"""The model presets of configuration/models, and their costs."""
 
 from typing import Any
 

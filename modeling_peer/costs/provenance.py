@@ -13,8 +13,8 @@ PACKAGES = ("torch", "transformers", "triton", "numba", "PEER-pytorch")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor and its widest vectors, available cores, threads, memory, and the GPU if one is measured."""
-    import psutil  # from an extra that versions do not need
+    """Processor, its vector instructions, available cores, threads, memory, and the GPU if `device` is one."""
+    import psutil  # imported here: `describe_versions` works without this extra
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = {
@@ -33,7 +33,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def describe_versions(commit: str | None = None) -> dict[str, Any]:
-    """Versions of Python and of the packages that affect results (None: not installed), and the measured commit."""
+    """Versions of Python and of the packages that affect results, and the commit. None: not installed.
+
+    Args:
+        commit: the commit to record where the files have no git repository.
+    """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

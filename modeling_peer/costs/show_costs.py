@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The table of a model's costs, for `peer costs`."""
+"""Print a table of a model's costs: the function behind `peer costs`."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from modeling_peer.hub.loading import load_preset
 
 @dataclass
 class CostArguments:
-    """Which model, and the budget it is sized to."""
+    """The model, and the budget that it is sized to."""
 
     model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
     model_overrides: Overrides = field(
@@ -26,9 +26,11 @@ class CostArguments:
     )
     fit: str | None = field(
         default=None,
-        metadata={"help": "Size it first to its dense twin: 'flops', 'parameters' or 'time' (see costs/budgets.py)."},
+        metadata={
+            "help": "First size the model to its dense twin: 'flops', 'parameters' or 'time' (see costs/budgets.py)."
+        },
     )
-    knobs: list[str] = field(default_factory=list, metadata={"help": "Fields to size with, in this order."})
+    knobs: list[str] = field(default_factory=list, metadata={"help": "Fields to change for --fit, in this order."})
 
     def __post_init__(self):
         require_at_least_one(self, "sequence_length")
@@ -37,10 +39,10 @@ class CostArguments:
 
 
 def show_costs(arguments: CostArguments) -> dict[str, Any]:
-    """Print parameters and FLOPs by part.
+    """Print parameters and FLOPs of each part.
 
     Returns:
-        parts and total, each with its `Cost`; training_flops per token; after a fit, also its fields and ratio.
+        `parts` and `total`, each a `Cost`, and `training_flops` per token. After a fit also `fields` and `ratio`.
     """
     overrides = arguments.model_overrides
     config = load_preset(arguments.model, overrides)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Time of a training step of one model relative to another's."""
+"""Time of a training step of one model, relative to that of another."""
 
 import copy
 
@@ -20,10 +20,12 @@ def step_time_ratio(
     repeats: int = 9,
     max_seconds: float = 20.0,
 ) -> float:
-    """Median seconds of a training step of `config` over those of `reference`, with new weights, measured alternately.
+    """Median seconds of a training step of `config`, divided by those of `reference`.
+
+    Both models have new weights. Their steps are measured alternately.
 
     Args:
-        device: default: CUDA if available.
+        device: device of both models. Default: CUDA if available, else the CPU.
         repeats, max_seconds: as in `interleave`.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

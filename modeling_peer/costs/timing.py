@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Timing of calls: interleaved, on new inputs, as medians."""
+"""Timing of calls. Contenders are measured in turn, on new inputs. Results are medians."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ import torch
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 EVICTION_BYTES = 2**28  # larger than the cache of any GPU
 MIN_REPEATS = 3
-# Shorter calls are measured several in a row: a decoding loop also has its code and weights in the cache.
-# On CUDA one event pair encloses one call.
+# Shorter calls are measured several in a row, because a decoding loop also has its code and weights in the cache. On
+# CUDA each call has its own pair of events.
 MIN_SECONDS = {"cpu": 0.02, "cuda": 0.0}
 MAX_CALLS_IN_A_ROW = 64
 
@@ -47,7 +47,7 @@ def interleave(
     max_seconds: float,
     min_seconds: float = 0.0,
 ) -> dict[str, Summary]:
-    """Measure each contender in turn, round after round, so that a slow minute of the machine affects all of them.
+    """Measure each contender once per round, so that slow phases of the machine affect all of them.
 
     Every call has its own input, drawn the same way for all. With another contender's input, the rows of shared tables
     would be in the cache. The first calls of each contender are not counted. Each contender may use an equal share of
@@ -88,9 +88,11 @@ def _is_due(times: list[float], round_number: int, repeats: int, share: float) -
 class Clock:
     """Seconds of a call on a device.
 
-    On CUDA the time is between two events, starting on an idle device whose cache was evicted. So the launch is
-    included, and weights come from memory, as in a deep model whose other layers used the cache. On a CPU, eviction
-    would remove the interpreter from the cache too. There, new inputs ensure that rows come from memory.
+    On CUDA it is the time between two events. Before, the device is idle and its cache is evicted. So the launch is
+    included, and weights come from memory, as in a deep model whose other layers used the cache.
+
+    On a CPU nothing is evicted, because that would remove the interpreter from the cache, too. New inputs ensure that
+    rows come from memory.
     """
 
     def __init__(self, device: torch.device):
@@ -100,7 +102,7 @@ class Clock:
     def __call__(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
             return self._seconds_on_cuda(call)
-        # OpenMP's threads spin for a while after the previous contender, and would occupy this call's core.
+        # OpenMP's threads wait in a busy loop after the previous contender. They would occupy this call's core.
         time.sleep(0.002)
         start = time.perf_counter()
         call()
@@ -118,7 +120,7 @@ class Clock:
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
-    """Bytes per second for copying a buffer much larger than the caches, counting bytes read and bytes written."""
+    """Bytes per second of copying a buffer much larger than the caches. Bytes read and bytes written both count."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
@@ -131,6 +133,6 @@ def copy_bandwidth(device: torch.device, repeats: int = 9) -> float:
 
 
 def set_threads(threads: int | None) -> None:
-    """Use this number of CPU threads. PEER's CPU kernels follow PyTorch's number."""
+    """Set the number of CPU threads of PyTorch. PEER's CPU kernels use the same number. None: no change."""
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whole training steps of a language model, for timing and memory measurement."""
+"""Training steps of a language model, to measure time and memory."""
 
 from collections.abc import Callable, Iterable
 
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from modeling_peer.optim import RowSparseAdamW
 
-# so small that a benchmark's steps do not change the routing
+# so small that the steps of a benchmark do not change the routing
 LEARNING_RATE = 1e-7
 
 
@@ -19,7 +19,7 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], row_sparse_gradien
 
 
 def make_training_step(model: PreTrainedModel, row_sparse_gradients: bool) -> Callable[[torch.Tensor], None]:
-    """A whole training step of a language model, including the update, as a function of token ids."""
+    """A training step as a function of token ids: forward, backward, update, and freeing the gradients."""
     optimizer = build_optimizer(model.parameters(), row_sparse_gradients)
 
     def train(input_ids):

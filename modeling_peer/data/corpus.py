@@ -20,13 +20,13 @@ FEATURES = datasets.Features({"text": datasets.Value("string"), ENDS_DOCUMENT: d
 
 @dataclass
 class DataArguments:
-    """Which text, how it is split into blocks, and what is held out."""
+    """Training and validation text, and how it is split into blocks."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub data set id or local data set folder. Unset, and no train_file: 'python_stdlib', the "
-            "running interpreter's own sources, which need no download."
+            "help": "Hub data set id or local data set folder. If this and train_file are unset: 'python_stdlib', the "
+            "sources of the running interpreter, which need no download."
         },
     )
     dataset_config: str | None = field(
@@ -35,14 +35,14 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     validation_split: str = field(
         default="validation",
-        metadata={"help": "Split to evaluate on; if absent, validation_percent of the training rows is held out."},
+        metadata={"help": "Split to evaluate on. Without such a split, validation_percent of the rows is held out."},
     )
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Text to train on: a UTF-8 file (.jsonl with a text column; .gz and .xz too) or a folder."},
+        metadata={"help": "Text to train on: a folder or a UTF-8 file (also .jsonl with a text column, .gz and .xz)."},
     )
     validation_file: str | None = field(
-        default=None, metadata={"help": "Text to evaluate on, same forms. Unset: validation_percent is held out."}
+        default=None, metadata={"help": "Text to evaluate on, in the same forms. Unset: see validation_percent."}
     )
     validation_percent: float = field(
         default=5.0, metadata={"help": "Percentage of rows held out from the end when no validation text is named."}
@@ -50,10 +50,10 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
     rows_are_lines: bool = field(
         default=False,
-        metadata={"help": "Rows of the data set are lines of one running text, not documents (WikiText is so)."},
+        metadata={"help": "Rows of the data set are lines of continuous text, not documents (as in WikiText)."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the training text while training, never storing it; needs max_steps."}
+        default=False, metadata={"help": "Read the training text while training, and never store it. Needs max_steps."}
     )
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Examples among which a stream is shuffled; 0 keeps its order."}
@@ -67,11 +67,11 @@ class DataArguments:
     )
     masking_probability: float = field(
         default=0.15,
-        metadata={"help": "Share of the tokens that a model with is_causal=false is to predict, masked as in BERT."},
+        metadata={"help": "Share of tokens that a model with is_causal=false must predict, masked as in BERT."},
     )
     max_evaluation_examples: int | None = field(
         default=None,
-        metadata={"help": "Evaluations while training use this many examples, evenly spread. Unset: all of them."},
+        metadata={"help": "Evaluations during training use this many examples, evenly spaced. Unset: all of them."},
     )
     max_evaluation_bytes: int | None = field(
         default=None,
@@ -98,7 +98,7 @@ class Corpus:
     dataset_id: str | None = None
 
     def documents(self, split: str, max_bytes: int | None = None) -> list[str]:
-        """The whole documents of `split`; the last one is cut so that the total is at most `max_bytes` of UTF-8."""
+        """The documents of `split`, whole. The last one is cut so that the total is at most `max_bytes` of UTF-8."""
         rows = getattr(self, split)
         return list(_limit_bytes(_join_pieces(rows, self.text_column, self.rows_are_lines), max_bytes))
 
@@ -107,7 +107,7 @@ def load_corpus(arguments: DataArguments) -> Corpus:
     """Open the corpus that the arguments name, and check that it has text, without reading all of it.
 
     Raises:
-        SettingsError: it is missing, empty or not text, or has no such split or column. The message says which.
+        SettingsError: the corpus is missing, empty or not text, or has no such split or column.
     """
     if arguments.dataset_name and arguments.train_file:
         raise SettingsError(
@@ -119,7 +119,7 @@ def load_corpus(arguments: DataArguments) -> Corpus:
         corpus = _from_files(arguments, train, validation, f"local text: {Path(arguments.train_file).name}")
     elif arguments.dataset_name in (None, PYTHON_STDLIB):
         if arguments.validation_file:
-            raise SettingsError("--validation_file goes with --train_file; the embedded corpus holds out its own.")
+            raise SettingsError("--validation_file needs --train_file; the embedded corpus holds out its own files.")
         train, validation = find_python_sources()
         corpus = _from_files(arguments, train, validation, "Python standard library sources, held out by file")
     else:
@@ -130,7 +130,7 @@ def load_corpus(arguments: DataArguments) -> Corpus:
 
 
 def _from_files(arguments: DataArguments, train: list[Path], validation: list[Path], description: str) -> Corpus:
-    # .jsonl has its own column name in the file; our rows always use "text"
+    # text_column is the key in a .jsonl file; the column of our rows is always "text"
     parts = []
     for files in (train, validation):
         if not files:
@@ -169,7 +169,7 @@ def _from_dataset(arguments: DataArguments) -> Corpus:
     try:
         source = locate_data_set(name, (PYTHON_STDLIB,))
         splits = datasets.load_dataset(source, arguments.dataset_config, streaming=arguments.streaming)
-    except Exception as error:  # the library raises a dozen kinds; each names the cause
+    except Exception as error:  # the library raises many kinds, and each message has the cause
         kind = "" if isinstance(error, SettingsError) else f"{type(error).__name__}: "
         raise SettingsError(f"cannot open data set {name!r}: {kind}{error}") from error
     if arguments.train_split not in splits:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Masked language modelling: blocks with some tokens hidden, for a model that sees both sides of each token."""
+"""Masked language modelling: blocks with masked tokens, for models with bidirectional attention."""
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ class MaskedBlocks(torch.utils.data.Dataset):
 
     Args:
         blocks: blocks of unmasked tokens, under `input_ids`.
-        probability: probability that a token is to be predicted. Special tokens never are, and at least one other
-            token of a block is.
+        probability: probability that a token must be predicted. Special tokens never are. In each block at least one
+            other token is.
 
     Raises:
         SettingsError: the tokenizer has no mask token.
@@ -76,6 +76,6 @@ def require_mask_token(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise SettingsError if the tokenizer has no mask token."""
     if tokenizer.mask_token_id is None:
         raise SettingsError(
-            "a model with is_causal=false learns to predict masked tokens, and the tokenizer has no mask token: "
-            "use --tokenizer train or bytes, or one with a mask_token; or leave the model causal."
+            "a model with is_causal=false learns to predict masked tokens, but the tokenizer has no mask token. Use "
+            "--tokenizer train or bytes, a tokenizer with a mask token, or a causal model."
         )

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Text to training examples: the tokens of all documents in sequence, cut into blocks of one length, no padding."""
+"""Packing: the tokens of all documents in sequence, cut into blocks of equal length, without padding."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -13,12 +13,12 @@ from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.corpus import ENDS_DOCUMENT
 from modeling_peer.data.tokenizers import encode_texts
 
-# `datasets` caches tokens by the arguments of `tokenize`, not by its code. Raise this number with every change of it.
+# `datasets` caches tokens by the arguments of `tokenize`, not by its code. Increase this number with every change.
 TOKENIZATION = 2
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """A view of tokenized rows as blocks of `block_size` tokens. Only an incomplete last block is lost.
+    """A view of tokenized rows as blocks of `block_size` tokens. Only an incomplete last block is dropped.
 
     The tokens stay in the data set's storage (memory-mapped on disk). A block is cut out when it is read.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from modeling_peer.console.errors import SettingsError
 
 PYTHON_STDLIB = "python_stdlib"
-# tests are repetitive, encodings are tables of characters, and site-packages differs between machines; _sysconfigdata
-# has the build's own paths
+# Tests are repetitive, encodings are tables of characters, and site-packages differs between machines.
+# _sysconfigdata contains paths of the build.
 SKIPPED_FOLDERS = {"encodings", "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SKIPPED_PREFIXES = ("_sysconfigdata",)
 VALIDATION_PERCENT = 5
@@ -36,7 +36,7 @@ def find_python_sources(root: str | Path | None = None) -> tuple[list[Path], lis
     if not train or not validation:
         raise SettingsError(
             f"this Python ({sys.executable}) has {len(names)} library sources under {root}: zipped or stripped. "
-            "Name your own text with --train_file (a file or a folder) or --dataset_name."
+            "Use your own text: --train_file (a file or a folder) or --dataset_name."
         )
     return train, validation
 

@@ -14,7 +14,7 @@ from modeling_peer.console.errors import SettingsError, nearest
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py", ".jsonl")
 COMPRESSED_SUFFIXES = (".gz", ".xz")
 REFUSED_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".zip", ".zst", ".bz2", ".tar")
-# a longer document becomes several rows, so that none fills the memory, and part of one file can be held out
+# A longer document becomes several rows. Then no row fills the memory, and part of one file can be held out.
 PIECE_CHARACTERS = 2048
 
 
@@ -25,14 +25,14 @@ def find_text_files(path: str | Path) -> list[Path]:
         path: a file, or a folder that is searched with its subfolders.
 
     Raises:
-        SettingsError: the path does not exist, has nothing readable as text, or has no text in it.
+        SettingsError: the path does not exist, or has no files that can be read as text.
     """
     path = Path(path).expanduser()
     if path.is_file():
         files = [path]
         if (suffix := path.suffix.lower()) in REFUSED_SUFFIXES:
             raise SettingsError(
-                f"{path}: {suffix} is not read as text. Put the file in a folder and name that as --dataset_name."
+                f"{path}: {suffix} is not read as text. Put the file in a folder and set --dataset_name to it."
             )
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _text_suffix(p) in TEXT_SUFFIXES)
@@ -96,7 +96,7 @@ def open_text(path: Path):
 
 
 def _next_piece(handle) -> str:
-    # up to the end of the line, so that words stay whole; bounded, because some corpora have no line ends
+    # up to the end of the line, so that words stay whole, but bounded, because some corpora have no line ends
     piece = handle.read(PIECE_CHARACTERS)
     return piece + handle.readline(PIECE_CHARACTERS) if piece else ""
 
@@ -114,7 +114,7 @@ def _text_of_row(line: str, text_column: str, place: str) -> str:
     try:
         row[text_column].encode("utf-8")
     except UnicodeEncodeError as error:  # \ud800 to \udfff: possible in JSON, not in UTF-8
-        raise SettingsError(f"{place} holds half a character, {error.object[error.start]!a}.") from error
+        raise SettingsError(f"{place} holds half a character, {error.object[error.start]!a}. Remove it.") from error
     return row[text_column]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 END_OF_TEXT = "<|endoftext|>"
 MASK = "<|mask|>"
 NUM_BYTES = 256
-# merges converge long before; more text takes time and memory and gives the same tokens
+# merges converge with much less text; more costs time and memory, and gives the same tokens
 MAX_TRAINING_CHARACTERS = 50_000_000
 
 
@@ -59,7 +59,7 @@ def byte_tokenizer(with_mask: bool = False) -> PreTrainedTokenizerFast:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text without special tokens: a mention of one, such as `<|endoftext|>`, counts as text.
+    """Token ids of each text, without special tokens. A text such as `<|endoftext|>` is encoded as text.
 
     Most tokenizers have an option for that (`split_special_tokens`). If one finds special tokens anyway, the text is
     cut inside them.
@@ -78,8 +78,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
             if found := _special_tokens_found(rows[position], text, special, tokenizer):
                 raise ValueError(
                     f"{type(tokenizer).__name__} reads {', '.join(map(repr, sorted(found)))} in a text as special "
-                    "tokens, and does not take split_special_tokens=True. Use its fast form (tokenizers), or take "
-                    "them out of the text."
+                    "tokens, and does not support split_special_tokens=True. Use its fast version (tokenizers), "
+                    "or remove them from the text."
                 )
     return rows
 
@@ -87,18 +87,18 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """`encode_texts` of one text, with the special tokens that the tokenizer adds around it."""
     ids = encode_texts(tokenizer, [prompt])[0]
-    # a text that had to be cut cannot get these special tokens
+    # if the text had to be cut, the tokenizer cannot add special tokens around it
     return _encode(tokenizer, [prompt], True)[0] if ids == _encode(tokenizer, [prompt])[0] else ids
 
 
 def require_whole_characters(text: str) -> None:
-    """Raise ValueError if a text has a surrogate, which is half a character: UTF-8 has no bytes for it."""
+    """Raise ValueError if a text has a surrogate: half a character, which UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"a text holds half a character, {error.object[error.start]!a} at {error.start}: no UTF-8 is that. Decode "
-            'its file with errors="replace", or take it out.'
+            f"a text holds half a character, {error.object[error.start]!a} at {error.start}, which UTF-8 cannot "
+            'encode. Decode its file with errors="replace", or remove it.'
         ) from error
 
 
@@ -106,7 +106,7 @@ def _encode(tokenizer, texts: list[str], add_special_tokens: bool = False) -> li
     options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
     try:
         return tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
-    except (TypeError, ValueError):  # Mistral's own has no such option, and always reads text as text
+    except (TypeError, ValueError):  # the tokenizer of Mistral has no such option, and always encodes text as text
         return tokenizer(texts, **options)["input_ids"]
 
 
@@ -133,7 +133,7 @@ def _empty_tokenizer() -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer, with_mask: bool) -> PreTrainedTokenizerFast:
-    # one token for begin, end and padding: packed training never pads, and a text's start follows another text's end
+    # one token for begin, end and padding: packed blocks have no padding, and each text follows the end of another
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Quality of a checkpoint: perplexity, bits per byte, and generated text."""
+"""Evaluation of a checkpoint: perplexity, bits per byte, and generated text."""

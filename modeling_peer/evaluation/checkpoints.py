@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Score any causal checkpoint on any text, for `peer evaluate`."""
+"""Score any causal checkpoint on any text: the function behind `peer evaluate`."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from modeling_peer.hub.loading import load_checkpoint
 
 @dataclass
 class EvaluationArguments:
-    """Which model, which text, and the width of the window."""
+    """The model, the text, and the window."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     tokenizer: str | None = field(
@@ -25,43 +25,49 @@ class EvaluationArguments:
     )
     file: str | None = field(
         default=None,
-        metadata={"help": "Text to score: a UTF-8 file (.jsonl with a text column; .gz and .xz too) or a folder."},
+        metadata={"help": "Text to score: a UTF-8 file (also .jsonl with a text column, .gz and .xz) or a folder."},
     )
     dataset_name: str = field(
         default=PYTHON_STDLIB,
-        metadata={"help": "Hub data set id, local data set folder, or the interpreter's own sources."},
+        metadata={
+            "help": "Hub id or local folder of a data set. Default: the sources of the Python standard library."
+        },
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the data set, for those that have several."}
+        default=None, metadata={"help": "Configuration of the data set, if it has several."}
     )
     split: str = field(default="validation", metadata={"help": "Split of the data set."})
     text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
     rows_are_lines: bool = field(
-        default=False, metadata={"help": "Rows are lines of one running text (WikiText is so); score it as one."}
+        default=False,
+        metadata={
+            "help": "Join the rows and score them as one text. For data sets whose rows are lines, such as WikiText."
+        },
     )
-    max_bytes: int | None = field(default=None, metadata={"help": "Score this much UTF-8 text. Unset: all of it."})
+    max_bytes: int | None = field(default=None, metadata={"help": "Bytes of UTF-8 text to score. Unset: all."})
     context_length: int | None = field(
-        default=None, metadata={"help": "Tokens seen at once. Unset: max_position_embeddings, at most 1024."}
+        default=None, metadata={"help": "Tokens in the window. Unset: max_position_embeddings, at most 1024."}
     )
     stride: int | None = field(
-        default=None, metadata={"help": "Tokens the window moves by. Unset: half of context_length."}
+        default=None, metadata={"help": "Tokens by which the window moves. Unset: half of context_length."}
     )
     batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."}
+        default=None,
+        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
     )
-    output_file: str | None = field(default=None, metadata={"help": "Write the results here too, as JSON."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the result to this JSON file."})
 
     def __post_init__(self):
         require_numbers(self)
 
 
 def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
-    """Perplexity and bits per byte, with the data they were measured on.
+    """Measure perplexity and bits per byte, and return them with a description of the data.
 
     Raises:
         SettingsError: the model or text does not exist, or the window does not fit the model.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Continue prompts with any causal checkpoint, for `peer generate`."""
+"""Continue prompts with any causal checkpoint: the function behind `peer generate`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,29 +16,33 @@ from modeling_peer.hub.loading import load_checkpoint
 
 @dataclass
 class GenerationArguments:
-    """Which model, which prompts, and how to draw the next token."""
+    """The model, the prompts, and the sampling of the next token."""
 
     model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     prompt: list[str] = field(
         default_factory=list,
         metadata={
             "action": "extend",
-            "help": "One or more texts to continue, special tokens in them as text. None: the start of a document.",
+            "help": "One or more texts to continue. Special tokens in them count as text. Unset: start a document.",
         },
     )
-    max_new_tokens: int = field(default=100, metadata={"help": "Tokens to add, unless the text ends before."})
-    temperature: float = field(
-        default=0.8, metadata={"help": "Below 1 sharpens, above 1 flattens the distribution; 0: the likeliest token."}
+    max_new_tokens: int = field(
+        default=100, metadata={"help": "Tokens to add at most. Generation stops earlier at an end token."}
     )
-    top_k: int = field(default=50, metadata={"help": "Draw from this many likeliest tokens; 0: from all."})
+    temperature: float = field(
+        default=0.8,
+        metadata={"help": "Divisor of the logits. Below 1 favours likely tokens. 0: always the likeliest token."},
+    )
+    top_k: int = field(default=50, metadata={"help": "Draw from this many likeliest tokens. 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens of this total probability."})
-    seed: int = field(default=42, metadata={"help": "Same seed, same text."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as stored."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sampling. The same seed gives the same text."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
     experts_implementation: str | None = field(
-        default=None, metadata={"help": "Which code runs the experts: eager, or a registered name. Unset: PEER picks."}
+        default=None,
+        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
     )
 
     def __post_init__(self):
@@ -46,7 +50,7 @@ class GenerationArguments:
 
 
 def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:
-    """Load the model, continue every prompt, and print the texts, which the result contains too."""
+    """Load the model, continue every prompt, and print the texts. The result contains them, too."""
     model, tokenizer = load_checkpoint(
         arguments.model,
         dtype=arguments.dtype,
@@ -67,7 +71,10 @@ def continue_texts(
     prompts: Sequence[str],
     arguments: GenerationArguments,
 ) -> list[str]:
-    """Each prompt with its continuation. Prompts run one by one, without padding, so they do not affect each other."""
+    """Each prompt with its continuation.
+
+    Prompts run one by one, without padding, so no prompt affects another through padding or batch composition.
+    """
     was_training = model.training
     model.eval()
     set_seed(arguments.seed)
@@ -106,7 +113,9 @@ def _encode(prompt: str, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
         ids = encode_prompt(tokenizer, prompt)
     except ValueError as error:
         raise SettingsError(f"--prompt: {error}") from error
-    if not ids:  # generation needs a first token; the end of one document is the start of the next
+    if (
+        not ids
+    ):  # Generation needs a first token. Without a begin token, the end token of a document also starts the next one.
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise SettingsError("an empty prompt needs a tokenizer with a begin or end token; give a --prompt.")

@@ -19,18 +19,20 @@ def masked_perplexity(
     batch_size: int = 8,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Perplexity of every token, given the tokens of its block that are not masked with it.
+    """Perplexity of every token, given the unmasked tokens of its block.
 
-    A block is read `ceil(1 / masked_share)` times, each time with other tokens masked, until each was masked once.
-    Salazar et al. 2020 (arXiv:1910.14659) mask one at a time, which takes as many readings as a block has tokens.
-    Special tokens are never masked, because models are not trained to predict them. The result is not a probability of
-    the text. It is comparable only between masked models with the same tokenizer and number of rounds.
+    A block is read `ceil(1 / masked_share)` times. Each time other tokens are masked, and each token is masked once.
+    Salazar et al. 2020 (arXiv:1910.14659) mask one token at a time and read a block once per token. Special tokens are
+    never masked, because models are not trained to predict them.
+
+    The result is not a probability of the text. It is comparable only between masked models with the same tokenizer
+    and number of rounds.
 
     Args:
-        model: masked language model; its mode is not changed.
+        model: masked language model. Its training mode is the same afterwards.
         tokenizer: its tokenizer, with a mask token.
         blocks: `(num_blocks, block_size)`, int64.
-        masked_share: largest share of a block's tokens that is masked at a time; above 0 and at most 1.
+        masked_share: largest share of a block's tokens that is masked at a time, above 0 and at most 1.
 
     Returns:
         perplexity: exp of the mean negative log-likelihood of a token.

@@ -8,7 +8,7 @@ or, since `evaluate` can load a file by its path without network,
 
     evaluate.load("modeling_peer/evaluation/perplexity.py").compute(data=texts, model=model, tokenizer=tokenizer)
 
-Works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere, so it must not import the package.
+It works with every AutoModelForCausalLM. `evaluate` copies this file elsewhere, so it must not import the package.
 """
 
 import math
@@ -22,27 +22,28 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 _DESCRIPTION = """\
-Perplexity per token, and bits per byte of UTF-8 text, which compares models with different tokenizers. A window of
-`context_length` tokens slides over each text by `stride`; every token is scored once, with the context before it.
+Perplexity per token, and bits per byte of UTF-8 text. Bits per byte also compare models with different tokenizers. A
+window of `context_length` tokens moves over each text by `stride`. Every token is scored once, given the tokens before
+it in the window.
 """
 
 _INPUTS = """\
 Args:
     data: texts, each a document of its own.
     model: a causal language model, or the folder or Hub id of one.
-    tokenizer: its tokenizer; needed with a model object, otherwise loaded from where the model is.
-    context_length: tokens the model sees at once. Default: its max_position_embeddings, at most 1024.
-    stride: tokens scored per window after the first, 1 to context_length. Smaller: more context, more time.
-        Default: half of context_length.
+    tokenizer: its tokenizer. Required with a model object; otherwise loaded from the same folder or Hub id.
+    context_length: tokens in the window. Default: its max_position_embeddings, at most 1024.
+    stride: tokens scored per window after the first, 1 to context_length. A smaller stride gives more context and
+        takes more time. Default: half of context_length.
     batch_size: windows per forward pass.
     trust_remote_code: run model code that comes with the checkpoint.
     show_progress: draw a progress bar.
 
 Returns:
     perplexity: exp of the mean negative log-likelihood of a token.
-    bits_per_byte: negative log-likelihood in bits over UTF-8 bytes of text.
-    num_tokens, num_bytes: what was scored.
-    context_length, stride: as used.
+    bits_per_byte: negative log-likelihood in bits divided by the UTF-8 bytes of the text.
+    num_tokens, num_bytes: numbers of scored tokens and bytes.
+    context_length, stride: the values used.
 """
 
 
@@ -50,7 +51,7 @@ class CausalPerplexity(evaluate.Measurement):
     """Sliding-window perplexity and bits per byte. See the module's docstring and `_INPUTS`."""
 
     def __init__(self, *args, keep_in_memory: bool = True, **kwargs):
-        # in memory, because parallel runs would compete for one cache file
+        # In memory: parallel runs would write to the same cache file.
         super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
 
     def _info(self):
@@ -100,7 +101,8 @@ class CausalPerplexity(evaluate.Measurement):
                 num_tokens += len(tokens) - 1
                 num_bytes += scored_bytes
         if not num_tokens:
-            raise ValueError(f"nothing to score in {len(data)} texts: all empty, or a single token with none before.")
+            texts = "1 text" if len(data) == 1 else f"{len(data)} texts"
+            raise ValueError(f"nothing to score in {texts}: each is empty, or has one token and no start token.")
 
         was_training = model.training
         model.eval()
@@ -112,10 +114,10 @@ class CausalPerplexity(evaluate.Measurement):
                     progress.update(batch_tokens)
         finally:
             model.train(was_training)
-        # nan < 700 is False too; exp(700) is close to the largest float
+        # exp(700) is close to the largest float. nan < 700 is False, too.
         if not nats / num_tokens < 700:
             raise ValueError(
-                f"{nats / num_tokens} nats per token: the model diverged, or its type of number is too narrow."
+                f"{nats / num_tokens} nats per token: the model diverged, or its dtype has too small a range."
             )
         return {
             "perplexity": math.exp(nats / num_tokens),
@@ -128,7 +130,7 @@ class CausalPerplexity(evaluate.Measurement):
 
 
 def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
-    """Token ids, the first of which is only context, and the number of bytes of text in the others."""
+    """Token ids, and the number of bytes of text in all but the first one, which is only context."""
     tokens = _text_tokens(text, tokenizer)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is not None:
@@ -137,21 +139,26 @@ def _with_start_token(text: str, tokenizer) -> tuple[list[int], int]:
 
 
 def _text_tokens(text: str, tokenizer) -> list[int]:
-    """Tokens of a text; special tokens mentioned in it count as text, as in `data.tokenizers.encode_texts`."""
+    """Tokens of a text. Names of special tokens in it count as text, as in `data.tokenizers.encode_texts`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"a text holds half a character, {error.object[error.start]!a}: no UTF-8 is that.") from error
+        raise ValueError(
+            f"a text has half a character, {error.object[error.start]!a}, which UTF-8 cannot encode."
+        ) from error
     options = {"add_special_tokens": False, "verbose": False}
     try:
         tokens = tokenizer(text, split_special_tokens=True, **options)["input_ids"]
-    except (TypeError, ValueError):  # Mistral's own has no such option, and always reads text as text
+    except (
+        TypeError,
+        ValueError,
+    ):  # Mistral's own tokenizer lacks the option, and always reads special tokens as text
         tokens = tokenizer(text, **options)["input_ids"]
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     if found := sorted(special[i] for i in special.keys() & set(tokens) if special[i] in text):
         raise ValueError(
             f"{type(tokenizer).__name__} reads {', '.join(map(repr, found))} in a text as special tokens, and they "
-            "would not be scored as bytes. Use its fast form (tokenizers), or take them out of the text."
+            "would not be scored as bytes. Use its fast form (tokenizers), or remove them from the text."
         )
     return tokens
 
@@ -161,7 +168,7 @@ def _num_bytes(token: int, tokenizer) -> int:
     piece, name = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
     if "\ufffd" not in piece or "\ufffd" in name:
         return len(piece.encode("utf-8"))
-    # part of a character: "<0xF0>" if bytes are separate tokens, otherwise a letter for each byte
+    # Part of a character: the name is "<0xF0>" if bytes are separate tokens. Otherwise it has a letter for each byte.
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", name) else len(name)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""A baseline that uses the frequency of each token, but not their order."""
+"""A baseline that uses the frequencies of tokens, but not their order."""
 
 import math
 from collections.abc import Iterable
@@ -13,9 +13,9 @@ def unigram_bits_per_byte(training_counts: np.ndarray, texts: Iterable[str], tok
     """Bits per UTF-8 byte of `texts` under add-one smoothed token frequencies of the training text.
 
     Args:
-        training_counts: `(vocab_size,)`, occurrences of each token.
+        training_counts: `(vocab_size,)`, number of occurrences of each token.
         texts: held-out documents.
-        tokenizer: the tokenizer of the counts.
+        tokenizer: the tokenizer that produced the counts.
     """
     probabilities = (training_counts + 1) / (training_counts.sum() + len(training_counts))
     bits = -np.log2(probabilities)

@@ -38,13 +38,13 @@ CONFIG_ERRORS += (StrictDataclassError,)
 
 @dataclass
 class ModelArguments:
-    """Which network and which tokenizer."""
+    """Model and tokenizer."""
 
     model: str | None = field(
         default=None,
         metadata={
-            "help": "A configuration (.json file, or the name of one in configuration/models): new weights. "
-            "A checkpoint folder or Hub id: fine-tune it."
+            "help": "For new weights: a configuration (.json file, or the name of one in configuration/models). "
+            "For fine-tuning: a checkpoint folder or Hub id."
         },
     )
     model_overrides: Overrides = field(
@@ -59,7 +59,7 @@ class ModelArguments:
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "'train': byte-level BPE learned from the training text. 'bytes': one token a byte. "
+            "help": "'train': byte-level BPE learned from the training text. 'bytes': one token per byte. "
             "Otherwise a tokenizer folder or Hub id. Unset: the checkpoint's own, or 'train' for a new model."
         },
     )
@@ -73,10 +73,10 @@ class ModelArguments:
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Type of the stored weights. Mixed precision (--bf16) wants float32 here."},
+        metadata={"help": "Type of the stored weights. Use float32 with mixed precision (--bf16)."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the checkpoint. Read it first."}
+        default=False, metadata={"help": "Run model code from the checkpoint. Read that code first."}
     )
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """The configuration of the new model or of the checkpoint, with overrides applied."""
     if arguments.model is None:
         raise SettingsError(
-            "--model is missing: a configuration (configuration/models/*.json), a checkpoint or a Hub id."
+            "--model is missing. Name a configuration (configuration/models/*.json), a checkpoint or a Hub id."
         )
     overrides = arguments.model_overrides
     if is_new_model(arguments.model):
@@ -135,7 +135,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 def check_dtype(name: str) -> str:
     """Return `name` if weights can have this dtype; otherwise raise SettingsError."""
     if name not in DTYPES:
-        raise SettingsError(f"--dtype {name!r} is none of {', '.join(DTYPES)}.{nearest(name, DTYPES)}")
+        raise SettingsError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}.{nearest(name, DTYPES)}")
     return name
 
 
@@ -152,7 +152,7 @@ def load_checkpoint(
         SettingsError: the checkpoint does not exist, or is not a causal language model.
     """
     if not model:
-        raise SettingsError("--model is missing: a checkpoint folder or a Hub id.")
+        raise SettingsError("--model is missing. Name a checkpoint folder or a Hub id.")
     options = {"dtype": check_dtype(dtype), "trust_remote_code": trust_remote_code}
     if experts_implementation:
         options["experts_implementation"] = experts_implementation
@@ -161,11 +161,11 @@ def load_checkpoint(
         network = AutoModelForCausalLM.from_pretrained(source, **options)
     except LOADING_ERRORS as error:
         raise SettingsError(f"cannot load {model!r}: {cause_of(error)}") from error
-    words = open_tokenizer(tokenizer or model, trust_remote_code)
+    loaded = open_tokenizer(tokenizer or model, trust_remote_code)
     if tokenizer:
-        require_own_vocabulary(words, tokenizer, source, trust_remote_code)
-    require_embeddings(words, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
-    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), words
+        require_own_vocabulary(loaded, tokenizer, source, trust_remote_code)
+    require_embeddings(loaded, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
+    return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), loaded
 
 
 def language_model_class(config: PreTrainedConfig) -> type:
@@ -215,16 +215,16 @@ def require_embeddings(tokenizer: PreTrainedTokenizerBase, num_embeddings: int, 
 
 
 def cause_of(error: Exception) -> str:
-    if "ignore_mismatched_sizes" in str(error):  # that advice is for code, not for a command line
+    if "ignore_mismatched_sizes" in str(error):  # advice for code, which a command line cannot follow
         return (
-            "the weights do not fit the configuration; the report above gives both shapes. Overrides of a checkpoint "
-            "cannot change the size of a weight."
+            "the weights do not fit the configuration; the report above has both shapes. Overrides cannot change the "
+            "size of a weight of a checkpoint."
         )
     return str(error)
 
 
 def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
-    # a configuration accepts any field, so a misspelt one would silently do nothing
+    # a configuration accepts any field, so a misspelt one would have no effect
     known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
     for name in fields:
         if name not in known:

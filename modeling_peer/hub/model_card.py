@@ -15,10 +15,10 @@ from modeling_peer.hub.loading import is_new_model, predicts_masked_tokens
 TEMPLATE = RESOURCES / "model_cards" / "TEMPLATE.md"
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
 MASKED_MEASURES = {"validation_perplexity": "perplexity per masked token"}
-# paths mean nothing on another machine, and may contain people's names
+# paths are useless on another machine, and may contain names of people
 PRIVATE_SETTINGS = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "hub_token")
 PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset_name")
-# the paper of each sparse layer; of a top_k_moe, by its router
+# arXiv id of the paper of each sparse layer; for top_k_moe, of its router
 PAPERS = {
     "peer": "2407.04153",
     "product_key_memory": "1907.05242",
@@ -35,10 +35,10 @@ LIMITS = (
 
 
 def require_template() -> None:
-    """Raise SettingsError if there is no template. Called before training, not after it."""
+    """Raise SettingsError if there is no template. Call it before training, so that no training is lost."""
     if not TEMPLATE.is_file():
         raise SettingsError(
-            f"no model card template at {TEMPLATE}: it is not installed with the package. Run from a clone of the "
+            f"no model card template at {TEMPLATE}: it was not installed with the package. Run from a clone of the "
             "repository, installed with `pip install -e '.[train]'`."
         )
 

@@ -5,7 +5,7 @@ operators.py             the operators of PyTorch, their backward, and the publi
 checks.py                checks of an operator's arguments, so that kernels read only valid memory
 dispatch.py              whether a call needs PyTorch's dispatch
 lazy_gradients.py        row-sparse gradients of tables, computed row by row in an optimizer's step
-gradient_takers.py       which optimizers cannot use row-sparse gradients
+dense_optimizer_check.py an error if an optimizer does not support row-sparse gradients
 optimizer_arguments.py   checks of the arguments of a row update
 one_call.py              when one or a few tokens, without gradients, run through a layer in one call
 cpu/                     compiled by Numba: experts, retrieval, optimizer, a layer in one call (few_tokens)
@@ -31,7 +31,7 @@ _DTYPES = {
 OLDEST_CAPABILITY = (8, 0)  # tensor cores for bfloat16, and for float32 as tf32
 _COMPILERS = {"cpu": "numba", "triton": "triton"}
 _failures: dict[str, str] = {}  # the cause for each compiler that failed on a kernel
-after_failure: list[Callable[[], None]] = []  # called then, to clear caches of working implementations
+on_compiler_failure: list[Callable[[], None]] = []  # to clear caches of working implementations
 
 
 def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -56,7 +56,7 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
 def defect(implementation: str) -> str | None:
     """Why `implementation` cannot run although its compiler is installed; `None` if it can.
 
-    Its modules are imported and a tiny kernel is run, once. For example, Numba refuses some versions of NumPy, and
+    Its modules are imported and a tiny kernel is run, once. For example, Numba rejects some versions of NumPy, and
     Triton needs a C compiler.
     """
     if implementation not in _failures:
@@ -73,17 +73,17 @@ def _find_defect(implementation: str) -> str | None:
     return None
 
 
-def give_up_after(error: Exception, implementation: str) -> str | None:
-    """The cause, if the compiler of `implementation` raised `error`; `defect` returns it from then on.
+def record_compiler_failure(error: Exception, implementation: str) -> str | None:
+    """Record that the compiler of `implementation` raised `error`, and return the cause. `defect` then returns it too.
 
-    `None` if anything else raised it, including a compiled kernel.
+    `None` if anything else raised the error, including a compiled kernel.
     """
     compilers = ("numba", "llvmlite") if implementation == "cpu" else ("triton.compiler", "triton.backends")
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if f"{frame.f_globals.get('__name__')}.".startswith(tuple(f"{name}." for name in compilers)):
             cause = _failures.setdefault(implementation, _describe(implementation, error))
-            for forget in after_failure:
-                forget()
+            for clear_cache in on_compiler_failure:
+                clear_cache()
             return cause
     return None
 
@@ -109,5 +109,5 @@ def _dotted(capability: tuple[int, int]) -> str:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ValueError:  # inserted into sys.modules by hand; `defect` checks whether it works
+    except ValueError:  # inserted into sys.modules without a spec; `defect` checks whether it works
         return True

@@ -42,12 +42,12 @@ def _check_place(implementation, dtype, **tensors):
 def _check_floats(**tensors):
     for name, tensor in tensors.items():
         if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{name} is of {tensor.dtype}; it must be real floating-point numbers.")
+            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be a floating-point dtype.")
 
 
 def _check_ids(name, ids, num_dims=None):
     if ids.dtype != torch.int64:
-        raise ValueError(f"{name} is of {ids.dtype}; it must be of torch.int64: use {name}.long().")
+        raise ValueError(f"{name} has dtype {ids.dtype}; it must be torch.int64. Use {name}.long().")
     if num_dims is not None and ids.dim() != num_dims:
         raise ValueError(f"{name} {tuple(ids.shape)} must have {num_dims} dimensions.")
 
@@ -67,16 +67,21 @@ def check_retrieval(query: torch.Tensor, sub_keys: torch.Tensor, implementation:
     """
     _check_place(implementation, sub_keys.dtype, query=query, sub_keys=sub_keys)
     if query.dtype != torch.float32:
-        raise ValueError(f"query is of {query.dtype}; it must be of torch.float32: use query.float().")
+        raise ValueError(f"query has dtype {query.dtype}; it must be torch.float32. Use query.float().")
     *codebooks, num_sub_keys, half = sub_keys.shape if sub_keys.dim() > 1 else (0, 0)
     fits = query.dim() == 3 and codebooks in ([2], [query.shape[1], 2]) and query.shape[2] == 2 * half
     what = "(tokens, heads, 2 * half), and (2, sub-keys, half) or (heads, 2, sub-keys, half)"
     _check_shapes(fits, what, query=query, sub_keys=sub_keys)
     _check_shapes(
-        query.shape[1] and num_sub_keys and half, "no head or sub-key is left", query=query, sub_keys=sub_keys
+        query.shape[1] and num_sub_keys and half,
+        "each size must be at least 1",
+        query=query,
+        sub_keys=sub_keys,
     )
     if num_sub_keys**2 > 2**31:
-        raise ValueError(f"{num_sub_keys} sub-keys make {num_sub_keys**2} experts; an id takes 31 bits.")
+        raise ValueError(
+            f"{num_sub_keys} sub-keys make {num_sub_keys**2} experts; an id has 31 bits. Use at most 46,340."
+        )
 
 
 def check_top_k(top_k: int, sub_keys: torch.Tensor) -> None:
@@ -147,7 +152,7 @@ def check_assignments(
         fits = fits and tokens.dim() == 2 and tokens.shape[0] == expert_ids.shape[0]
     if table is not None:
         fits = fits and table.dim() == 2 and (tokens is None or tokens.shape[1] == table.shape[1])
-    what = "one row of expert_ids, weights and tokens for a token; tokens and table of one width"
+    what = "expert_ids, weights and tokens have one row per token, and tokens and table one width"
     _check_shapes(fits, what, expert_ids=expert_ids, **values)
     if order is not None:
         _check_ids("order", order, 1)
@@ -164,10 +169,10 @@ def check_ids_exist(expert_ids: torch.Tensor, num_experts: int) -> None:
         return
     lowest, highest = torch.stack(expert_ids.aminmax()).tolist()
     if lowest < 0 or highest >= num_experts:
-        raise IndexError(f"expert_ids lie from {lowest} to {highest}, but the table has {num_experts} experts.")
+        raise IndexError(f"expert_ids are from {lowest} to {highest}, but the table has {num_experts} experts.")
 
 
 def raise_unsorted(order: torch.Tensor) -> None:
     raise ValueError(
-        f"order does not sort the {order.numel()} assignments by expert: it must be group_by_expert(expert_ids)."
+        f"order does not sort the {order.numel()} assignments by expert. It must be group_by_expert(expert_ids)."
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Whether an operator has to be called through PyTorch, or its function can be called directly."""
+"""Whether a call needs PyTorch's dispatcher, or the operator's function can be called directly."""
 
 import torch
 from torch import nn
@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 def needs_dispatch(args: tuple) -> bool:
     """Whether the PyTorch operator has to be called.
 
-    That is so for gradients, and for code that traces, counts or wraps operators and tensors. It is also so if a
-    tensor's values are not those in its memory.
+    Gradients need it, and so does code that traces, counts or wraps operators and tensors. So does a tensor whose
+    values are not those in its memory.
     """
     if (
         torch.compiler.is_compiling()
@@ -27,7 +27,7 @@ def needs_dispatch(args: tuple) -> bool:
         type(arg) not in (torch.Tensor, nn.Parameter)
         or (needs_gradient and arg.requires_grad)
         or arg.is_meta
-        or not torch._C._has_storage(arg)  # of a batched backward
+        or not torch._C._has_storage(arg)  # in a batched backward
         or arg.is_neg()
         or arg._is_zerotensor()
         for arg in args
@@ -38,7 +38,7 @@ def needs_dispatch(args: tuple) -> bool:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values are those in its memory, as with no subclass that computes them (quantized).
 
-    A tensor that stands for a plain one while PyTorch infers shapes counts too.
+    A fake tensor, which replaces a plain one while PyTorch infers shapes, is plain too.
     """
     return type(tensor) in (nn.Parameter, torch.Tensor, FakeTensor)
 

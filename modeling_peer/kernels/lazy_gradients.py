@@ -82,11 +82,11 @@ class OuterProducts(NamedTuple):
 class LazyRowGradient(torch.Tensor):
     """A row-sparse gradient that computes its rows only when they are read.
 
-    Addition of another such gradient (while the sum is smaller than the table), scaling and the norm need no rows. Any
-    other operation turns it for good into a wrapper of the coalesced sparse COO tensor it represents. In-place changes
-    of that tensor's values then change the gradient. So it works wherever row-sparse gradients work, and a hook may
-    return a result of one. Only autograd sees a strided tensor without memory, since it would read the parts of a
-    sparse one.
+    Scaling, the norm, and addition of another such gradient (while the sum is smaller than the table) need no rows.
+    Any other operation permanently turns it into a wrapper of the coalesced sparse COO tensor that it represents.
+    In-place changes of that tensor's values then change the gradient. So it works wherever row-sparse gradients work,
+    and a hook may return a result of one. Autograd alone sees a strided tensor without memory, because it would read
+    the parts of a sparse one.
 
     Args:
         content: shared by tensors that share memory, as with `detach()`.
@@ -109,8 +109,8 @@ class LazyRowGradient(torch.Tensor):
         return cls(_Content(parts, table.shape, table.dtype))
 
     @staticmethod
-    def pays(expert_ids: torch.Tensor, table: torch.Tensor) -> bool:
-        """Whether, for assignments (t, a), it takes less memory than `table` and thus than a dense gradient."""
+    def saves_memory(expert_ids: torch.Tensor, table: torch.Tensor) -> bool:
+        """Whether such a gradient of assignments (t, a) takes less memory than a dense one of `table`."""
         # Size of `OuterProducts` if no expert repeats: rows, starts and token ids in int64, the rest float32.
         num_bytes = (3 * 8 + 4) * expert_ids.numel() + 4 * expert_ids.shape[0] * table.shape[1]
         return num_bytes <= table.nbytes

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import flops, give_up_after
+from . import flops, record_compiler_failure
 from .checks import (
     check_assigned,
     check_assignments,
@@ -108,12 +108,12 @@ def _backward_of(name: str) -> Callable:
         try:
             return backward(ctx, *gradients)
         except Exception as error:
-            cause = give_up_after(error, ctx.implementation)
+            cause = record_compiler_failure(error, ctx.implementation)
             if cause is None:
                 raise
             raise RuntimeError(
-                f'The backward of experts_implementation="{ctx.implementation}" {cause}. From the next forward on '
-                'PEER runs "eager", unless it was told which to run: then use "eager", or leave it unset.'
+                f'The backward of experts_implementation="{ctx.implementation}" {cause}. The next forward runs '
+                '"eager" if experts_implementation is unset. If you set it, use "eager", or leave it unset.'
             ) from error
 
     return call
@@ -314,7 +314,7 @@ def _write_autograd(ctx, grad_outputs):
 def _may_be_lazy(ctx, expert_ids, table, *tensors):
     if not ctx.row_sparse or ctx.implementation != "cpu" or needs_dispatch((expert_ids, table, *tensors)):
         return False
-    return LazyRowGradient.pays(expert_ids, table)
+    return LazyRowGradient.saves_memory(expert_ids, table)
 
 
 def _table_gradient(rows, values, table, row_sparse):
@@ -410,8 +410,8 @@ def is_transformed() -> bool:
 def _refuse_transforms(implementation: str) -> None:
     if is_transformed():
         raise NotImplementedError(
-            f'experts_implementation="{implementation}" has no rules for torch.func and forward-mode differentiation: '
-            'use "eager".'
+            f'experts_implementation="{implementation}" does not support torch.func or forward-mode '
+            'differentiation. Use "eager".'
         )
 
 
@@ -427,9 +427,11 @@ def product_key_top_k(
     _refuse_transforms(implementation)
     half = sub_keys.shape[-1]
     if query.shape[-1] != 2 * half:
-        raise ValueError(f"query has {query.shape[-1]} features, sub_keys two halves of {half}: they must agree.")
+        raise ValueError(
+            f"query has {query.shape[-1]} features; sub_keys have two halves of {half}, so it needs {2 * half}."
+        )
     if sub_keys.dim() == 4 and sub_keys.shape[0] != query.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads, sub_keys {sub_keys.shape[0]}: they must agree.")
+        raise ValueError(f"query has {query.shape[1]} heads, sub_keys {sub_keys.shape[0]}: the numbers must be equal.")
     check_top_k(top_k, sub_keys)
     return _top_k(query.to(torch.float32), sub_keys, top_k, implementation)
 
@@ -452,12 +454,15 @@ def expert_mixture(
     for table in tables:
         if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:
             shapes = ", ".join(str(tuple(table.shape)) for table in tables)
-            raise ValueError(f"hidden_states {tuple(hidden_states.shape)} and tables {shapes} do not fit together.")
+            raise ValueError(
+                f"hidden_states {tuple(hidden_states.shape)} and tables {shapes} must have one width, and all tables "
+                "one shape."
+            )
     # `shape[0]`, because `len` would fix the number of tokens of a graph.
     if hidden_states.shape[0] != expert_ids.shape[0] or expert_ids.shape != gates.shape:
         raise ValueError(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
-            f"{tuple(gates.shape)} must have one row per token, the latter two the same shape."
+            f"{tuple(gates.shape)} must have one row per token, and the last two must have the same shape."
         )
     expert_ids = expert_ids.to(torch.int64)
     # Sorted once, for the backward of every table. `torch.jit.trace` would keep it for calls that do not need it.

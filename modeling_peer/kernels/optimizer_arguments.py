@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Checks of the arguments of a row update: compiled loops check no bounds, and would write beyond the memory."""
+"""Checks of the arguments of a row update: compiled loops check no bounds and could write outside the tensors."""
 
 import torch
 
@@ -29,7 +29,7 @@ def check_adamw_rows(
         ValueError: shapes do not fit together, rows are outside the table or given twice, or the step is below 1.
     """
     if table.dim() != 2:
-        raise ValueError(f"a table has rows and columns; got the shape {tuple(table.shape)}.")
+        raise ValueError(f"table must have two dimensions; got the shape {tuple(table.shape)}.")
     num_rows, width = table.shape
     _require_shape("exp_avg", exp_avg, (num_rows, width))
     if tuple(exp_avg_sq.shape) != (num_rows, 1):
@@ -45,9 +45,9 @@ def check_adamw_rows(
         _require_shape("gradients", gradients, (len(rows), width))
     if rows.device.type == "cpu" and len(rows):
         _require_range("rows", rows, num_rows)
-        # Rows of a coalesced gradient are ascending: then none comes twice, and no sort is needed.
+        # Rows of a coalesced gradient are ascending, so none is repeated, and no sort is needed.
         if not (rows[1:] > rows[:-1]).all() and (repeated := len(rows) - len(rows.unique())):
-            raise ValueError(f"{repeated} of {len(rows)} rows are given more than once: coalesce() the gradient.")
+            raise ValueError(f"{repeated} of {len(rows)} rows are repeated. Call coalesce() on the gradient.")
 
 
 def _check_products(products: OuterProducts, num_touched: int, width: int) -> None:
@@ -64,12 +64,10 @@ def _check_products(products: OuterProducts, num_touched: int, width: int) -> No
 
 def _require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} has the shape {tuple(tensor.shape)}, and {shape} fits the table and the rows it is for."
-        )
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; the table and its rows need {shape}.")
 
 
 def _require_range(name: str, ids: torch.Tensor, stop: int) -> None:
     lowest, highest = (int(value) for value in ids.aminmax())
     if lowest < 0 or highest >= stop:
-        raise ValueError(f"{name} reach from {lowest} to {highest}; there are 0 to {stop - 1}.")
+        raise ValueError(f"{name} must be from 0 to {stop - 1}; got {lowest} to {highest}.")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Optimizing models with expert tables, in any loop: row-sparse gradients, `RowSparseAdamW`, parameter groups."""
+"""Optimization of models with expert tables, in any loop: row-sparse gradients, `RowSparseAdamW`, parameter groups."""
 
 from modeling_peer.optim.parameter_groups import parameter_groups, schedule_tables
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Which parameters share a learning rate and a weight decay, and the separate schedule of expert tables."""
+"""Parameter groups with separate learning rates and weight decays, and the schedule of expert tables."""
 
 import re
 from collections import defaultdict
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# tables that are trained through an adapter (PEFT's modules_to_save) are one module deeper
+# tables trained by an adapter (PEFT's modules_to_save) are one module deeper
 EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
 RETRIEVAL = re.compile(r"(^|\.)retrieval\.")
 DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP, EXPERT_TABLES = "dense", "without_decay", "retrieval", "expert_tables"
@@ -83,28 +83,33 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_training_steps: int) -> LRScheduler:
-    """`scheduler` with a separate schedule for the group `"expert_tables"`. Its learning rate is
+    """Give the group `"expert_tables"` a separate schedule. Its learning rate depends on `schedule`:
 
-    - `"multiple"`: `multiple` times the others', all the time;
-    - `"decaying"`: `multiple` times theirs at the first step, falling linearly to theirs at the last (UltraMem,
-      arXiv:2411.12364, from 10);
+    - `"multiple"`: `multiple` times the others', at every step.
+    - `"decaying"`: `multiple` times the others' at the first step. The factor falls linearly to 1 at the last step
+      (UltraMem, arXiv:2411.12364, from 10).
     - `"constant"`: `multiple` times `learning_rate`, without warm-up or decay (Lample et al. 2019).
 
     Args:
         scheduler: scheduler of an optimizer built from `parameter_groups` with the same `multiple`. Except for
             `"multiple"` it must be a `LambdaLR`, as most of Transformers' schedulers are.
 
+    Returns:
+        For `"multiple"` the same scheduler, otherwise a new one.
+
     Raises:
         ValueError: the schedule is unknown, or cannot be combined with this scheduler.
     """
     if schedule not in TABLE_SCHEDULES:
-        raise ValueError(f"table_learning_rate_schedule={schedule!r} is none of {', '.join(TABLE_SCHEDULES)}.")
+        raise ValueError(
+            f"table_learning_rate_schedule must be one of {', '.join(TABLE_SCHEDULES)}; got {schedule!r}."
+        )
     if schedule == "multiple":
         return scheduler
     if not isinstance(scheduler, LambdaLR):
         raise ValueError(
-            f"table_learning_rate_schedule={schedule!r} needs a scheduler made of functions of the step (LambdaLR: "
-            f'linear, cosine, constant, ...); got {type(scheduler).__name__}. Use "multiple" with it.'
+            f"table_learning_rate_schedule={schedule!r} needs a LambdaLR, such as Transformers' linear, cosine and "
+            f'constant schedulers; got {type(scheduler).__name__}. Use "multiple" with it.'
         )
     lambdas = [
         partial(

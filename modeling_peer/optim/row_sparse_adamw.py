@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""AdamW whose step on an expert table costs only as much as the rows it touches."""
+"""AdamW whose step on an expert table has the cost of the touched rows only."""
 
 import math
 
@@ -21,7 +21,7 @@ from modeling_peer.optim.row_sparse_state import (
 )
 
 # Settings of torch.optim.AdamW that a loaded group may have. Row updates would ignore them.
-NOT_FOR_ROWS = ("amsgrad", "maximize", "differentiable")
+UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 
 
 class RowSparseAdamW(torch.optim.AdamW):
@@ -35,14 +35,15 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; `lr` is per step. `betas[0]` must be less
-            than the root of `betas[1]`, otherwise the movement per skipped step would grow.
+            than the square root of `betas[1]`, otherwise the movement per skipped step would grow.
         row_state: storage of the two moments of a table; the rest of the state is 4 bytes per row.
             `"float32"`: 8 bytes per weight (float64 for float64 tables).
             `"bfloat16"`: 4 bytes per weight. The second moment is rounded stochastically. Rounding to nearest would
-            lose all steps by 1 - beta2 = 0.001, which are less than half of bfloat16's spacing.
+            lose all changes by a factor of 1 - beta2 = 0.001, because they are less than half of bfloat16's spacing.
             `"factored"`: 2 bytes per weight and 4 per row. The weights of a row share one second moment, the mean of
-            squares over the row (in float32). The first moment is bfloat16, rounded to nearest: it forgets within ten
-            steps, before errors add up. A row cannot share it, since it is the direction of each weight.
+            squares over the row (in float32). The first moment is bfloat16, rounded to nearest. It averages about ten
+            steps, too few for errors to add up. The weights of a row cannot share it, because it is the direction of
+            each weight.
 
     State is created when a table is first touched. It keeps its dtype through `load_state_dict`, which first checks
     names, shapes and numbers. `torch.distributed.checkpoint` needs a state before the first step. For a group with
@@ -51,7 +52,7 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, row_state="float32"):
         if row_state not in ROW_STATES:
-            raise ValueError(f"row_state={row_state!r} is none of {', '.join(ROW_STATES)}.")
+            raise ValueError(f"row_state must be one of {', '.join(ROW_STATES)}; got {row_state!r}.")
         self._row_state = row_state  # torch adds groups before it sets the defaults
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["row_state"] = row_state
@@ -121,9 +122,9 @@ class RowSparseAdamW(torch.optim.AdamW):
             now, before = ("row-sparse", "dense") if is_sparse else ("dense", "row-sparse")
             raise ValueError(
                 f"A parameter of shape {tuple(parameter.shape)} has a {now} gradient, and moments of {before} ones. "
-                f"Go on with {before} gradients (PeerConfig.row_sparse_gradients), or begin with a new optimizer. If "
-                "torch.distributed.checkpoint loaded the state before the first step, the group of tables must say "
-                "row_sparse=True, as parameter_groups of a model with row-sparse gradients does."
+                f"Continue with {before} gradients (PeerConfig.row_sparse_gradients), or use a new optimizer. If "
+                "torch.distributed.checkpoint loaded the state before the first step, the group of tables must have "
+                "row_sparse=True, as in parameter_groups of a model with row-sparse gradients."
             )
         return is_sparse
 
@@ -154,10 +155,10 @@ class RowSparseAdamW(torch.optim.AdamW):
         )
 
     def load_state_dict(self, state_dict):
-        """As in any optimizer, but moments of tables keep their dtype. torch casts all state to the parameter's.
+        """As in any optimizer, but moments of tables keep their dtype. torch would cast them to the parameter's.
 
         Raises:
-            ValueError: the saved state does not belong to these parameters. Nothing has been changed then.
+            ValueError: the saved state does not belong to these parameters. The optimizer is then unchanged.
         """
         loaded = {}
 
@@ -191,17 +192,17 @@ class RowSparseAdamW(torch.optim.AdamW):
                 hook.remove()
 
     def _checked_groups(self, saved: list[dict]) -> list[dict]:
-        """The saved groups; those of `torch.optim.AdamW` get our own settings added."""
+        """The saved groups. If they are of `torch.optim.AdamW`, our own settings are added."""
         check_groups(self.param_groups, saved)
         ours = ("row_state", "row_sparse")
         groups = [
             # after the saved settings: a resumed run's optimizer.pt then equals an uninterrupted run's to the byte
-            {**of_saved, **{name: group[name] for name in ours if name in group and name not in of_saved}}
-            for group, of_saved in zip(self.param_groups, saved, strict=True)
+            {**saved_group, **{name: group[name] for name in ours if name in group and name not in saved_group}}
+            for group, saved_group in zip(self.param_groups, saved, strict=True)
         ]
         for group in groups:
             if missing := {"lr", "betas", "eps", "weight_decay"} - group.keys():
-                raise ValueError(f"loaded parameter group has no {', '.join(sorted(missing))}: it is not AdamW's.")
+                raise ValueError(f"loaded parameter group has no {', '.join(sorted(missing))}, so it is not of AdamW.")
             _check_settings(group)
         return groups
 
@@ -209,25 +210,25 @@ class RowSparseAdamW(torch.optim.AdamW):
 def _check_settings(group: dict) -> None:
     row_state = group["row_state"]
     if row_state not in ROW_STATES:
-        raise ValueError(f"row_state={row_state!r} is none of {', '.join(ROW_STATES)}.")
+        raise ValueError(f"row_state must be one of {', '.join(ROW_STATES)}; got {row_state!r}.")
     beta1, beta2 = (float(beta) for beta in group["betas"])
     for position, beta in enumerate((beta1, beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{position}] ({beta}) must be at least 0 and less than 1.")
     if beta1 >= math.sqrt(beta2):
-        raise ValueError(f"betas[0] ({beta1}) must be less than the root of betas[1] ({math.sqrt(beta2):.4g}).")
-    for name in NOT_FOR_ROWS:
+        raise ValueError(f"betas[0] ({beta1}) must be less than the square root of betas[1] ({math.sqrt(beta2):.4g}).")
+    for name in UNSUPPORTED:
         if group.get(name):
-            raise ValueError(f"{name}={group[name]} is nothing that RowSparseAdamW does: leave it out of the group.")
+            raise ValueError(f"RowSparseAdamW does not support {name}={group[name]}. Leave it out of the group.")
 
 
 def _without_absent(state: dict) -> dict:
     """Drop `{}`: torch's flattened distributed checkpoints use it for state of a parameter that was not saved."""
     return {
-        i: {name: value for name, value in of_one.items() if not isinstance(value, dict) or value}
-        if isinstance(of_one, dict)
-        else of_one
-        for i, of_one in state.items()
+        i: {name: value for name, value in parameter_state.items() if not isinstance(value, dict) or value}
+        if isinstance(parameter_state, dict)
+        else parameter_state
+        for i, parameter_state in state.items()
     }
 
 
@@ -241,24 +242,24 @@ def catch_up_factors(
     `lr * mean / sqrt(square) * (beta1 / sqrt(beta2))**i`, a geometric series.
 
     Args:
-        skipped_steps: `(num_touched,)`, steps skipped between a row's last touch (or the start) and this step.
+        skipped_steps: `(num_touched,)`, steps between a row's last touch (or the start) and this step.
         step: number of this step.
 
     Returns:
         `(num_touched, 4)` float32: factors of the weights, of `mean / sqrt(square)`, of `mean` and of `square`.
     """
-    if step < len(skipped_steps):  # powers for each possible number, not for each row: a third of the time
+    if step < len(skipped_steps):  # powers for each possible number instead of each row take a third of the time
         numbers = torch.arange(step, device=skipped_steps.device)
         return catch_up_factors(numbers, step, lr, betas, weight_decay)[skipped_steps.long()]
     beta1, beta2 = betas
     skipped_steps = skipped_steps.double()
-    first = (step - skipped_steps).clamp(max=step - 1).clamp(min=1)  # of the skipped steps
+    first = (step - skipped_steps).clamp(max=step - 1).clamp(min=1)  # number of the first skipped step
     ratio = beta1 / math.sqrt(beta2)
-    travelled = ratio * (1 - ratio**skipped_steps) / (1 - ratio)
+    movement = ratio * (1 - ratio**skipped_steps) / (1 - ratio)
     corrections = (1 - beta2**first).sqrt() / (1 - beta1**first)
     factors = [
         (1 - lr * weight_decay) ** skipped_steps,
-        -lr * travelled * corrections,
+        -lr * movement * corrections,
         beta1**skipped_steps,
         beta2**skipped_steps,
     ]
@@ -312,7 +313,7 @@ def adamw_rows_(
 
 
 def round_by_chance(values: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
-    """Round float32 `values` `(num_touched, width)` to bfloat16 stochastically, so that the mean is preserved.
+    """Round float32 `values` `(num_touched, width)` to bfloat16 stochastically, so that the expectation is preserved.
 
     The random number is a hash of row, column and step. So there is no generator state to save, and all processes
     agree.

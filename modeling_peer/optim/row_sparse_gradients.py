@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Row-sparse gradients between the backward and the optimizer's step: summed, averaged over processes, clipped."""
+"""Row-sparse gradients between backward and optimizer step: coalescing, clipping, averaging over processes."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -25,7 +25,7 @@ def row_sparse_gradients(model: nn.Module, enabled: bool = True) -> Iterator[Non
     """
     pools = expert_pools(model)
     if enabled and not pools:
-        raise ValueError(f"{type(model).__name__} has no expert tables: row_sparse_gradients is of PEER models.")
+        raise ValueError(f"{type(model).__name__} has no expert tables, so it cannot have row-sparse gradients.")
     before = [pool.row_sparse for pool in pools]
     for pool in pools:
         pool.row_sparse = enabled
@@ -47,7 +47,7 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
     if gradient.sparse_dim() != 1:
         raise ValueError(
             f"A gradient of shape {tuple(gradient.shape)} is sparse in {gradient.sparse_dim()} dimensions: "
-            "only gradients that are sparse in rows are taken."
+            "only the first dimension, the rows, may be sparse."
         )
     if gradient.is_coalesced():
         return gradient
@@ -59,7 +59,12 @@ def coalesced(gradient: torch.Tensor) -> torch.Tensor:
 
 
 def touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | OuterProducts]:
-    """Rows in this rank's part of a row-sparse gradient, `(num_touched,)`, and their gradients."""
+    """The rows in this rank's part of a row-sparse gradient, and their gradients.
+
+    Returns:
+        rows: `(num_touched,)`, int64.
+        gradients: `(num_touched, width)`, or the `OuterProducts` that they are sums of.
+    """
     gradient = local_rows(gradient)
     if (products := lazy_products(gradient)) is not None:
         return products.rows, products
@@ -68,7 +73,7 @@ def touched_rows(gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | O
 
 
 def is_row_sparse(gradient: torch.Tensor) -> bool:
-    """Whether a gradient holds some rows only. A DTensor does not know it of a `LazyRowGradient` inside."""
+    """Whether a gradient contains only some rows. It also works for a `LazyRowGradient` inside a DTensor."""
     return local_rows(gradient).is_sparse
 
 
@@ -80,13 +85,13 @@ def lazy_products(gradient: torch.Tensor) -> OuterProducts | None:
 def local_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a tensor sharded over processes, or all rows of any other tensor.
 
-    `DTensor.to_local` refuses sparse ones.
+    `DTensor.to_local` does not support sparse tensors.
     """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_as(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """This rank's values for its rows of `table`, as part of a tensor sharded like `table`."""
+    """A tensor sharded like `table`, of which `rows` is this rank's part."""
     if not isinstance(table, DTensor):
         return rows
     shape = torch.Size((len(table), *rows.shape[1:]))
@@ -120,8 +125,8 @@ def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
     step of the dense weights. `float("inf")` measures and does not clip.
     """
     tables = expert_tables(model)
-    apart = {id(table) for table in tables}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    table_ids = {id(table) for table in tables}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in table_ids]
     return GradientNorms(_clip(tables, max_norm), _clip(others, max_norm))
 
 
@@ -141,7 +146,7 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     total = torch.nn.utils.get_total_norm(norms)
     if max_norm < math.inf:
-        # may be 1; checking that would wait for the device
+        # multiplied even if it is 1: a check would wait for the device
         scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for (_, device), gradients in groups.items():
             torch._foreach_mul_(gradients, scale.to(device))
@@ -153,19 +158,19 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
 
     DDP reduces only sparse gradients that come from `nn.Embedding`, and NCCL reduces none. Tables are therefore left
     out of DDP. They start with the first process's values. As soon as a backward has accumulated a table's gradient,
-    the processes exchange the rows they touched and take the mean. While the outer products behind those rows are
-    smaller, they exchange these instead.
+    the processes exchange the rows they touched and take the mean. If the outer products of all processes are no
+    larger than the table, they exchange these instead.
 
-    A mean of equal gradients is the gradient itself. So extra exchanges, such as under `DDP.no_sync`, do no harm.
-    Inside `Accelerator.accumulate` and Trainer the exchange waits for the last micro-batch, as DDP does. All processes
-    run the same backward, and so exchange the same table at the same time.
+    The mean of equal gradients is the gradient itself, so extra exchanges, such as under `DDP.no_sync`, are harmless.
+    Inside `Accelerator.accumulate` and Trainer, only the last micro-batch causes an exchange, as in DDP. All processes
+    run the same backward, so they exchange the same table at the same time.
 
     Raises:
         ValueError: the tables are sharded, so no process has them whole.
     """
     tables = expert_tables(model)
     if any(hasattr(table, "device_mesh") for table in tables):
-        raise ValueError("The expert tables are sharded over processes: set row_sparse_gradients to false.")
+        raise ValueError("The expert tables are sharded over processes. Set row_sparse_gradients to false.")
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if EXPERT_TABLE.search(name)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for table in tables:
@@ -178,8 +183,9 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
         return
     if not table.grad.is_sparse:
         raise ValueError(
-            f"The gradient of an expert table {tuple(table.shape)} is dense, and DistributedDataParallel was told to "
-            "leave it out: set row_sparse_gradients before average_over_processes, or call neither."
+            f"The gradient of an expert table of shape {tuple(table.shape)} is dense. After average_over_processes, "
+            "DistributedDataParallel does not average it. Set row_sparse_gradients, or do not call "
+            "average_over_processes."
         )
     num_processes = dist.get_world_size(process_group)
     products = lazy_products(table.grad)
@@ -189,7 +195,7 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
     dist.all_reduce(all_lazy, dist.ReduceOp.MIN, process_group)
     if all_lazy:
         products = products._replace(weights=products.weights / num_processes)
-        parts = [OuterProducts(*of_process) for of_process in _exchange(products, process_group)]
+        parts = [OuterProducts(*tensors) for tensors in _exchange(products, process_group)]
         table.grad = LazyRowGradient.of(parts, table)
         return
     gradient = coalesced(table.grad)
@@ -199,7 +205,7 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
 
 
 def _is_last_micro_batch() -> bool:
-    """Accelerate's answer while it accumulates gradients; True in a loop without Accelerate."""
+    """Whether Accelerate synchronizes gradients in this backward. True in a loop without Accelerate."""
     try:
         from accelerate.state import GradientState
     except ModuleNotFoundError:
@@ -210,7 +216,7 @@ def _is_last_micro_batch() -> bool:
 def _exchange(
     tensors: tuple[torch.Tensor, ...], process_group: dist.ProcessGroup | None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The `tensors` of every process, padded for the exchange: they differ in length, but collectives need one."""
+    """The `tensors` of every process. Their lengths differ, so they are padded for the exchange."""
     lengths = torch.tensor([len(tensor) for tensor in tensors], device=tensors[0].device)
     all_lengths = [torch.empty_like(lengths) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(all_lengths, lengths, process_group)
@@ -218,7 +224,7 @@ def _exchange(
     for tensor, counts in zip(tensors, torch.stack(all_lengths, dim=1).tolist(), strict=True):
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
-        of_processes = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(of_processes, padded, process_group)
-        gathered.append([padded[:count].clone() for padded, count in zip(of_processes, counts, strict=True)])
+        all_padded = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(all_padded, padded, process_group)
+        gathered.append([padded[:count].clone() for padded, count in zip(all_padded, counts, strict=True)])
     return list(zip(*gathered, strict=True))

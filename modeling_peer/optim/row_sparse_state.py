@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""State of `RowSparseAdamW`: its tensors, checks of a saved state, and when torch needs it before a step."""
+"""State of `RowSparseAdamW`: its tensors, checks of a saved state, and its creation before the first step."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ ROW_STATES = {
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LAST_STEP = "last_step"
 MAX_STEP = 2**31 - 1  # last_step is int32
-WAY_OUT = "Load the state that was saved with this model, or begin with a new optimizer."
+WAY_OUT = "Load the state that was saved with this model, or use a new optimizer."
 
 
 def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -35,12 +35,13 @@ def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tup
 
 
 def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
-    """State of a table before its first gradient.
+    """The state of a table before its first gradient.
 
     Returns:
         step: `()`, int64 on the CPU, whatever the default dtype and device, so that it counts every step.
         last_step: step in which a row was last touched, `(num_rows,)`.
-        exp_avg, exp_avg_sq: `(num_rows, width)`, or the latter `(num_rows, 1)`. All are sharded like `table`.
+        exp_avg, exp_avg_sq: `(num_rows, width)`. If factored, exp_avg_sq is `(num_rows, 1)`.
+        All but step are sharded like `table`.
     """
     rows = local_rows(table)
     state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
@@ -51,8 +52,8 @@ def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor
 
 def loaded_row_state(table: torch.Tensor, saved: dict[str, Any], row_state: str) -> dict[str, torch.Tensor]:
     """A checked state with the dtypes of `new_row_state`, on the device of `table`."""
-    # The loaded string objects themselves: pickle writes each object once. With others, a resumed run's optimizer.pt
-    # would not equal an uninterrupted run's to the byte.
+    # The keys are the loaded string objects, because pickle writes each object once. With other objects, optimizer.pt
+    # of a resumed run would not equal that of an uninterrupted run to the byte.
     names = {name: name for name in saved}
     state = {names["step"]: torch.tensor(int(saved["step"]), dtype=torch.int64, device="cpu")}
     for name, (_, dtype) in row_state_shapes(table, row_state).items():
@@ -63,12 +64,12 @@ def loaded_row_state(table: torch.Tensor, saved: dict[str, Any], row_state: str)
 
 
 def is_blank(state: dict[str, Any]) -> bool:
-    """Whether a state is still as created, without any gradient."""
+    """Whether a state is new: no step has used it."""
     return int(state["step"]) == 0
 
 
 def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this call of `step` only makes a new optimizer create its state, for torch's distributed checkpoints.
+    """Whether torch's distributed checkpoint calls `step` only to create the state of a new optimizer.
 
     `torch.distributed.checkpoint.state_dict` gives every parameter a dense gradient of zeros, sets all learning rates
     to zero, and calls `step`. If it counted as a step, it would shift the bias corrections of all later steps.
@@ -82,11 +83,11 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def check_groups(current: list[dict], saved: list[dict]) -> None:
-    """Raise ValueError unless the saved groups have the same number and the same numbers of parameters."""
+    """Raise ValueError unless there are as many saved groups as current ones, with the same numbers of parameters."""
     sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (current, saved))
     if sizes != saved_sizes:
         raise ValueError(
-            f"loaded state dict has parameter groups of {saved_sizes} parameters, and this optimizer of {sizes}. "
+            f"loaded state dict has parameter groups of {saved_sizes} parameters, but this optimizer of {sizes}. "
             f"{WAY_OUT}"
         )
 
@@ -128,9 +129,9 @@ def _check_row_state(place: str, table: torch.Tensor, state: dict, step: int, ro
         return
     lowest, highest = (int(value) for value in last_step.aminmax())
     if lowest < 0 or highest > step:
-        raise ValueError(f"{place} last_step reaches from {lowest} to {highest}, and step is {step}. {WAY_OUT}")
+        raise ValueError(f"{place} last_step ranges from {lowest} to {highest}, but step is {step}. {WAY_OUT}")
     if mean.isnan().any() or not (square >= 0).all():
-        raise ValueError(f"{place} exp_avg has NaN, or exp_avg_sq NaN or negative numbers. {WAY_OUT}")
+        raise ValueError(f"{place} exp_avg has NaN, or exp_avg_sq has NaN or negative numbers. {WAY_OUT}")
 
 
 def _checked_step(place: str, value: Any) -> int:
@@ -168,11 +169,11 @@ def _check_tensor(
     if isinstance(parameter, DTensor):
         if not isinstance(value, DTensor) or len(local_rows(value)) != len(local_rows(parameter)):
             raise ValueError(
-                f"{place} {name} must be sharded as the parameter is. Save and load it with "
+                f"{place} {name} must be sharded like the parameter. Save and load it with "
                 "torch.distributed.checkpoint."
             )
     elif isinstance(value, DTensor):
         raise ValueError(
-            f"{place} {name} is sharded over processes, and the parameter is not. Save it with full_state_dict=True, "
+            f"{place} {name} is sharded over processes, but the parameter is not. Save it with full_state_dict=True, "
             "or load it with torch.distributed.checkpoint."
         )

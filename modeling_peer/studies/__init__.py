@@ -1,2 +1,2 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Studies: feed-forwards trained side by side at an equal budget, as `peer compare` asks."""
+"""Studies train and compare contenders at an equal budget, for `peer compare`."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Feed-forwards side by side at an equal budget: what `peer compare` does."""
+"""Compare feed-forwards at an equal budget: the function behind `peer compare`."""
 
 import time
 from collections.abc import Sequence
@@ -7,33 +7,40 @@ from typing import Any
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import write_json
+from modeling_peer.console.tables import counted
 from modeling_peer.hub.loading import load_config
 from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
-from modeling_peer.studies.plan import NOT_COMPARED, plan_runs, shared_recipe, shared_settings
-from modeling_peer.studies.report import STUDY_FILE, collect, read_study, restore, write_report
+from modeling_peer.studies.plan import NOT_COMPARED, group_name, plan_runs, shared_recipe, shared_settings
+from modeling_peer.studies.report import STUDY_FILE, TABLE_FILE, collect, read_study, restore, write_report
 from modeling_peer.studies.study_recipe import Study, parse_study
 from modeling_peer.studies.unchanged import SHARED_FILE, require_unchanged
 from modeling_peer.studies.work_queue import Tally, has_begun, require_same_settings, select_runs, work_off
 
+SUMMARY_FILE = "summary.json"
+
 
 def compare_feed_forwards(words: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train what is left of a study, and report on all of it.
+    """Train the remaining runs of a study, and report on all of its runs.
 
     Args:
         words: `recipe.yaml --field value ...`; see `parse_study`.
 
     Returns:
-        Rows of the table, and the names of the runs that are done, failed, paused or waiting.
+        Paths of the files, rows of the table, and the names of the runs that are done, failed, paused or waiting.
 
     Raises:
-        SettingsError: anything wrong with the study, before its first run.
+        SettingsError: the study cannot work. It is raised before the first run.
     """
     study = parse_study(words)
     if study.arguments.report_only:
-        return _answer(study, write_report(read_study(study.output_dir), study.output_dir), Tally())
+        content = read_study(study.output_dir)
+        done = [f"{group_name(run['contender'], run['size'])}-{run['seed']}" for run in content["runs"]]
+        return _answer(study, write_report(content, study.output_dir), Tally(done=done))
     began = time.monotonic()
     tally = _train(study, began)
-    return _answer(study, write_report(collect(study), study.output_dir), tally)
+    answer = _answer(study, write_report(collect(study), study.output_dir), tally)
+    write_json(study.output_dir / SUMMARY_FILE, answer)
+    return answer
 
 
 def _train(study: Study, began: float) -> Tally:
@@ -50,7 +57,7 @@ def _train(study: Study, began: float) -> Tally:
     _require_same_study(study, data)
     left, tally = select_runs(runs, arguments.retry_failed)
     counts = f"{len(tally.done)} done, {len(tally.failed)} failed before, {len(left)} to do"
-    print(f"{len(runs)} runs: {counts}", flush=True)
+    print(f"{counted(len(runs), 'run')}: {counts}", flush=True)
     work_off(
         left,
         tally,
@@ -63,15 +70,16 @@ def _train(study: Study, began: float) -> Tally:
 
 
 def _require_same_study(study: Study, data: dict[str, Any]) -> None:
-    """Raise SettingsError if the folder has runs that are no match for the planned ones."""
+    """Raise SettingsError if the folder has runs whose settings differ from the planned ones."""
     if not has_begun(study.output_dir):
         (study.output_dir / SHARED_FILE).unlink(missing_ok=True)
     path, settings = study.output_dir / SHARED_FILE, shared_settings(study)
     require_unchanged(path, settings, "settings for all", ignored=NOT_COMPARED)
     for run in plan_runs(study, data, study.output_dir / TOKENIZER_FOLDER, [study.recipe.reference]):
-        require_same_settings(run)  # to its budget others were fitted
+        require_same_settings(run)  # the other contenders were fitted to its budget
     write_json(path, settings)
 
 
 def _answer(study: Study, rows: list[dict[str, Any]], tally: Tally) -> dict[str, Any]:
-    return {"path": str(study.output_dir / STUDY_FILE), "rows": rows, **vars(tally)}
+    files = {"path": str(study.output_dir / STUDY_FILE), "table": str(study.output_dir / TABLE_FILE)}
+    return {**files, "rows": rows, **vars(tally)}

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Finished runs side by side: what `peer compare-runs` does."""
+"""Compare finished runs: the function behind `peer compare-runs`."""
 
 import glob
 import json
@@ -13,30 +13,30 @@ from typing import Any
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import no_such_folder
 from modeling_peer.console.run_files import RESULTS_FILE
-from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.console.tables import as_markdown, mean_and_deviation, paired, with_deviation
 from modeling_peer.files_peer import write_text
 from modeling_peer.hub.loading import NEXT_TOKEN
 
-# must agree, or the losses are not of the same task
+# If these differ, the losses belong to different tasks.
 COMPARED = ("data", "objective", "steps", "tokens")
 
 
 @dataclass
 class ComparisonArguments:
-    """Which runs to compare; a group is one setting with several seeds."""
+    """The runs to compare. A group is one setting with several seeds."""
 
     runs: list[str] = field(
         metadata={
             "help": "Groups of finished runs, name=folder or name=pattern: dense=runs/dense-* sparse=runs/sparse-*"
         }
     )
-    output_file: str | None = field(default=None, metadata={"help": "Also write the result here, as JSON."})
-    plot_file: str | None = field(default=None, metadata={"help": "Also draw the loss curves: a PNG."})
+    output_file: str | None = field(default=None, metadata={"help": "Write the result to this JSON file."})
+    plot_file: str | None = field(default=None, metadata={"help": "Draw the loss curves to this PNG file."})
 
 
 @dataclass
 class Run:
-    """One finished run: its summary, and the training loss by step."""
+    """One finished run: its summary, and its training loss at each logged step."""
 
     folder: Path
     summary: dict[str, Any]
@@ -45,16 +45,18 @@ class Run:
 
 
 def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
-    """Print a table of the groups, means and standard deviations over their runs; write and draw what is asked for.
+    """Print a table of the groups. It has means and standard deviations over their runs.
+
+    The result is also written and drawn if the arguments name files.
 
     Raises:
-        SettingsError: a run that is not there or not finished, or runs on different data or of different length.
+        SettingsError: a run is missing or not finished, or the runs differ in data, objective or length.
     """
     groups = dict(_read_group(word) for word in arguments.runs)
     _require_same_task([run for runs in groups.values() for run in runs])
     first = next(iter(groups.values()))
     rows = [{"runs": name, **_summarize(runs, first)} for name, runs in groups.items()]
-    print(as_markdown([_printed(row) for row in rows]), flush=True)
+    print(as_markdown([_printed(row, reference=rows[0]["runs"]) for row in rows]), flush=True)
     facts = {name: first[0].summary[name] for name in (*COMPARED, "versions")}
     result = {**facts, "groups": rows}
     if arguments.output_file:
@@ -63,7 +65,7 @@ def compare_runs(arguments: ComparisonArguments) -> dict[str, Any]:
         from modeling_peer.studies.loss_curves import plot_losses  # matplotlib is optional
 
         plot_losses(groups, arguments.plot_file)
-    return result
+    return {"path": arguments.output_file, **result}
 
 
 def _read_group(word: str) -> tuple[str, list[Run]]:
@@ -77,13 +79,13 @@ def _read_group(word: str) -> tuple[str, list[Run]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what `peer train` left in its output_dir."""
+    """Read the files that `peer train` wrote to its output_dir."""
     try:
         summary = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
         history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     except FileNotFoundError as error:
         raise SettingsError(
-            f"{folder} holds no finished run ({Path(error.filename).name} is missing): let it end, resuming with "
+            f"{folder} holds no finished run ({Path(error.filename).name} is missing). Finish it with "
             "--resume_from_checkpoint last."
         ) from error
     except (ValueError, KeyError, TypeError) as error:
@@ -96,7 +98,7 @@ def read_run(folder: Path) -> Run:
             f"the results in {folder} are damaged: {RESULTS_FILE} or trainer_state.json holds another type. Resume "
             "the run with --resume_from_checkpoint last, which writes them anew."
         )
-    summary.setdefault("objective", NEXT_TOKEN)  # of runs from when there was no other
+    summary.setdefault("objective", NEXT_TOKEN)  # older runs had no other objective
     logged = [entry for entry in history if "loss" in entry]
     return Run(folder, summary, [entry["step"] for entry in logged], [entry["loss"] for entry in logged])
 
@@ -110,13 +112,17 @@ def _require_same_task(runs: Sequence[Run]) -> None:
 
 
 def _summarize(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, Any]:
-    """Of one group; `difference` is its validation loss minus the first group's, run by run in order of name."""
+    """Summary of one group.
+
+    `difference` is its validation loss minus the first group's. Runs are paired in the order of their folder names.
+    """
     losses = _values(runs, "eval_loss")
-    pairs = zip(losses, _values(first, "eval_loss"), strict=False)
+    pairs = list(zip(losses, _values(first, "eval_loss"), strict=False))
     return {
         "seeds": len(runs),
         "validation_loss": mean_and_deviation(losses),
         "difference": mean_and_deviation([one - other for one, other in pairs]),
+        "pairs": len(pairs),
         "bits_per_byte": mean_and_deviation(_values(runs, "validation_bits_per_byte")),
         "seconds_per_step": median(_values(runs, "seconds_per_step") or [math.nan]),
         "peak_memory_bytes": max(_values(runs, "peak_memory_bytes"), default=None),
@@ -128,11 +134,16 @@ def _values(runs: Sequence[Run], name: str) -> list[float]:
     return [run.summary[name] for run in runs if run.summary.get(name) is not None]
 
 
-def _printed(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers as a README shows them."""
+def _printed(row: dict[str, Any], reference: str) -> dict[str, Any]:
+    """A row with its numbers formatted for a table."""
     cells = {}
     for name, value in row.items():
-        if isinstance(value, list):
+        if name == "pairs":  # beside the difference
+            continue
+        if name == "difference":
+            name = f"paired difference from {reference}"
+            value = paired(value, "+.4f", row["pairs"], row["seeds"])
+        elif isinstance(value, list):
             value = with_deviation(value, ".4f")
         elif name == "peak_memory_bytes":
             name, value = "peak memory, MiB", "-" if value is None else round(value / 2**20)

@@ -1,5 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The tokens that all runs of a study train on: made once, and the same when the study is continued."""
+"""The tokens that all runs of a study train on.
+
+They are made once. A study that is continued uses the same tokens.
+"""
 
 import hashlib
 import shutil
@@ -19,19 +22,21 @@ from modeling_peer.training.recipe import Recipe
 
 TOKENIZER_FOLDER = "tokenizer"
 DATA_FILE = "data.json"
-# What it holds of the data.
+# What this file records.
 FACTS = ("data", "vocab_size", "block_size", "training_tokens", "validation_examples", "tokens_sha256")
 
 
 def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> dict[str, Any]:
-    """Learn the tokenizer into `output_dir/tokenizer`, unless it is there, and tokenize into the cache of `datasets`,
-    where the runs find it.
+    """Train the tokenizer if `output_dir/tokenizer` does not exist, and tokenize the text.
+
+    The tokens go into the cache of `datasets`, where the runs find them.
 
     Returns:
-        What was read, its size in tokens, and a hash of the tokens.
+        The facts named in `FACTS`: description of the text, sizes, and a hash of the tokens.
 
     Raises:
-        SettingsError: nothing to train on or to validate with, or other tokens than the study began with.
+        SettingsError: there is no text to train on or to validate with, or the tokens differ from those that the
+            study began with.
     """
     corpus = load_corpus(recipe.data)
     if corpus.validation is None:
@@ -44,11 +49,11 @@ def prepare_data(recipe: Recipe, config: PreTrainedConfig, output_dir: Path) -> 
         shutil.rmtree(unfinished, ignore_errors=True)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
-    # Read from there even now: what the runs read is then found in the cache, whose key is the tokenizer's state.
+    # Always loaded from the folder, as the runs do: the key of the cache is the tokenizer's state.
     tokenizer = AutoTokenizer.from_pretrained(folder)
     block_size = choose_block_size(recipe.data.block_size, config)
     train, validation = pack_corpus(corpus, tokenizer, block_size, recipe)
-    # the hash is of the whole validation text, whichever examples of it are used
+    # Hash the whole validation text, even if only some of its examples are used.
     digest = _hash(train, getattr(validation, "dataset", validation))
     values = (corpus.description, len(tokenizer), block_size, train.num_tokens, len(validation), digest)
     facts = dict(zip(FACTS, values, strict=True))

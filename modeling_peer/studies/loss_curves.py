@@ -1,40 +1,55 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Training losses of groups of runs as a picture."""
+"""Plots of the losses of groups of runs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib.figure import Figure
+from modeling_peer.console.line_plots import label_line_ends, line_style, new_figure, save_png
+from modeling_peer.console.tables import counted
 
-# steps of logging that one point of a curve averages, so that the differences show through the noise of batches
+# Logged values that one point averages. Without averaging, the noise of single batches hides the differences.
 SMOOTHED = 10
+# With more groups in one plot, the single runs would hide the means.
+MAX_GROUPS_WITH_RUNS = 4
 
 
 def plot_losses(groups: Mapping[str, Sequence], path: str) -> None:
-    """Draw every run thinly in its group's colour, and the group's mean over them, and write a PNG.
+    """Draw the mean of each group as a line and each of its runs as a thin line, and write a PNG.
 
     Args:
         groups: runs by name, each with `steps` and `losses` of equal length.
     """
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, runs) in enumerate(groups.items()):
-        curves = []
-        for run in runs:
-            losses = _smooth(run.losses)
-            curves.append((run.steps[len(run.steps) - len(losses) :], losses))
-        draw_group(axes, f"C{number}", f"{name} ({len(runs)} seeds)", curves)
+    figure, (axes,) = new_figure(num_labels=len(groups))
+    curves = {}
+    for name, runs in groups.items():
+        smooth = [_smooth(run.losses) for run in runs]
+        curves[f"{name} ({counted(len(runs), 'seed')})"] = [
+            (run.steps[len(run.steps) - len(losses) :], losses) for run, losses in zip(runs, smooth, strict=True)
+        ]
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHED} logged values")
-    axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150)
+    draw_groups(axes, [(label, line_style(number), runs) for number, (label, runs) in enumerate(curves.items())])
+    save_png(figure, path)
 
 
-def draw_group(axes, color: str, label: str | None, curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
-    """Draw curves of x and y thinly, and the mean over them, as far as the shortest goes."""
-    for xs, ys in curves:
-        axes.plot(xs, ys, color=color, alpha=0.3, linewidth=0.8)
-    mean_xs, mean_ys = (_mean_curve([curve[axis] for curve in curves]) for axis in (0, 1))
-    axes.plot(mean_xs, mean_ys, color=color, label=label)
+def draw_groups(
+    axes, groups: Sequence[tuple[str | None, dict[str, Any], Sequence[tuple[Sequence[float], Sequence[float]]]]]
+) -> None:
+    """Draw the mean of each group up to the end of its shortest run, and each run as a thin line if groups are few.
+
+    Args:
+        groups: label at the line's end or None, `line_style`, and the runs' curves of x and y.
+    """
+    ends = []
+    for label, style, curves in groups:
+        if len(groups) <= MAX_GROUPS_WITH_RUNS:
+            for xs, ys in curves:
+                axes.plot(xs, ys, color=style["color"], alpha=0.3, linewidth=0.8)
+        mean_xs, mean_ys = (_mean_curve([curve[axis] for curve in curves]) for axis in (0, 1))
+        axes.plot(mean_xs, mean_ys, **style, markevery=max(1, len(mean_xs) // 8))
+        if label and mean_xs:
+            ends.append((mean_xs[-1], mean_ys[-1], label, style))
+    label_line_ends(axes, ends)
 
 
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:

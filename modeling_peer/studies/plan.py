@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The runs of a study: each contender's configuration, fitted to the budget, and how long it is trained."""
+"""The runs of a study: the configuration of each contender, fitted to the budget, and its number of steps."""
 
 import json
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from modeling_peer.studies.study_recipe import Size, Study
 from modeling_peer.training.recipe import Recipe, parse_recipe, read_run_fields
 
 FITS_FILE = "fits.json"
-# Of a run's settings: where things are, how it is watched, how text is read; and what `architecture` holds.
+# Settings that do not decide a result: paths, logging, saving and reading. `architecture` has the model's fields.
 NOT_COMPARED = {"train_file", "validation_file", "tokenizer", "output_dir", "model_overrides"}
 NOT_COMPARED |= {"run_name", "report_to", "disable_tqdm", "logging_steps", "eval_steps", "eval_strategy"}
 NOT_COMPARED |= {"save_steps", "save_strategy", "save_total_limit"}
@@ -29,12 +29,13 @@ NOT_COMPARED |= {"preprocessing_workers", "dataloader_num_workers", "dataloader_
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training.
+    """One training run.
 
     Args:
-        settings: all that decides its result, but for code and machine; a finished run with others is not this run.
-        fields: those of `peer train`.
-        cost: parameters, FLOPs and steps.
+        settings: everything that decides its result, except code and machine. A finished run with other settings is
+            a different run.
+        fields: fields of `peer train`.
+        cost: parameters, FLOPs per token, tokens per step, and steps.
     """
 
     contender: str
@@ -47,12 +48,12 @@ class PlannedRun:
 
     @property
     def group(self) -> str:
-        """What its runs of all seeds have in common of their names."""
+        """The part of the name that its runs of all seeds share."""
         return group_name(self.contender, self.size)
 
     @property
     def name(self) -> str:
-        """For people, and for its folder."""
+        """Its name in messages and tables, and that of its folder."""
         return f"{self.group}-{self.seed}"
 
     @property
@@ -61,21 +62,21 @@ class PlannedRun:
 
 
 def group_name(contender: str, size: str | None) -> str:
-    """What all runs of a contender at a size are called, but for their seed."""
+    """The name of a contender's runs at a size, without the seed."""
     return f"{size}-{contender}" if size else contender
 
 
 def shared_recipe(study: Study) -> Recipe:
-    """What all runs have in common."""
+    """The recipe that all runs have in common."""
     recipe = study.recipe
     of_study = read_run_fields(recipe.training, "training of the study")
     return parse_recipe([recipe.recipe]).with_fields(of_study, _overrides(recipe.model_overrides), study.fields)
 
 
 def shared_settings(study: Study) -> dict[str, Any]:
-    """Of `shared_recipe`, what decides results; and how runs are matched."""
+    """The settings of `shared_recipe` that decide results, and the settings that match runs to a budget."""
     recipe, names = shared_recipe(study), ["budget", "training_tokens", "training_flops"]
-    if study.recipe.budget != "none":  # there a reference only labels the table
+    if study.recipe.budget != "none":  # without a budget the reference only labels the table
         names.append("reference")
     matched = {name: getattr(study.recipe, name) for name in names}
     return _settings(recipe, load_config(recipe.model), **matched)
@@ -84,15 +85,17 @@ def shared_settings(study: Study) -> dict[str, Any]:
 def plan_runs(
     study: Study, data: dict[str, Any], tokenizer: Path, contenders: Sequence[str] | None = None
 ) -> list[PlannedRun]:
-    """The runs that the command line asks for, seed by seed, so that a part of them is balanced.
+    """The runs that the command line selects, sorted by seed.
+
+    So all contenders have equally many runs, give or take one, when a study is interrupted.
 
     Args:
-        data: what `prepare_data` returned.
-        tokenizer: folder of the tokenizer that all use.
-        contenders: in place of those of the command line.
+        data: the result of `prepare_data`.
+        tokenizer: folder of the tokenizer that all runs use.
+        contenders: replaces the selection of the command line.
 
     Raises:
-        SettingsError: a configuration that can't be built, a budget that can't be met, runs that do not compare.
+        SettingsError: a configuration cannot be built, a budget cannot be met, or runs cannot be compared.
     """
     recipe, wanted = study.recipe, study.arguments
     planner = _Planner(study, data, shared_recipe(study).with_fields({"tokenizer": str(tokenizer)}))
@@ -106,20 +109,20 @@ def plan_runs(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans a contender at a size. `shared` is what all runs have in common."""
+    """Plans a contender at a size. `shared` is the recipe that all runs have in common."""
 
     study: Study
     data: dict[str, Any]
     shared: Recipe
 
     def plan(self, name: str, size: str | None, reference: PreTrainedConfig) -> list[PlannedRun]:
-        """One contender at one size, for every seed."""
+        """The runs of one contender at one size, one for every seed."""
         study, block_size = self.study, self.data["block_size"]
         config, fitted = reference, {}
         try:
             if name != study.recipe.reference:
                 config, fitted = self.fit(name, size, reference)
-            # what belongs to one wins over what all share
+            # fields of a contender or a size take precedence over shared ones
             recipe = self.shared.with_fields(
                 read_run_fields(self.size(size).training, f"size {size}"),
                 read_run_fields(study.recipe.contenders[name].training, f"contender {name}"),
@@ -159,7 +162,7 @@ class _Planner:
         ]
 
     def fit(self, name: str, size: str | None, reference: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[str, Any]]:
-        """A contender's configuration that meets the budget, and the fields that make it so."""
+        """A contender's configuration that meets the budget, and the fields that were changed for it."""
         config, recipe = self.configure(name, size), self.study.recipe
         knobs = recipe.fit if recipe.contenders[name].fit is None else recipe.contenders[name].fit
         if recipe.budget == "none" or knobs == []:
@@ -173,33 +176,33 @@ class _Planner:
             result = fit_to_budget(
                 config, reference, budget=recipe.budget, sequence_length=self.data["block_size"], **options
             )
-            # also what follows from a knob unless it is said
+            # also the fields whose defaults depend on a knob
             changed = _changes(result.config, config)
             changed |= _changes(result.config, self.configure(name, size, changed))
             print(f"{key}: {result.ratio:.4f} of the reference's {recipe.budget} with {changed}", flush=True)
             known[key] = {"inputs": inputs, "changed": changed, "ratio": result.ratio}
             write_json(path, known)
-        # kept, since a measured time would not come out the same twice
+        # read from the file: a second measurement of time would give another result
         changed = known[key]["changed"]
         return self.configure(name, size, changed), changed
 
     def configure(self, name: str, size: str | None, fitted: dict[str, Any] | None = None) -> PreTrainedConfig:
-        """The configuration of a contender, with the vocabulary of the tokens at hand."""
+        """The configuration of a contender, with the vocabulary size of the study's tokenizer."""
         config = self._load(self.overrides(name, size) | (fitted or {}))
         if config.model_type != "peer":
-            raise SettingsError(f"a study compares configurations of PEER; model_type is {config.model_type!r}.")
+            raise SettingsError(f"a study compares PEER configurations; got model_type={config.model_type!r}.")
         config.vocab_size = self.data["vocab_size"]
         return config
 
     def overrides(self, name: str, size: str | None) -> dict[str, Any]:
-        """Fields of the configuration that a contender and a size bring."""
+        """Fields of the configuration that a contender and a size set."""
         overrides = {**self.size(size).model_overrides, **self.study.recipe.contenders[name].model_overrides}
         if isinstance(kind := overrides.pop("mlp_layer_types", None), str):
             kind = [kind] * self._load(overrides).num_hidden_layers
         return overrides | ({"mlp_layer_types": kind} if kind else {})
 
     def size(self, name: str | None) -> Size:
-        """The size of that name; of None, one that changes nothing."""
+        """The size with this name; for None, a size that changes nothing."""
         return self.study.recipe.sizes.get(name) or Size()
 
     def _load(self, overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -208,19 +211,19 @@ class _Planner:
 
 
 def compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that decide a result."""
+    """The settings that decide a result."""
     return {name: value for name, value in settings.items() if name not in NOT_COMPARED}
 
 
 def _settings(recipe: Recipe, config: PreTrainedConfig, **others: Any) -> dict[str, Any]:
-    """What decides the result of a training, as it will be read from JSON."""
+    """Everything that decides the result of a run, with the types that JSON keeps."""
     settings = compared(recipe.settings) | others
     settings["architecture"] = _fields(config)
     return json.loads(json.dumps(settings))
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Those that are not as they are by default, whichever Transformers is installed."""
+    """The fields that differ from their defaults, except the version of Transformers."""
     return {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
 
 
@@ -236,7 +239,9 @@ def _count_steps(study: Study, recipe: Recipe, training_flops_per_token: float, 
     if tokens:
         return max(1, round(tokens / tokens_per_step))
     if recipe.run.max_steps <= 0:
-        raise SettingsError("how long is a run? Set training_tokens, training_flops or, under training, max_steps.")
+        raise SettingsError(
+            "the length of a run is not set. Set training_tokens, training_flops or, under training, max_steps."
+        )
     return recipe.run.max_steps
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a study found: one file of JSON with all its runs, a table, and plots."""
+"""The report of a study: one JSON file with all its runs, a table, and plots."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json, write_json
-from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
+from modeling_peer.console.tables import as_markdown, counted, mean_and_deviation, paired, with_deviation
 from modeling_peer.files_peer import write_text
 from modeling_peer.studies.data import DATA_FILE, FACTS
 from modeling_peer.studies.plan import FITS_FILE, group_name
@@ -19,17 +19,17 @@ from modeling_peer.studies.unchanged import SHARED_FILE
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"
-# Of a study's other files, by their names in `STUDY_FILE`, which holds them whole.
+# Other files of a study. `STUDY_FILE` contains each of them under this name.
 WHOLE_FILES = {"shared": SHARED_FILE, "fits": FITS_FILE}
 
 
 def collect(study: Study) -> dict[str, Any]:
-    """All of a study that its folder holds, of earlier calls too."""
+    """Everything that the folder of a study holds, from all calls."""
     recipe = study.recipe
     names = [group_name(name, size) for size in recipe.sizes or [None] for name in recipe.contenders]
     folders = [path for name in names for path in sorted(study.output_dir.glob(f"{name}-*")) if _is_seed(path, name)]
     runs = [results for folder in folders if (results := read_json(folder / RUN_RESULTS_FILE))]
-    places = []  # few: said once
+    places = []  # runs share machines and versions, so each pair is stored once
     for run in runs:
         place = {"machine": run.pop("machine"), "versions": run.pop("versions")}
         if place not in places:
@@ -48,8 +48,10 @@ def collect(study: Study) -> dict[str, Any]:
 
 
 def restore(folder: Path) -> None:
-    """What `collect` read, where `study.json` is all that is left: finished runs then count as done, and the study
-    takes no other data, settings and sizes than its own."""
+    """Write the files that `collect` read, in a folder where only `study.json` is left.
+
+    Its finished runs then count as done. The study keeps refusing other data, settings and sizes.
+    """
     study = read_json(folder / STUDY_FILE)
     if not study:
         return
@@ -60,7 +62,7 @@ def restore(folder: Path) -> None:
             names = ", ".join(gone[:3]) + ", ..." * (len(gone) > 3)
             print(
                 f"{STUDY_FILE} names runs that have no folder, {len(gone)} in all ({names}): they count as not done. "
-                f"To have them back, stop and delete {folder / DATA_FILE}.",
+                f"To restore them, stop and delete {folder / DATA_FILE}.",
                 flush=True,
             )
         return
@@ -69,22 +71,28 @@ def restore(folder: Path) -> None:
         write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
         write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
     for name, file in WHOLE_FILES.items():
-        if study.get(name):  # studies of before 2026-11-26 have none
+        if study.get(name):  # studies from before 2026-11-26 lack it
             write_json(folder / file, study[name])
-    # Last: with it all is there, and a run that somebody deletes from then on stays deleted.
+    # Written last: once it exists, everything is restored, and a run deleted later stays deleted.
     write_json(folder / DATA_FILE, {name: study[name] for name in FACTS})
 
 
 def read_study(folder: Path) -> dict[str, Any]:
-    """What `write_report` left."""
+    """Read the study that `write_report` wrote."""
     content = read_json(folder / STUDY_FILE)
     if not content:
-        raise SettingsError(f"--report_only: no {STUDY_FILE} in {folder}. Train first, or name its --output_dir.")
+        raise SettingsError(
+            f"--report_only: {folder} has no {STUDY_FILE}. Train first, or name the --output_dir of the study."
+        )
     return content
 
 
 def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> list[dict[str, Any]]:
-    """Write JSON, table and plots into `folder`; return the rows of the table, and print it if asked to."""
+    """Write JSON, table and plots into `folder`, and return the rows of the table.
+
+    Args:
+        announce: print the table.
+    """
     write_json(folder / STUDY_FILE, study)
     rows = make_rows(study)
     table = as_tables(study, rows)
@@ -99,7 +107,8 @@ def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> 
 def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each contender and size: means and standard deviations over its seeds.
 
-    `against_reference` is the perplexity's difference from the reference's in percent, seed by seed.
+    `against_reference` is the mean paired difference from the reference, in percent of its perplexity. A pair is two
+    runs of the same seed. `pairs` is their number.
     """
     groups: dict[tuple, list[dict]] = {}
     for run in study["runs"]:
@@ -116,6 +125,7 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
             "seeds": len(runs),
             "perplexity": mean_and_deviation([run["validation_perplexity"] for run in runs]),
             "against_reference": mean_and_deviation([100 * (ratio - 1) for ratio in ratios]),
+            "pairs": len(ratios),
             "bits_per_byte": mean_and_deviation(_known(run["validation_bits_per_byte"] for run in runs)),
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
@@ -134,7 +144,7 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: what each contender learned and cost, how its experts were used, and what is missing."""
+    """Markdown: perplexity and cost of each contender, use of its experts, and the runs that failed."""
     if not rows:
         parts = ["No run is done."]
     else:
@@ -148,13 +158,15 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 def _headline(study: dict[str, Any]) -> str:
     tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
-    budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']}"
+    budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']} as {study['reference']}"
     places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
     masked = not study["runs"][0]["settings"]["architecture"].get("is_causal", True)
     return (
-        f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget} as {study['reference']}; "
+        f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget}; "
         f"{'perplexity of masked tokens; ' if masked else ''}"
-        f"mean ± standard deviation over seeds. {'; '.join(places)}."
+        f"mean ± standard deviation over seeds. {'; '.join(places)}.\n\n"
+        f"A paired difference compares a run with the one of {study['reference']} that has the same seed. Its "
+        "deviation is over these differences, so it can be smaller than those of the perplexities."
     )
 
 
@@ -164,7 +176,7 @@ def _range(values: Iterable[int]) -> str:
 
 
 def _hardware(machine: dict[str, Any]) -> str:
-    return machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads a run"
+    return machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')} a run"
 
 
 def _software(versions: dict[str, Any]) -> str:
@@ -179,7 +191,7 @@ def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
         **_name(row),
         "seeds": row["seeds"],
         "perplexity": with_deviation(row["perplexity"], ".2f"),
-        f"against {reference}, %": with_deviation(row["against_reference"], "+.2f"),
+        f"paired difference from {reference}, %": paired(row["against_reference"], "+.2f", row["pairs"], row["seeds"]),
         "bits per byte": with_deviation(row["bits_per_byte"], ".4f"),
         "parameters": row["total_parameters"],
         "active": row["active_parameters"],
@@ -211,7 +223,7 @@ def _percent(pair: Sequence[float | None]) -> str:
 
 
 def _of_layers(usage: dict[str, float], figure: str) -> list[float]:
-    """The mean over the layers that retrieve, as a list of one; empty where none does."""
+    """The mean over the layers that retrieve experts, as a list of one; empty if no layer does."""
     values = [value for name, value in usage.items() if name.startswith(figure)]
     return [mean(values)] if values else []
 

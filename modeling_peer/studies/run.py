@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""One run of a study, in a process of its own: trained, or continued, measured, written down."""
+"""One run of a study, in its own process: train or continue it, measure it, and write its results."""
 
 import contextlib
 import math
@@ -35,21 +35,21 @@ FAILURE_FILE = "failure.json"
 CURVE_FILE = "curve.json"
 LOG_FILE = "log.txt"
 MODEL_FOLDER = "model"
-# exit status of a process whose run was saved to be continued
+# exit status of a process whose run was saved and can be continued
 PAUSED = 75
 USAGE = ("expert_usage", "top_1_usage", "unevenness", "dead_experts")
-# a process whose study was killed ends after its step
+# The process of a killed study ends after its current step. A new process waits this long for it.
 SECONDS_TO_WAIT = 120
 
 
 class RunPaused(Exception):
-    """The run was asked to stop, and has saved what continues it."""
+    """The run was asked to stop, and saved a checkpoint."""
 
 
 class Pause(TrainerCallback):
-    """Saves after the step in which the study asks to stop, or has died, and ends the run there.
+    """Saves a checkpoint and ends the run after the step in which the study asks to stop, or has died.
 
-    Nothing is saved at the last step: Trainer, resumed there in the middle of an epoch, would do one more.
+    It saves nothing at the last step. Trainer, resumed there in the middle of an epoch, would train one more step.
     """
 
     def __init__(self, stop: Event):
@@ -68,8 +68,11 @@ class Pause(TrainerCallback):
 
 
 class LossByCost(CostOfSteps):
-    """Validation loss and use of experts by step and by seconds of training, evaluation and saving left out; kept in
-    a file, in which a run that is continued goes on from where its checkpoint was saved."""
+    """Records validation loss and use of experts at each evaluation, with the step and the seconds of training.
+
+    The seconds exclude evaluation and saving. The record is a file. A run that is continued drops the points after its
+    checkpoint, and appends to the others.
+    """
 
     def __init__(self, path: Path):
         super().__init__()
@@ -98,9 +101,12 @@ class LossByCost(CostOfSteps):
 
 
 def run_in_process(run: PlannedRun, stop: Event, num_threads: int, keep_model: bool) -> None:
-    """What a process of a study does: it ends with status 0 when the run is done, with `PAUSED` when it waits to be
-    continued, with another when it failed, the cause in `failure.json`. What it prints goes to `log.txt`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study hears it, and says when to stop
+    """Train one run in this process, and write its output to `log.txt`.
+
+    The exit status is 0 if the run is done, and `PAUSED` if it can be continued. Any other status is a failure, with
+    its cause in `failure.json`.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the study receives it, and sets `stop`
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / LOG_FILE, "a") as log:
         os.dup2(log.fileno(), 1)
@@ -110,7 +116,7 @@ def run_in_process(run: PlannedRun, stop: Event, num_threads: int, keep_model: b
     try:
         with FileLock(run.folder / "lock").acquire(timeout=SECONDS_TO_WAIT):
             train_run(run, stop, keep_model)
-    except (RunPaused, Timeout) as pause:  # a lock that stays taken: another process is training this run
+    except (RunPaused, Timeout) as pause:  # Timeout: another process holds the lock, and trains this run
         print(pause)
         sys.exit(PAUSED)
     except (Exception, SystemExit) as error:
@@ -120,11 +126,11 @@ def run_in_process(run: PlannedRun, stop: Event, num_threads: int, keep_model: b
 
 
 def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[str, Any]:
-    """Train, or continue from the newest whole checkpoint; write and return the results."""
+    """Train, or continue from the newest complete checkpoint; write and return the results."""
     folder = run.folder / MODEL_FOLDER
     write_json(run.folder / RUN_FILE, {"settings": run.settings})
     place = {"output_dir": str(folder)}
-    with contextlib.suppress(SettingsError):  # nothing to continue
+    with contextlib.suppress(SettingsError):  # there is no checkpoint
         place["resume_from_checkpoint"] = newest_checkpoint(folder)[0]
     if "resume_from_checkpoint" not in place:
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +147,7 @@ def train_run(run: PlannedRun, stop: Event, keep_model: bool = False) -> dict[st
 
 
 def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, model: PreTrainedModel) -> dict[str, Any]:
-    """What is kept of a run that is done."""
+    """The results of a finished run, as they are written."""
     evaluated = [point for point in points if "loss" in point]
     flops_per_step = run.cost["training_flops_per_token"] * run.cost["tokens_per_step"]
     seconds = points[-1]["seconds"]
@@ -177,18 +183,21 @@ def describe_run(run: PlannedRun, summary: dict[str, Any], points: list, model: 
 
 
 def _experts_implementation(model: PreTrainedModel) -> str | None:
-    """What computed the experts; None: whole MLPs, for which it is chosen at each call, or there were none."""
+    """The implementation that computed the experts.
+
+    It is None if the experts are whole MLPs, which choose it at each call, or if there are no experts.
+    """
     asked_for = model.config._experts_implementation
     tables = [module.up_embed for module in model.modules() if isinstance(module, PeerExperts)]
     return implementation_for(asked_for, tables[0]) if tables else asked_for
 
 
 def write_failure(run: PlannedRun, cause: str) -> None:
-    """Put down that a run failed, and with which settings: others are worth another try."""
+    """Record the cause of a failure and the settings of the run. With other settings it is tried again."""
     write_json(run.folder / FAILURE_FILE, {"cause": cause, "settings": run.settings})
 
 
 def explain(error: BaseException) -> str:
-    """An error as one line."""
+    """One line for an error: its type, except for a SettingsError, and the first line of its message."""
     first = (str(error).strip().splitlines() or [""])[0]
     return first if isinstance(error, SettingsError) else f"{type(error).__name__}: {first}"

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a study compares: a file of configuration/studies, and which of it the command line asks for."""
+"""The recipe of a study, from a file of configuration/studies, and the part that the command line selects."""
 
 import re
 import sys
@@ -16,7 +16,7 @@ from modeling_peer.training.recipe import parse_run_fields
 
 FOLDER = "configuration/studies"
 BUDGETS = ("flops", "parameters", "time", "none")
-# What a study decides for each of its runs.
+# Fields that the study sets for each of its runs.
 OF_THE_STUDY = {
     "output_dir",
     "overwrite_output_dir",
@@ -27,14 +27,14 @@ OF_THE_STUDY = {
     "push_to_hub",
     "streaming",
 }
-# What contenders must have in common, or their losses are not of the same task.
+# Fields that contenders must share. Otherwise their losses belong to different tasks.
 IN_COMMON = OF_THE_STUDY | set(DataArguments.__dataclass_fields__)
 IN_COMMON |= {"model", "model_overrides", "tokenizer", "tokenizer_vocab_size", "max_steps"}
 
 
 @dataclass
 class Contender:
-    """One feed-forward in the running: how its configuration and its training differ from what all share."""
+    """One contender: the fields of its configuration and of its training that differ from the shared ones."""
 
     model_overrides: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
@@ -54,23 +54,24 @@ class StudyRecipe:
     """A study.
 
     Args:
-        recipe: recipe of `peer train` that every run begins with: model, corpus, batch, optimizer.
-        contenders: by name.
-        reference: the contender with which the others are compared, and to whose budget they are fitted.
-        training: fields of `peer train` over those of `recipe`.
-        model_overrides: fields of the configuration, of all models. A contender's or a size's `mlp_layer_types:
-            dense` stands for as many as there are layers.
-        budget: what a contender is given as much of as the reference: forward "flops" per token, "parameters",
+        recipe: recipe of `peer train` that every run starts from: model, corpus, batch, optimizer.
+        contenders: the contenders, by name.
+        reference: name of the contender that the others are compared with. They are fitted to its budget.
+        training: fields of `peer train`. They override those of `recipe`.
+        model_overrides: fields of the configuration, for all models. In a contender or a size, `mlp_layer_types:
+            dense` applies to all layers.
+        budget: the quantity that is made equal to the reference's: "flops" of the forward per token, "parameters",
             "time" of a training step, or "none".
-        fit: fields of the configuration that are moved to meet the budget, in that order; unset, those that
-            `modeling_peer.costs.budgets` names for its feed-forward. A contender may have its own, or [] to stay as
-            it is.
-        seeds: one run of every contender for each.
-        sizes: models smaller or larger than the base, by name, with fields of `peer train` if need be.
-        training_tokens: tokens of each run, in place of `max_steps`.
-        training_flops: FLOPs of each run, in place of `max_steps`: a model whose tokens cost less sees more of them.
-        evaluations: during a run, evenly spread; as many points has its curve.
-        checkpoints: in a run, evenly spread, beside those where it is interrupted.
+        fit: fields of the configuration that are changed to meet the budget, in this order. Unset: the fields that
+            `modeling_peer.costs.budgets` names for the feed-forward. A contender may have its own list; with [] it
+            is not changed.
+        seeds: every contender has one run for each seed.
+        sizes: smaller or larger models, by name, optionally with fields of `peer train`.
+        training_tokens: tokens of each run. It replaces `max_steps`.
+        training_flops: FLOPs of each run. It replaces `max_steps`. A model with fewer FLOPs per token trains on more
+            tokens.
+        evaluations: number of evaluations in a run, evenly spaced. Each one is a point of the curve.
+        checkpoints: number of checkpoints in a run, evenly spaced. An interrupted run saves one more.
     """
 
     recipe: str
@@ -107,23 +108,26 @@ class StudyRecipe:
 
 @dataclass
 class StudyArguments:
-    """Where a study is made, and how much of it now."""
+    """Folder of the study, and the part of it to run now."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the study, continued if it is there. Unset: runs/studies/<recipe>."}
+        default=None,
+        metadata={"help": "Folder of the study. An existing study is continued. Unset: runs/studies/<recipe>."},
     )
-    contenders: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
-    sizes: list[str] = field(default_factory=list, metadata={"help": "Only these; unset: all."})
-    seeds: list[int] = field(default_factory=list, metadata={"help": "In place of the recipe's."})
-    num_workers: int = field(default=1, metadata={"help": "Runs at a time; they share the cores, or the GPU."})
+    contenders: list[str] = field(default_factory=list, metadata={"help": "Contenders to run. Unset: all."})
+    sizes: list[str] = field(default_factory=list, metadata={"help": "Sizes to run. Unset: all."})
+    seeds: list[int] = field(default_factory=list, metadata={"help": "Seeds to run. Unset: those of the recipe."})
+    num_workers: int = field(
+        default=1, metadata={"help": "Number of runs at a time. They share the cores, or the GPU."}
+    )
     max_minutes: float | None = field(
-        default=None, metadata={"help": "After that long, save and stop; the same command continues."}
+        default=None, metadata={"help": "Save and stop after this many minutes. The same command continues the study."}
     )
     keep_models: bool = field(default=False, metadata={"help": "Keep the weights of finished runs."})
     retry_failed: bool = field(
         default=False, metadata={"help": "Continue runs that failed in an earlier call, from their last checkpoints."}
     )
-    report_only: bool = field(default=False, metadata={"help": "Draw table and plots from study.json, train nothing."})
+    report_only: bool = field(default=False, metadata={"help": "Train nothing. Make table and plots from study.json."})
 
     def __post_init__(self):
         require_at_least_one(self, "num_workers")
@@ -132,7 +136,7 @@ class StudyArguments:
 
 @dataclass
 class Study:
-    """A recipe as the command line changes it; `fields` are those of `peer train`, for all runs."""
+    """A recipe with the changes of the command line. `fields` are fields of `peer train`, for all runs."""
 
     recipe: StudyRecipe
     arguments: StudyArguments
@@ -141,13 +145,13 @@ class Study:
 
 
 def parse_study(words: Sequence[str] | None = None) -> Study:
-    """Read `recipe.yaml --field value ...`: fields of `StudyArguments`, and any others as for peer train.
+    """Read `recipe.yaml --field value ...`: fields of `StudyArguments`, and fields of `peer train`.
 
     Args:
         words: the command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        SettingsError: a recipe that is not one, with the field and what it must be.
+        SettingsError: the recipe is not valid. The message has the field and the allowed values.
     """
     words = list(sys.argv[1:] if words is None else words)
     if not words or words[0].startswith("-"):
@@ -156,7 +160,7 @@ def parse_study(words: Sequence[str] | None = None) -> Study:
     path = find_file(words[0], FOLDER, ".yaml")
     arguments, words = parse_arguments(StudyArguments, words[1:], return_others=True)
     for name in sorted(named_fields(words) & OF_THE_STUDY):
-        raise SettingsError(f"--{name}: a study sets that for each of its runs{'; see --seeds' * (name == 'seed')}.")
+        raise SettingsError(f"--{name}: a study sets this for each of its runs{'; see --seeds' * (name == 'seed')}.")
     try:
         recipe = _read(StudyRecipe, read_yaml(path))
     except SettingsError as error:
@@ -169,7 +173,7 @@ def parse_study(words: Sequence[str] | None = None) -> Study:
 
 
 def _read(kind: type, values: Any, place: str = "") -> Any:
-    """A dataclass from a mapping: names and types checked, contenders and sizes read in turn."""
+    """Make a dataclass from a mapping, with names and types checked. Contenders and sizes are read recursively."""
     if not isinstance(values, dict):
         raise SettingsError(f"{place or 'a study'} must be a mapping of fields to values; got {values!r}.")
     inside = f" of {place}" if place else ""
@@ -184,7 +188,7 @@ def _read(kind: type, values: Any, place: str = "") -> Any:
             raise SettingsError(f"{name}{inside} ({value!r}) must be a {words}.")
     missing = [name for name in ("recipe", "contenders", "reference") if name in known and not values.get(name)]
     if missing:
-        raise SettingsError(f"it lacks {', '.join(missing)}.")
+        raise SettingsError(f"required fields are missing: {', '.join(missing)}.")
     parts = {"contenders": Contender, "sizes": Size} if kind is StudyRecipe else {}
     for name, part in parts.items():
         values[name] = {
@@ -196,10 +200,12 @@ def _read(kind: type, values: Any, place: str = "") -> Any:
 
 def _require_known(name: str, known: dict, place: str) -> None:
     if name not in known:
-        raise SettingsError(f"{place} ({name}) is none of {', '.join(known) or 'none'}.{nearest(name, known)}")
+        raise SettingsError(
+            f"{place} must be one of {', '.join(known) or 'none'}; got {name!r}.{nearest(name, known)}"
+        )
 
 
 def _refuse_fields(given: dict, refused: set[str], place: str) -> None:
     for name in given:
         if name in refused:
-            raise SettingsError(f"{place} sets {name}, which the study or all its runs together decide: leave it out.")
+            raise SettingsError(f"{place} sets {name}. The study sets it, or all runs must share it: leave it out.")

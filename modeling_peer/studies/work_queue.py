@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Runs of a study worked off in processes: some at a time, until all are done or the time is over."""
+"""Run the planned runs of a study in processes, some at a time, until all are done or the time is over."""
 
 import multiprocessing
 import shutil
@@ -16,6 +16,7 @@ import torch
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
+from modeling_peer.console.tables import counted
 from modeling_peer.studies.plan import PlannedRun, compared
 from modeling_peer.studies.run import (
     FAILURE_FILE,
@@ -27,15 +28,15 @@ from modeling_peer.studies.run import (
 )
 from modeling_peer.studies.unchanged import describe_changes
 
-# A new interpreter for each run: its memory is measured from scratch, CUDA and OpenMP do not survive a fork, and a run
-# that is killed takes nobody with it.
+# Each run has a new interpreter. So its peak memory is its own, and a killed run ends no other. CUDA and OpenMP would
+# not survive a fork.
 START_METHOD = "spawn"
-SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_CHECKS = 0.5
 
 
 @dataclass
 class Tally:
-    """What became of the runs, by name; causes of those that failed."""
+    """Names of the runs by their state. Failed runs have their causes."""
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -44,12 +45,12 @@ class Tally:
 
 
 def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[PlannedRun], Tally]:
-    """The runs that are left to do, and those that are done or have failed before.
+    """Split the runs into those left to do and those that are done or have failed before.
 
-    A run that failed is continued when asked for, and begun anew when its settings have changed since.
+    A failed run is continued if `retry_failed` is set. It starts again from the beginning if its settings changed.
 
     Raises:
-        SettingsError: a run, of this seed or another, was begun or done with other settings.
+        SettingsError: a run of the same contender and size, with any seed, has other settings.
     """
     left, tally = [], Tally()
     for run in runs:
@@ -70,11 +71,14 @@ def select_runs(runs: Sequence[PlannedRun], retry_failed: bool) -> tuple[list[Pl
 
 
 def require_same_settings(run: PlannedRun) -> None:
-    """Raise SettingsError if `run` was begun with other settings, or that of another seed: they are averaged."""
+    """Raise SettingsError if `run`, or its group's run of another seed, was begun with other settings.
+
+    The table averages over seeds, so these runs must differ in the seed only.
+    """
     for folder in sorted(run.study_dir.glob(f"{run.group}-*")):
         counts = folder.name.removeprefix(f"{run.group}-").isdecimal() and not (folder / FAILURE_FILE).is_file()
         begun = read_json(folder / RUN_FILE).get("settings") if counts else None
-        # fields that an earlier version compared are none of ours
+        # an earlier version may have stored fields that are no longer compared
         if begun and (changes := describe_changes(compared(begun) | {"seed": run.seed}, run.settings)):
             raise SettingsError(
                 f"{folder} holds a run with other settings: {changes}. Delete it, or name another --output_dir."
@@ -82,7 +86,7 @@ def require_same_settings(run: PlannedRun) -> None:
 
 
 def has_begun(study_dir: Path) -> bool:
-    """Whether a folder has runs, other than those that failed."""
+    """Whether a folder has runs that have not failed."""
     return any(not path.with_name(FAILURE_FILE).is_file() for path in study_dir.glob(f"*/{RUN_FILE}"))
 
 
@@ -94,11 +98,11 @@ def work_off(
     deadline: float | None,
     after_each: Callable[[], None],
 ) -> None:
-    """Train `runs` in order, `num_workers` at a time, and put down in `tally` what became of them.
+    """Train `runs` in order, `num_workers` at a time, and record their states in `tally`.
 
     Args:
-        deadline: of `time.monotonic()`, at which runs are saved to be continued.
-        after_each: called whenever a run is done.
+        deadline: time of `time.monotonic()` at which running runs are saved and paused; None: no limit.
+        after_each: called after each run that is done.
     """
     context = multiprocessing.get_context(START_METHOD)
     stop = context.Event()
@@ -115,20 +119,20 @@ def work_off(
                     process = context.Process(target=run_in_process, args=(run, stop, num_threads, keep_models))
                     process.start()
                     working[process.sentinel] = run, process, time.monotonic()
-                    print(f"begins: {run.name}, {run.cost['steps']:,} steps; see {run.folder}", flush=True)
+                    print(f"begins: {run.name}, {counted(run.cost['steps'], 'step')}; see {run.folder}", flush=True)
                 if stop.is_set() and not working:
                     break
-                for sentinel in connection.wait(list(working), timeout=SECONDS_BETWEEN_LOOKS):
+                for sentinel in connection.wait(list(working), timeout=SECONDS_BETWEEN_CHECKS):
                     run, process, began = working.pop(sentinel)
                     process.join()
-                    _put_down(run, process.exitcode, stop.is_set(), tally)
-                    progress.say(run, time.monotonic() - began, tally, waiting)
+                    _record(run, process.exitcode, stop.is_set(), tally)
+                    progress.report(run, time.monotonic() - began, tally, waiting)
                     if run.name in tally.done:
                         after_each()
             except KeyboardInterrupt:
                 if stop.is_set():
                     raise
-                print("stopping: runs are saved first (interrupt again to kill them)", flush=True)
+                print("stopping after the runs are saved (interrupt again to kill them)", flush=True)
                 stop.set()
     finally:
         for _, process, _ in working.values():
@@ -136,12 +140,12 @@ def work_off(
         tally.waiting += [run.name for run in waiting]
 
 
-def _put_down(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> None:
+def _record(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> None:
     has_failed = (run.folder / FAILURE_FILE).is_file()
     if (run.folder / RUN_RESULTS_FILE).is_file():
         tally.done.append(run.name)
         return
-    if status == PAUSED or (stopping and not has_failed):  # an interrupt may hit a process that has just begun
+    if status == PAUSED or (stopping and not has_failed):  # an interrupt can end a process that has just started
         tally.paused.append(run.name)
         return
     if not has_failed:
@@ -152,15 +156,15 @@ def _put_down(run: PlannedRun, status: int, stopping: bool, tally: Tally) -> Non
 
 
 class _Progress:
-    """Says what became of a run, and how long the others will take if they take as long."""
+    """Prints the state of each run that ended, and an estimate of the time for the waiting runs."""
 
     def __init__(self, total: int, num_workers: int):
         self.total, self.num_workers = total, num_workers
         self.ended = 0
         self.seconds: dict[tuple[str, str | None], list[float]] = {}
 
-    def say(self, run: PlannedRun, seconds: float, tally: Tally, waiting: Sequence[PlannedRun]) -> None:
-        """Print one line; a paused run counts with the seconds of this call only."""
+    def report(self, run: PlannedRun, seconds: float, tally: Tally, waiting: Sequence[PlannedRun]) -> None:
+        """Print one line. The seconds of a paused run are those of this call only."""
         self.ended += 1
         if run.name in tally.done:
             self.seconds.setdefault((run.contender, run.size), []).append(seconds)

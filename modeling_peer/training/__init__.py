@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Training: data, tokenizers, recipes and the run itself. Needs the `train` extra; checkpoints never do."""
+"""Training: recipes, `PeerTrainer`, checkpoints, runs. It needs the `train` extra; loading a model does not."""
 
 from importlib.util import find_spec
 

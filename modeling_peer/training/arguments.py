@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer's arguments, with those of expert tables, and of one run."""
+"""Arguments of Trainer, with additional ones for expert tables and for one run."""
 
 from dataclasses import dataclass, field
 
@@ -12,13 +12,13 @@ from modeling_peer.optim.row_sparse_state import ROW_STATES
 
 @dataclass
 class PeerTrainingArguments(TrainingArguments):
-    """Trainer's own arguments, and how retrieval and expert tables are trained (`PeerTrainer`)."""
+    """Trainer's arguments, and settings for the training of retrieval and expert tables (`PeerTrainer`)."""
 
     row_sparse_gradients: bool = field(
         default=False,
         metadata={
-            "help": "Gradients of expert tables hold the rows that a step retrieved; RowSparseAdamW updates those. "
-            "Needs --optim adamw_torch (or _fused), one process or DistributedDataParallel."
+            "help": "Gradients of expert tables contain only the rows that a step retrieved. RowSparseAdamW updates "
+            "only those. Needs --optim adamw_torch (or adamw_torch_fused), and one process or DistributedDataParallel."
         },
     )
     retrieval_learning_rate_multiple: float = field(
@@ -31,17 +31,18 @@ class PeerTrainingArguments(TrainingArguments):
     table_learning_rate_schedule: str = field(
         default="multiple",
         metadata={
-            "help": "'multiple': that multiple of the others' rate all the time. 'decaying': from it to 1 over the "
-            "run. 'constant': never warmed up nor lowered."
+            "help": "Schedule of the tables' learning rate. With 'multiple' it is a fixed multiple of the scheduled "
+            "learning_rate. With 'decaying' the multiple falls to 1 over the run. With 'constant' there is no warm-up "
+            "and no decay."
         },
     )
     table_weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of the expert tables, which weight_decay leaves out."}
+        default=0.0, metadata={"help": "Weight decay of the expert tables. weight_decay does not apply to them."}
     )
     table_optimizer_state: str = field(
         default="float32",
         metadata={
-            "help": "How RowSparseAdamW keeps moments: float32, bfloat16, or factored (second moment one per row)."
+            "help": "How RowSparseAdamW stores moments: float32, bfloat16, or factored (one second moment per row)."
         },
     )
 
@@ -53,7 +54,7 @@ class PeerTrainingArguments(TrainingArguments):
         state = self.table_optimizer_state
         require(state in ROW_STATES, "table_optimizer_state", state, f"one of {states}")
         super().__post_init__()
-        # Trainer reads what begins with a brace, and would leave out anything else without a word
+        # Trainer parses only text that starts with a brace. It would accept any other text without an error.
         for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name, None)
             require(value is None or isinstance(value, dict), name, value, "a JSON object")
@@ -61,29 +62,29 @@ class PeerTrainingArguments(TrainingArguments):
 
 @dataclass
 class RunArguments(PeerTrainingArguments):
-    """Trainer's arguments; the fields here change a default or add what it lacks."""
+    """Trainer's arguments, with other defaults and additional settings for one run."""
 
     report_to: str | None = field(
-        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, trackio, ...: one, all or none."}
+        default="tensorboard", metadata={"help": "Where to log: tensorboard, wandb, trackio, ..., all or none."}
     )
     eval_strategy: str = field(
-        default="steps", metadata={"help": "When to evaluate: no, steps (every eval_steps) or epoch."}
+        default="steps", metadata={"help": "When to evaluate: no (never), steps (every eval_steps) or epoch."}
     )
     logging_steps: float = field(
-        default=10, metadata={"help": "Steps between two logged losses; below 1, a share of the whole run."}
+        default=10, metadata={"help": "Steps between two logged losses. Below 1: a share of the whole run."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave losses that are not numbers out of the log, and train on."}
+        default=False, metadata={"help": "Leave NaN and infinite losses out of the logged mean, and train on."}
     )
     log_expert_usage: bool = field(
         default=True,
-        metadata={"help": "Log, for each sparse layer, how many of its experts were used, and how unevenly."},
+        metadata={"help": "Log for each sparse layer how many of its experts were used, and how unevenly."},
     )
     max_train_minutes: float | None = field(
         default=None,
-        metadata={"help": "Stop training after this many minutes, a resumed run after as many more. Unset: no limit."},
+        metadata={"help": "Stop training after this many minutes, counted anew when resumed. Unset: no limit."},
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Start anew in an output_dir that holds a run; its model and checkpoints are deleted."},
+        metadata={"help": "Start a new run in an output_dir that has one. The old model and checkpoints are deleted."},
     )

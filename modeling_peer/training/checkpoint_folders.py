@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The checkpoints of a run as folders: made whole or not at all, found, checked, and deleted when newer ones stand."""
+"""Checkpoint folders of a run: written all or nothing, found, checked and deleted."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from modeling_peer.files_peer import flush, flush_all, give_default_permissions,
 
 logger = logging.get_logger(__name__)
 
-REPLACED = "replaced-"  # in there, before the name of a whole checkpoint that is to have another in its place
-# Names, sizes and checksums, written last: a copy that lost a file or a bit is told from a whole one, however the
-# model is sharded. Older releases wrote sizes alone.
+REPLACED = "replaced-"  # prefix, in the folder `_unfinished`, of an old checkpoint while a new one replaces it
+# Names, sizes and checksums of all files, written last. They reveal a copy that lost a file or a bit, however the
+# model is sharded. Older versions wrote only sizes.
 LIST_OF_FILES = "checkpoint_files.json"
 ZIP_FILES = (".pt", ".pth", ".bin")
-# What Trainer needs to continue as if nothing had happened; FSDP and DeepSpeed have names of their own.
+# Files that Trainer needs to continue as if it had not been interrupted. FSDP and DeepSpeed use other names.
 PARTS = {
     TRAINER_STATE_NAME: (TRAINER_STATE_NAME,),
     "model.safetensors": ("**/*.safetensors", "pytorch_model*", "global_step*"),
@@ -37,15 +37,15 @@ PARTS = {
 
 @contextmanager
 def staged_checkpoint(target: Path, writes: bool, wait_for_everyone: Callable[[], None]) -> Iterator[Path]:
-    """Yield a folder that becomes `target` when all processes have written to it; on failure nothing changes.
+    """Yield a folder that is renamed to `target` after all processes have written to it. On failure nothing changes.
 
-    Its files are on the disk before it gets its name. A run that is killed leaves it in the folder `_unfinished`
-    beside `target`, which the next save clears. Where it is killed between the two renames that replace an existing
-    `target`, the next save, or whoever looks for the newest checkpoint, puts that one back.
+    Its files are on the disk before the rename. If the run is killed, the folder stays in `_unfinished` beside
+    `target`, and the next save deletes it. An existing `target` is replaced by two renames. If the run is killed
+    between them, the next save or `newest_checkpoint` restores the old `target`.
 
     Args:
         target: the checkpoint's final path.
-        writes: whether this process is the one that makes and names folders (`TrainingArguments.should_save`).
+        writes: whether this process creates and renames folders (`TrainingArguments.should_save`).
         wait_for_everyone: barrier of all processes.
     """
     unfinished = target.parent / UNFINISHED
@@ -68,12 +68,12 @@ def staged_checkpoint(target: Path, writes: bool, wait_for_everyone: Callable[[]
 def _publish(staged: Path, target: Path):
     give_default_permissions(staged)
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    flush_all(files)  # before the checksums, so that they are read back from memory while the disk is done
+    flush_all(files)  # before the checksums, which then read the files from the page cache
     content = {
         path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)} for path in files
     }
     write_text(staged / LIST_OF_FILES, json.dumps(content, indent=2) + "\n")
-    # a new name may get to the disk before what it names
+    # otherwise the new name could reach the disk before the entries of its folder
     flush_all([*(path for path in staged.rglob("*") if path.is_dir()), staged])
     replaced = staged.with_name(f"{REPLACED}{target.name}")
     if target.exists():
@@ -87,7 +87,7 @@ def _publish(staged: Path, target: Path):
     flush(target.parent)
 
 
-def _put_back_replaced(unfinished: Path):
+def _restore_replaced(unfinished: Path):
     for replaced in unfinished.glob(f"{REPLACED}checkpoint-*"):
         target = unfinished.parent / replaced.name.removeprefix(REPLACED)
         if not target.exists():
@@ -95,9 +95,9 @@ def _put_back_replaced(unfinished: Path):
 
 
 def _remove_unfinished(unfinished: Path):
-    _put_back_replaced(unfinished)
+    _restore_replaced(unfinished)
     if unfinished.is_dir():
-        logger.warning("clearing what a run that died left: %s", ", ".join(_names(unfinished)) or unfinished)
+        logger.warning("deleting what an interrupted save left: %s", ", ".join(_names(unfinished)) or unfinished)
         shutil.rmtree(unfinished)
 
 
@@ -106,49 +106,51 @@ def _names(folder: Path) -> list[str]:
 
 
 def delete_oldest(run_dir: Path, limit: int, kept: set[str]):
-    """Delete checkpoints until at most `limit` remain: damaged ones first, then the oldest, never those in `kept`."""
+    """Delete checkpoints until at most `limit` remain: damaged ones first, then the oldest, but none in `kept`."""
     others = [path for path in list_checkpoints(run_dir) if path.name not in kept and not path.is_symlink()]
     surplus = max(0, len(others) + len(kept) - limit)
     unfinished = run_dir / UNFINISHED
-    # A stable sort: whole ones stay in order. Their contents are read before one is resumed, not at every save.
+    # The sort is stable, so complete checkpoints stay in order. Checksums are compared only before a run is resumed,
+    # not at every save.
     for path in sorted(others, key=lambda path: find_damage(path, contents=False) is None)[:surplus]:
-        # renamed first, so that no half of it stands under its name
+        # renamed first, so that its name never belongs to a partly deleted folder
         unfinished.mkdir(exist_ok=True)
         path.rename(unfinished / path.name)
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[str, list[str]]:
-    """The newest whole checkpoint of a run, and in words those that are not whole and newer.
+    """The path of a run's newest complete checkpoint, and a description of each newer incomplete one.
 
     Raises:
-        SettingsError: there is none.
+        SettingsError: there is no complete checkpoint.
     """
-    _put_back_replaced(run_dir / UNFINISHED)
-    passed_over = [f"{name} (left half written or half deleted)" for name in _names(run_dir / UNFINISHED)]
+    _restore_replaced(run_dir / UNFINISHED)
+    incomplete = [f"{name} (its save or deletion was interrupted)" for name in _names(run_dir / UNFINISHED)]
     for folder in reversed(list_checkpoints(run_dir)):
         damage = find_damage(folder)
         if damage is None:
-            return str(folder), passed_over
-        passed_over.append(f"{folder.name} ({damage})")
-    found = f"no complete one: {'; '.join(passed_over)}" if passed_over else f"no checkpoint-* in {run_dir}"
+            return str(folder), incomplete
+        incomplete.append(f"{folder.name} ({damage})")
+    found = f"no complete checkpoint: {'; '.join(incomplete)}" if incomplete else f"no checkpoint-* in {run_dir}"
     raise SettingsError(f"nothing to resume: {found}. See --save_steps.")
 
 
 def require_complete(checkpoint: str | os.PathLike):
-    """Raise SettingsError unless the training can be resumed from this folder."""
+    """Raise SettingsError unless training can be resumed from this folder."""
     if damage := find_damage(Path(checkpoint)):
-        raise SettingsError(f"{checkpoint} is no training checkpoint that can be resumed: {damage}.")
+        raise SettingsError(f"cannot resume from {checkpoint}: {damage}.")
 
 
 def find_damage(checkpoint: Path, contents: bool = True) -> str | None:
-    """What a checkpoint of Trainer lacks or has only in part, in words; None when it can be resumed.
+    """A description of what a checkpoint of Trainer lacks or what is damaged; None if it can be resumed.
 
-    Sizes and checksums are compared with the list that `staged_checkpoint` leaves, if it is there, and every file with
-    what it says of itself: safetensors files of PEER models and those of `torch.save` have checksums of their own.
+    Sizes and checksums are compared with the list that `staged_checkpoint` writes, if there is one. Each file is also
+    checked by itself: safetensors files of PEER models and files of `torch.save` contain checksums.
 
     Args:
-        contents: whether to compare checksums, one second per GiB. Without, only names and sizes are looked at.
+        contents: whether to compare checksums, which takes one second per GiB. Otherwise only names, sizes and the
+            structure of files are checked.
     """
     for name, patterns in PARTS.items():
         if not any(True for pattern in patterns for _ in checkpoint.glob(pattern)):
@@ -180,10 +182,10 @@ def _size_and_checksum(entry: int | dict) -> tuple[int, str | None]:
 
 
 def _content_damage(path: Path, expected: str | None) -> str | None:
-    """What a file has in place of what was saved.
+    """A description of how a file's content is damaged; None if it is not.
 
     Args:
-        expected: its checksum; without one, the file's own is asked.
+        expected: its checksum. If None, the checksums inside the file are compared.
     """
     changed = f"the content of {path.name} changed after it was saved"
     try:
@@ -194,14 +196,14 @@ def _content_damage(path: Path, expected: str | None) -> str | None:
         if path.suffix in ZIP_FILES:
             with zipfile.ZipFile(path) as archive:
                 record = archive.testzip()
-            return record and f"{changed}: its record {record} has another crc32 than it was written with"
-    except Exception as error:  # zipfile raises many: NotImplementedError where the flipped bit is of the compression
+            return record and f"{changed}: the crc32 of its record {record} differs from the stored one"
+    except Exception as error:  # zipfile raises many kinds, such as NotImplementedError
         return f"{path.name} cannot be read ({type(error).__name__}: {error})"
     return None
 
 
 def _has_steps(path: Path, content: dict) -> bool:
-    """Whether a trainer_state.json, if it is one, can be read for how far the run was; Trainer has defaults."""
+    """Whether Trainer can read its progress from a trainer_state.json; true for any other file."""
     kinds = {"global_step": int, "log_history": list}
     return path.name != TRAINER_STATE_NAME or all(isinstance(content.get(n, k()), k) for n, k in kinds.items())
 
@@ -209,7 +211,7 @@ def _has_steps(path: Path, content: dict) -> bool:
 def _is_whole(path: Path) -> bool:
     try:
         if path.suffix in ZIP_FILES:
-            return zipfile.is_zipfile(path)  # looks for the directory, which stands at the end
+            return zipfile.is_zipfile(path)  # finds the directory at the end of the file
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(content, dict) and _has_steps(path, content)

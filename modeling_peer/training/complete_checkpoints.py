@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer whose checkpoints are whole whenever it dies, and which says why it cannot go on."""
+"""Trainer whose checkpoints are complete even if it is killed, with errors that name the cause of a failed save."""
 
 import json
 import os
@@ -25,26 +25,30 @@ from modeling_peer.training.checkpoint_folders import (
 
 logger = logging.get_logger(__name__)
 
-# what gloo says when a process at the other end is gone, or silent for too long
+# messages of gloo when another process has ended, or has not answered in time
 LOST_CONNECTION = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
 class CompleteCheckpoints:
-    """Mixin for Trainer: a folder `checkpoint-N` is a whole checkpoint, on the disk, whenever the run may die.
+    """Mixin for Trainer: each folder `checkpoint-N` is complete and on the disk, even if the run is killed.
 
-    `train(resume_from_checkpoint=True)` takes the newest whole one and names those it passes over. Older ones are
-    deleted (`save_total_limit`) only after the new one is whole. The sum of losses that is not logged yet is saved
-    too, so that the logged curve does not depend on where a run was interrupted.
+    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs which newer ones it
+    skips. Old checkpoints are deleted (`save_total_limit`) only after the new one is complete. The sum of losses since
+    the last log is saved too. So the logged curve does not depend on where a run was interrupted.
     """
 
     _staging: Path | None = None
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train as Trainer does; refuse to resume from a checkpoint that is not whole."""
+        """Train as Trainer does, but resume only from complete checkpoints.
+
+        Raises:
+            SettingsError: the checkpoint is incomplete, or the connection to another process was lost.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint, passed_over = newest_checkpoint(Path(self.args.output_dir))
-            if passed_over and self.is_world_process_zero():
-                logger.warning("not resumed, being incomplete: %s", "; ".join(passed_over))
+            resume_from_checkpoint, incomplete = newest_checkpoint(Path(self.args.output_dir))
+            if incomplete and self.is_world_process_zero():
+                logger.warning("not resumed, because incomplete: %s", "; ".join(incomplete))
         elif resume_from_checkpoint:
             require_complete(resume_from_checkpoint)
         try:
@@ -53,24 +57,25 @@ class CompleteCheckpoints:
             if not LOST_CONNECTION.search(str(error)):
                 raise
             raise SettingsError(
-                f"process {self.args.process_index} lost the others after step {self.state.global_step}: "
-                f"{str(error).splitlines()[0]} See what the first one to end said, then --resume_from_checkpoint last."
+                f"process {self.args.process_index} lost the connection to the others after step "
+                f"{self.state.global_step}: {str(error).splitlines()[0]} Read the error of the process that ended "
+                "first. Then continue with --resume_from_checkpoint last."
             ) from error
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Save the model; a failure is told with the room there is on the disk."""
-        in_checkpoint = self._staging is not None  # its failure is told of the whole
+        """Save the model. The error of a failed save has the free space on the disk."""
+        in_checkpoint = self._staging is not None  # the error then names the checkpoint
         with nullcontext() if in_checkpoint else explained_failure(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
     def save_state(self):
-        """As of Trainer; the file is whole, or as it was."""
+        """Save the state as Trainer does, but all or nothing."""
         if self.is_world_process_zero():
             with staged_save(self.args.output_dir) as staging:
                 self.state.save_to_json(staging / TRAINER_STATE_NAME)
 
     def _save(self, output_dir=None, state_dict=None):
-        # In a checkpoint, all of it is staged. Elsewhere, the tokenizer takes its place together with the model.
+        # A checkpoint is staged as a whole. Elsewhere, tokenizer and model replace the old files together.
         if self._staging is not None or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -93,7 +98,7 @@ class CompleteCheckpoints:
             finally:
                 self._staging = None
             best = run_dir / f"checkpoint-{self.state.best_global_step}"
-            if best == target or best.exists():  # Trainer looked for it among what is staged
+            if best == target or best.exists():  # Trainer looked for it in the staged folder
                 self.state.best_model_checkpoint = str(best)
                 if self.args.should_save:
                     self.state.save_to_json(staged / TRAINER_STATE_NAME)
@@ -107,7 +112,7 @@ class CompleteCheckpoints:
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    # Each process keeps its own random numbers and its own losses, saved and loaded at the same moments.
+    # Each process has its own losses, as it has its own random state: both are saved and loaded together.
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         unlogged = {"sum": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
@@ -118,7 +123,7 @@ class CompleteCheckpoints:
         if unlogged := read_json(Path(checkpoint, self._unlogged_file())):
             self._tr_loss.fill_(unlogged["sum"])
             self._globalstep_last_logged = unlogged["last_logged_step"]
-            # train_loss is the mean of this session's steps
+            # train_loss is the mean over the steps of this session
             self._total_loss_scalar -= unlogged["sum"]
 
     def _unlogged_file(self):
@@ -127,13 +132,13 @@ class CompleteCheckpoints:
 
 @contextmanager
 def explained_failure(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what the libraries raise when they cannot write into a SettingsError with the room that is left."""
+    """Raise SettingsError, with the free space on the disk, for any error of the libraries when they cannot write."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
         folder = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
         raise SettingsError(
             f"cannot save {path}: {type(error).__name__}: {error}. Free in {folder}: "
-            f"{shutil.disk_usage(folder).free:,} bytes. Checkpoints saved before are as they were: "
-            "--resume_from_checkpoint last continues from there."
+            f"{shutil.disk_usage(folder).free:,} bytes. Earlier checkpoints are unchanged: continue from the newest "
+            "with --resume_from_checkpoint last."
         ) from error

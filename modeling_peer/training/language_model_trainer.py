@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer of a language model: its card, evaluations without auxiliary losses, an end where numbers are none."""
+"""Trainer of a language model: card, upload, evaluation without auxiliary losses, errors for non-finite numbers."""
 
 import math
 import time
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,20 +12,31 @@ from transformers import TrainerCallback
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.hub.model_card import write_model_card
+from modeling_peer.hub.pushing import explained_creation, explained_upload
 from modeling_peer.training.trainer import PeerTrainer
 
 LOSSES = ("loss", "eval_loss", "train_loss")
 
 
 class LanguageModelTrainer(PeerTrainer):
-    """Trainer whose model card is ours, also in `push_to_hub`, and which ends when the numbers are none."""
+    """Trainer that writes our model card, also in `push_to_hub`, and raises if a loss or weight is not finite."""
 
-    card_facts: dict[str, Any] | None = None  # set once there are results
+    card_facts: dict[str, Any] | None = None  # set when there are results
 
     def create_model_card(self, *args, **kwargs):
-        """Write README.md into output_dir, with the results measured so far."""
+        """Write README.md to output_dir, with the results measured so far."""
         if self.is_world_process_zero() and self.card_facts:
             write_model_card(self.args.output_dir, self.card_facts)
+
+    def init_hf_repo(self, *args, **kwargs):
+        """Create the repository; a failure is one sentence. Trainer calls it before training."""
+        with explained_creation(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Save and upload; if the upload fails, the error names the folder with the saved model."""
+        with explained_upload(self.hub_model_id or self.args.hub_model_id or "MODEL_ID", self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Evaluate by the task's loss alone, so that models with auxiliary losses compare with models without."""
@@ -33,15 +45,15 @@ class LanguageModelTrainer(PeerTrainer):
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
-        """Log, unless a loss is not a number: then the run is over."""
+        """Log, or raise SettingsError if a loss is not finite."""
         for name in LOSSES:
             if not math.isfinite(logs.get(name, 0.0)):
                 raise self._diverged(f"{name} is {logs[name]}")
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args, **kwargs):
-        """Save, unless a weight is not a number: it would take the place of a good checkpoint."""
-        # a part of a sharded model is no ground for one process to stop alone
+        """Save, or raise SettingsError if a weight is not finite, so that a good model is not overwritten."""
+        # a process has only a part of a sharded model; if it alone raised, the other processes would hang
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             for name, value in chain(self.model.named_parameters(), self.model.named_buffers()):
                 if not torch.isfinite(value).all():
@@ -51,12 +63,12 @@ class LanguageModelTrainer(PeerTrainer):
     def _diverged(self, what: str) -> SettingsError:
         return SettingsError(
             f"training diverged: {what} at step {self.state.global_step}. Lower --learning_rate, or set --dtype "
-            f"float32. What was saved before is in {self.args.output_dir}."
+            f"float32. Earlier checkpoints are in {self.args.output_dir}."
         )
 
 
 class TimeLimit(TrainerCallback):
-    """Ends training after `seconds`, so that a slow machine gives a worse model rather than a late one."""
+    """Stops training after `seconds`. On a slow machine the model is then worse, but not later."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -67,7 +79,7 @@ class TimeLimit(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         over = time.monotonic() - self.began > self.seconds
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # the first process decides: one that stops alone leaves the others waiting for its gradients
+            # the first process decides for all: if one stopped alone, the others would wait for its gradients
             decision = torch.tensor(int(over), device=args.device)
             torch.distributed.broadcast(decision, src=0)
             over = bool(decision)

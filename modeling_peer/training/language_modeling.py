@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""One run of training: from a recipe to a saved, measured model with its card."""
+"""One training run: from a recipe to a saved, evaluated model with its card."""
 
 import time
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from modeling_peer.data.packing import PackedBlocks
 from modeling_peer.exchange_peer import staged_save
 from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
+from modeling_peer.hub.pushing import require_login
 from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.blocks import choose_block_size, pack_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
@@ -32,33 +33,36 @@ from modeling_peer.training.summary import TrainingResult, examples_per_step, fi
 
 
 def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
-    """Train (or fine-tune) as the recipe says, evaluate, save, write the card, push if asked.
+    """Train or fine-tune as the recipe says; save, evaluate, write the card, and push if the recipe says so.
 
-    Whatever can be refused is refused before the first step.
+    Settings and data are checked before the first step, as far as they can be.
 
     Args:
-        callbacks: Trainer's, beside those that the recipe asks for.
+        callbacks: callbacks of Trainer, in addition to those of the recipe.
 
     Raises:
-        SettingsError: settings or data that cannot work, with the numbers and the way out.
+        SettingsError: the settings or the data cannot work. The message has the numbers and the way out.
     """
     started = time.monotonic()
     model_arguments, data_arguments, run = recipe.model, recipe.data, recipe.run
     announce = print if run.process_index == 0 else (lambda *_: None)
 
     if data_arguments.streaming and run.max_steps <= 0:
-        raise SettingsError("--streaming has no known length: set --max_steps.")
+        raise SettingsError("--streaming gives a run no known length: set --max_steps.")
     require_template()
     checkpoint = prepare_output_dir(recipe)
     arguments = stored_arguments(model_arguments, data_arguments, run)
     if checkpoint:
         refuse_changes(checkpoint, {"arguments": arguments})
     require_loggers(run)
+    if run.push_to_hub and run.process_index == 0:
+        require_login(run.hub_token)
     config = load_config(model_arguments)
     masked = predicts_masked_tokens(config)
     if masked and data_arguments.streaming:
         raise SettingsError(
-            "--streaming gives tokens no place by which to mask them: leave it out, or is_causal=false."
+            "--streaming does not work with is_causal=false, because masks depend on the index of a block. "
+            "Leave out one of them."
         )
     block_size = choose_block_size(data_arguments.block_size, config)
     with run.main_process_first(desc="reading the data"):
@@ -101,16 +105,16 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
     if trainer.is_world_process_zero():
         if run.overwrite_output_dir:
             clear_output_dir(Path(run.output_dir))
-        with staged_save(run.output_dir) as staging:  # before training: a resumed run must find the same tokens
+        with staged_save(run.output_dir) as staging:  # before training: a resumed run must have the same tokens
             tokenizer.save_pretrained(staging)
         write_json(Path(run.output_dir, SETTINGS_FILE), settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else Trainer uploads here, before there are results and a card
     trainer.save_state()
     result.summary = summarize(trainer, recipe, corpus, block_size, started) | cost.summary()
     if corpus.validation is not None:
-        # on every process: a sharded model cannot run on one
+        # on every process, because a sharded model cannot run on one
         result.summary |= final_evaluation(result, recipe, block_size)
     result.summary["seconds"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
@@ -123,7 +127,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
 
 
 def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_blocks, model) -> dict[str, Any]:
-    """What decides which tokens a step sees: stored at the start, compared when the run is resumed."""
+    """The facts that decide which tokens a step sees: stored at the start, compared when the run is resumed."""
     run = recipe.run
     return {
         "data": corpus.description,
@@ -135,17 +139,19 @@ def resumable_settings(recipe: Recipe, corpus: Corpus, block_size: int, train_bl
 
 
 def require_loggers(run: RunArguments) -> None:
-    """Raise SettingsError when TensorBoard is asked for and missing."""
+    """Raise SettingsError if TensorBoard is requested and not installed."""
     if "tensorboard" in run.report_to and not is_tensorboard_available():
-        raise SettingsError("--report_to tensorboard needs the tensorboard package: install it, or --report_to none.")
+        raise SettingsError(
+            "--report_to tensorboard needs the package tensorboard. Install it, or use --report_to none."
+        )
 
 
 def describe(announce, model, run: RunArguments, block_size: int, train_blocks, checkpoint: str | None) -> None:
-    """Say what was chosen, and why, before the first step."""
+    """Announce model, data and checkpoint before the first step."""
     announce(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {run.device}")
     if isinstance(train_blocks, PackedBlocks):
         announce(f"examples: {len(train_blocks):,} of {block_size} tokens; {train_blocks.num_tokens:,} tokens in all")
     announce(f"one step: {examples_per_step(run, model) * block_size:,} tokens")
     announce(f"resuming from {checkpoint}" if checkpoint else f"new run in {run.output_dir}, seed {run.seed}")
     if run.eval_strategy == transformers.IntervalStrategy.NO:
-        announce("no evaluation during training: none asked for, or no validation text")
+        announce("no evaluation during training: --eval_strategy no, or no validation text")

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The network and the tokenizer a recipe asks for: new from a configuration, or loaded from a checkpoint."""
+"""Network and tokenizer of a run: new from a configuration, or loaded from a checkpoint."""
 
 from pathlib import Path
 
@@ -33,21 +33,24 @@ from modeling_peer.training.parallelism import launched_sharding, new_sharded_mo
 def load_tokenizer(
     arguments: ModelArguments, config: PreTrainedConfig, corpus: Corpus, checkpoint: str | None
 ) -> tuple[PreTrainedTokenizerBase, str]:
-    """The tokenizer, and where it comes from in words.
+    """The tokenizer, and a description of its origin.
 
     Args:
-        arguments: `tokenizer` says which; see its help.
-        config: its vocab_size is how many tokens are learned unless the arguments say otherwise; a new tokenizer has
-            a mask token if the model is to predict masked ones.
-        corpus: what a new tokenizer is learned from.
-        checkpoint: a run being resumed; its tokenizer is used whatever the arguments say.
+        arguments: the field `tokenizer` selects it; see its help.
+        config: its vocab_size is the number of tokens to learn, unless `tokenizer_vocab_size` is set. For a masked
+            language model, a new tokenizer has a mask token.
+        corpus: the text that a new tokenizer is trained on.
+        checkpoint: checkpoint of a resumed run. Its tokenizer is used, whatever the arguments are.
+
+    Raises:
+        SettingsError: the tokenizer cannot be loaded, or the number of tokens to learn is too small.
     """
     wanted = arguments.tokenizer or ("train" if is_new_model(arguments.model) else arguments.model)
     if checkpoint:
-        return open_tokenizer(checkpoint, arguments.trust_remote_code), f"of the resumed run, {checkpoint}"
+        return open_tokenizer(checkpoint, arguments.trust_remote_code), f"from the resumed run, {checkpoint}"
     with_mask = predicts_masked_tokens(config)
     if wanted == "bytes":
-        return byte_tokenizer(with_mask), "one token a byte"
+        return byte_tokenizer(with_mask), "one token per byte"
     if wanted == "train":
         size = arguments.tokenizer_vocab_size or config.vocab_size
         try:
@@ -55,19 +58,20 @@ def load_tokenizer(
             tokenizer = train_byte_level_bpe(texts, size, with_mask)
         except ValueError as error:
             raise SettingsError(f"tokenizer_{error}") from error
-        return tokenizer, f"byte-level BPE learned from the training text (at most {size} asked for)"
+        return tokenizer, f"byte-level BPE learned from the training text (at most {size} tokens)"
     return open_tokenizer(wanted, arguments.trust_remote_code), wanted
 
 
 def build_model(
     arguments: ModelArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> PreTrainedModel:
-    """New weights, or the checkpoint's; a new model's vocabulary is its tokenizer's unless overridden.
+    """A model with new weights, or with those of a checkpoint.
 
-    Every process of a run calls this: the launch may want the model sharded over them.
+    A new model has as many embeddings as its tokenizer has tokens, unless vocab_size is overridden. All processes of a
+    run must call this, because the launch may shard the model over them.
 
     Args:
-        folder: where processes may exchange new weights.
+        folder: a folder where processes can exchange new weights.
 
     Raises:
         SettingsError: the tokenizer has more tokens than the model has embeddings, or the weights cannot be loaded.
@@ -105,14 +109,14 @@ def build_model(
     except (*LOADING_ERRORS, MemoryError, OverflowError) as error:
         if new and TOO_LARGE.search(f"{type(error).__name__}: {error}"):
             raise SettingsError(
-                f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: there is no memory for "
-                f"weights of this size ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+                f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: weights of this "
+                f"size do not fit into memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
             ) from error
         if new and isinstance(error, RuntimeError | TypeError | KeyError | AttributeError):
-            raise  # nothing was loaded: not the user's doing
+            raise  # nothing was loaded, so this is a bug and not a wrong setting
         raise SettingsError(
             f"cannot build {arguments.model!r}{f' with {overrides}' if overrides else ''}: {cause_of(error)}"
         ) from error
     if hasattr(network, "freeze_running_statistics"):
-        network.freeze_running_statistics(False)  # pretraining goes on; loading froze them, for fine-tuning
+        network.freeze_running_statistics(False)  # pretraining continues; loading froze them for fine-tuning
     return network

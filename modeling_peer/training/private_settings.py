@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Tokens and passwords among the settings of a run: used for what they are for, and written to no file."""
+"""Tokens and passwords in the settings of a run: available in memory, never written to a file."""
 
 import copyreg
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from modeling_peer.console.secrets import is_secret, without_secrets
 
 
 class PrivateArguments:
-    """Mixin for Trainer: `training_args.bin`, which is uploaded with the model, holds no secret.
+    """Mixin for Trainer: `training_args.bin`, which is uploaded with the model, contains no secret.
 
-    The arguments in memory keep theirs, with which the model is pushed.
+    The arguments in memory keep their secrets, because pushing the model needs them.
     """
 
     def _save(self, *args, **kwargs):
@@ -26,7 +26,7 @@ class PrivateArguments:
 
 @contextmanager
 def pickled_without_secrets(kind: type) -> Iterator[None]:
-    """Within, objects of this very class are pickled with their secrets set to None, and load as ever."""
+    """Inside this context, objects of exactly this class are pickled with secrets set to None. They load as usual."""
     before = copyreg.dispatch_table.get(kind)
     copyreg.pickle(kind, _reduce)
     try:

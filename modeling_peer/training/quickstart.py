@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The first run of a newcomer: train, compare with two baselines, save, reload in another process, generate."""
+"""The quickstart: train, compare with two baselines, save, load in another process, generate."""
 
 import subprocess
 import sys
@@ -24,21 +24,22 @@ NUM_NEW_TOKENS = 80
 
 
 class QuickstartFailed(CommandFailed):
-    """The run went through, but what it made is not good; the message says what."""
+    """The run ended, but its result is bad. The message says how."""
 
 
 def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
-    """Do all of it.
+    """Run the whole quickstart.
 
     Args:
-        arguments: fields that override the recipe's, as for `peer train`.
+        arguments: fields that override those of the recipe, as for `peer train`.
 
     Returns:
-        bits_per_byte of the trained and the untrained model and of token frequencies, on held-out files; seconds,
-        tokens, parameters, versions, path.
+        bits_per_byte: of the trained model, the untrained model and token frequencies (`unigram`), on held-out files.
+        seconds: duration of everything.
+        tokens, parameters, versions, path: as in the summary of the run.
 
     Raises:
-        QuickstartFailed: a baseline was not beaten, or the saved model is not the trained one.
+        QuickstartFailed: the model is not better than a baseline, or the saved model differs from the trained one.
     """
     started = time.monotonic()
     resumed = any(word.startswith("--resume_from_checkpoint") for word in arguments)
@@ -51,7 +52,8 @@ def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
     for name in ("untrained", "unigram"):
         if not bits_per_byte["trained"] < bits_per_byte[name]:
             raise QuickstartFailed(
-                f"trained {bits_per_byte['trained']:.3f} bits per byte, {name} {bits_per_byte[name]:.3f}: not better."
+                f"the trained model has {bits_per_byte['trained']:.3f} bits per byte, not better than the baseline "
+                f"{name} with {bits_per_byte[name]:.3f}. Train longer, or lower --learning_rate."
             )
     print("loading the saved model in a new process:", flush=True)
     require_same_text_in_new_process(result, recipe.run.output_dir)
@@ -64,7 +66,7 @@ def run_quickstart(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def measure_baselines(result: TrainingResult, recipe: Recipe) -> dict[str, float]:
-    """Bits per byte on the text that the trained model was scored on."""
+    """Bits per byte of the two baselines, on the validation text of the trained model."""
     texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
     set_seed(recipe.run.seed)
     untrained = AutoModelForCausalLM.from_config(result.model.config)
@@ -83,10 +85,10 @@ def measure_baselines(result: TrainingResult, recipe: Recipe) -> dict[str, float
 
 
 def require_same_text_in_new_process(result: TrainingResult, folder: str | Path) -> None:
-    """Generate from the saved folder in another process; the text must be the one that the model here writes.
+    """Generate from the saved folder in another process, and compare with the text of the trained model.
 
     Raises:
-        QuickstartFailed: the process failed, or wrote another text.
+        QuickstartFailed: the process failed, or generated another text.
     """
     options = GenerationArguments(model=str(folder), prompt=[PROMPT], max_new_tokens=NUM_NEW_TOKENS)
     command = [sys.executable, "-m", "peer_command", "generate", "--model", options.model, "--prompt", PROMPT]
@@ -97,4 +99,6 @@ def require_same_text_in_new_process(result: TrainingResult, folder: str | Path)
         raise QuickstartFailed(f"generation failed with status {process.returncode}: {' '.join(command)}")
     (expected,) = continue_texts(result.model, result.tokenizer, options.prompt, options)
     if expected not in process.stdout:
-        raise QuickstartFailed(f"the saved model writes another text than the trained one, which writes:\n{expected}")
+        raise QuickstartFailed(
+            f"the saved model generates another text than the trained model, which gives:\n{expected}"
+        )

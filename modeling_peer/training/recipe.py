@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The settings of a run: dataclass defaults, then a YAML recipe, then the command line, the later one winning."""
+"""The settings of a run: dataclass defaults, overridden by a YAML recipe, overridden by the command line."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from modeling_peer.hub.loading import ModelArguments
 from modeling_peer.training.arguments import RunArguments
 
 FOLDER = "configuration/training"
-# What each way to name text stands for.
+# Each way to name text replaces these fields of an earlier layer.
 OTHER_SOURCES = {
     "train_file": ("dataset_name", "dataset_config", "streaming"),
     "dataset_name": ("train_file", "validation_file", "dataset_config"),
@@ -27,10 +27,10 @@ GROUPS = (ModelArguments, DataArguments, RunArguments)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything one run needs: a value, of which `with_fields` makes others.
+    """The settings of one run. A recipe is never changed; `with_fields` makes a new one.
 
     Args:
-        fields: what was set, by name; everything else is as its dataclass has it.
+        fields: the fields that were set, by name. All others have the defaults of their dataclass.
     """
 
     model: ModelArguments
@@ -40,7 +40,7 @@ class Recipe:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs from the defaults, for the model card and for repeating the run; no secrets."""
+        """The fields that differ from their defaults, without secrets: for the model card, and to repeat the run."""
         defaults = {one.name: one for group in GROUPS for one in dataclass_fields(group)}
         changed = {
             name: value
@@ -50,7 +50,7 @@ class Recipe:
         return without_secrets(changed)
 
     def with_fields(self, *layers: Mapping[str, Any]) -> "Recipe":
-        """This recipe with fields over its own, a later layer winning."""
+        """A new recipe with these fields over those of this one. Later layers override earlier ones."""
         return build_recipe(self.fields, *layers)
 
 
@@ -61,24 +61,37 @@ def parse_recipe(words: Sequence[str] | None = None) -> Recipe:
         words: the command line without the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        SettingsError: a recipe that is missing or not a mapping, or an unknown field, with the nearest known one.
+        SettingsError: the recipe is missing or not a mapping, or a field is unknown. The message has the nearest known
+            field.
     """
     words = list(sys.argv[1:] if words is None else words)
     path = find_file(words.pop(0), FOLDER, ".yaml") if words and not words[0].startswith("-") else None
-    of_file = read_run_fields(read_yaml(path), str(path)) if path else {}
+    values = read_yaml(path) if path else {}
+    if "compute_environment" in values:
+        number = values.get("num_processes", 1)
+        needs = f"It needs {number} accelerators, one for each of its {number} processes. " if number != 1 else ""
+        raise SettingsError(
+            f"{path} is a file for `accelerate launch --config_file`, not a recipe. {needs}On one CPU or GPU run "
+            "`peer train quickstart`, or launch with configuration/accelerate/one_machine.yaml."
+        )
+    from_file = read_run_fields(values, str(path)) if path else {}
     output_dir = f"runs/{path.stem if path else 'train_lm'}"
-    return build_recipe({"output_dir": output_dir}, of_file, parse_run_fields(words))
+    return build_recipe({"output_dir": output_dir}, from_file, parse_run_fields(words))
 
 
 def parse_run_fields(words: Sequence[str]) -> dict[str, Any]:
-    """The fields of a recipe that words set; unknown ones are refused as in `parse_recipe`."""
+    """The fields of a recipe that these words set.
+
+    Raises:
+        SettingsError: a field is unknown, as in `parse_recipe`.
+    """
     given, others = _fields().parse(words)
     _fields().refuse(others)
     return given
 
 
 def read_run_fields(values: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The fields of a recipe that a file sets under `place`."""
+    """The fields of a recipe that a file sets. `place` is the name of the file or of its part, for errors."""
     return _fields().read(values, place)
 
 
@@ -88,11 +101,12 @@ def _fields() -> Fields:
 
 
 def build_recipe(*layers: Mapping[str, Any]) -> Recipe:
-    """The recipe of some fields, a later layer winning. Text that a later layer names stands for that of an earlier
-    one, whichever way each is named.
+    """The recipe with these fields. Later layers override earlier ones.
+
+    If a later layer names a text, it replaces the text of earlier layers, whether each is a file or a data set.
 
     Raises:
-        SettingsError: fields that can't be, or exclude each other.
+        SettingsError: a field has an invalid value, or fields exclude each other.
     """
     fields: dict[str, Any] = {}
     for layer in layers:
@@ -106,7 +120,7 @@ def build_recipe(*layers: Mapping[str, Any]) -> Recipe:
         return Recipe(*groups, fields)
     except SettingsError:
         raise
-    # of Trainer: settings that exclude each other, or this machine; files named by a setting
+    # from Trainer: settings that exclude each other or do not suit this machine, and files named by a setting
     except (ValueError, TypeError, KeyError, AttributeError, OSError, ImportError, RuntimeError) as error:
         raise SettingsError(str(error)) from error
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What becomes of a setting that is not what it was when the resumed run began: taken, refused, kept or announced."""
+"""Settings of a resumed run that differ from its first session: taken, refused, kept or announced."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ from modeling_peer.console.files import write_json
 from modeling_peer.console.run_files import SETTINGS_FILE
 from modeling_peer.console.secrets import without_secrets
 
-TAKEN = "taken"  # used from the next step on, and announced
-REFUSED = "refused"  # what the checkpoint holds would not fit
-KEPT = "kept"  # the checkpoint's is used; announced
-ANNOUNCED = "announced"  # used, but the run is no longer the one that nobody interrupted
-HARMLESS = "harmless"  # changes no weight: not stored, not compared
+TAKEN = "taken"  # the new value is used from the next step on, and announced
+REFUSED = "refused"  # an error, because the checkpoint would not fit
+KEPT = "kept"  # the checkpoint's value is used, and announced
+ANNOUNCED = "announced"  # the new value is used; the run then differs from an uninterrupted one
+HARMLESS = "harmless"  # it changes no weight, so it is neither stored nor compared
 
-# A field that is in no row, such as one of a later Transformers, is announced.
+# A field without a treatment, such as one of a later Transformers, is announced.
 TREATMENTS = {
     TAKEN: (
         *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps"),
@@ -39,15 +39,15 @@ TREATMENTS = {
         *("dataset_config", "train_split", "validation_percent", "text_column", "rows_are_lines", "streaming"),
         *("shuffle_buffer", "ignore_data_skip", "dataloader_drop_last", "dataloader_in_order", "label_names"),
         *("train_sampling_strategy", "length_column_name", "remove_unused_columns", "accelerator_config"),
-        # how their loss is averaged, and who computes it
+        # how their loss is averaged, and on which devices it is computed
         *("average_tokens_across_devices", "full_determinism", "use_cpu", "parallelism_config", "fsdp", "fsdp_config"),
         *("deepspeed", "ddp_broadcast_buffers", "use_liger_kernel", "liger_kernel_config", "torch_compile"),
         *("torch_compile_backend", "torch_compile_mode", "use_cache"),
     ),
     HARMLESS: (
-        # compared in another form: the description of the data, the configuration of the network, the length of blocks
+        # compared in another form: description of the data, configuration of the model, size of blocks
         *("model", "model_overrides", "dataset_name", "train_file", "block_size", "masking_probability"),
-        # where things are, and whether to begin anew
+        # paths, and whether to start a new run
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "trust_remote_code"),
         *("restore_callback_states_from_checkpoint", "run_name", "project"),
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -75,33 +75,37 @@ TREATMENTS = {
 }
 TREATMENT_OF = {name: treatment for treatment, names in TREATMENTS.items() for name in names}
 WORDS = {
-    TAKEN: "from here on",
-    KEPT: "kept as in the resumed run, whatever is asked for",
-    ANNOUNCED: "other than in the resumed run",
+    TAKEN: "used from this step on",
+    KEPT: "kept from the resumed run",
+    ANNOUNCED: "differs from the resumed run",
 }
-# of one kind to a checkpoint: fused is how AdamW is computed, not what it keeps
+# fused changes how AdamW is computed, not its state, so a checkpoint of one fits the other
 SAME_OPTIMIZER = {"adamw_torch_fused": "adamw_torch"}
-# Their state is more than the number of the step, and cannot be had from a schedule of another type.
+# Their state is more than a step number, so it cannot be derived from another type of schedule.
 STATEFUL_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-# of a parameter group: how a step is computed, where that changes neither its result nor what the optimizer keeps
-NOT_OF_A_KIND = {"params", "name", "param_names", "initial_lr", "foreach", "fused", "capturable", "maximize"}
-NOT_OF_A_KIND |= {"differentiable", "decoupled_weight_decay"}
+# keys of a parameter group that two optimizers of one kind may differ in: they do not change which state is kept
+IGNORED_KEYS = {"params", "name", "param_names", "initial_lr", "foreach", "fused", "capturable", "maximize"}
+IGNORED_KEYS |= {"differentiable", "decoupled_weight_decay"}
 
 
 def stored_arguments(*groups: Any) -> dict[str, Any]:
-    """The fields of these dataclasses that a later session is compared with, as JSON holds them, without secrets."""
+    """The fields of these dataclasses to compare with a later session: as JSON values, without secrets."""
     arguments = {}
     for group in groups:
         for field in dataclasses.fields(group):
             if field.init and TREATMENT_OF.get(field.name) != HARMLESS:
                 arguments[field.name] = _as_json(getattr(group, field.name))
     if isinstance(name := arguments.get("tokenizer"), str) and Path(name).exists():
-        arguments["tokenizer"] = Path(name).name  # a published file names no folder of this machine
+        arguments["tokenizer"] = Path(name).name  # the file may be published, so it must not name local folders
     return without_secrets(arguments)
 
 
 def read_settings(checkpoint: str | Path) -> dict[str, Any]:
-    """What the run stored in the checkpoint, or as older ones did beside it; empty where that can't be read."""
+    """The settings that a run stored in its checkpoint. Older versions stored them beside it.
+
+    Returns:
+        An empty dict if there are none, or they cannot be read.
+    """
     for path in (Path(checkpoint) / SETTINGS_FILE, Path(checkpoint).parent / SETTINGS_FILE):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -113,10 +117,10 @@ def read_settings(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def find_changes(checkpoint: str | Path, settings: dict[str, Any]) -> Iterable[tuple[str, str]]:
-    """Yield the treatment, and in words the change, of each setting that is not what the resumed run stored.
+    """Yield the treatment and a description of each setting that differs from the resumed run's.
 
     Args:
-        settings: `stored_arguments` under "arguments", and whatever else is to be announced.
+        settings: `stored_arguments` under "arguments". A change of any other entry is announced.
     """
     stored = read_settings(checkpoint)
     before, now = stored.get("arguments", {}), settings.get("arguments", {})
@@ -133,33 +137,33 @@ def find_changes(checkpoint: str | Path, settings: dict[str, Any]) -> Iterable[t
 
 
 def refuse_changes(checkpoint: str | Path, settings: dict[str, Any]) -> None:
-    """Raise SettingsError when the checkpoint cannot go on with one of these settings."""
+    """Raise SettingsError if the checkpoint cannot be resumed with one of these settings."""
     refused = [words for treatment, words in find_changes(checkpoint, settings) if treatment == REFUSED]
     if refused:
         raise SettingsError(
-            f"{checkpoint} cannot go on so: {'; '.join(refused)}. Resume with the settings it began with, or begin a "
-            "new run with its weights (--model)."
+            f"{checkpoint} cannot be resumed with these settings: {'; '.join(refused)}. Resume with the original "
+            "settings, or start a new run with its weights (--model)."
         )
 
 
 def announce_changes(checkpoint: str | Path, settings: dict[str, Any], announce: Callable[[str], Any]) -> None:
-    """Say what was stored and what is asked for, of each setting that is taken, kept or merely other."""
+    """Announce the old and the new value of each setting that is taken, kept or announced."""
     for treatment, words in find_changes(checkpoint, settings):
         announce(f"{WORDS[treatment]}: {words}")
 
 
 class ResumesAsAsked:
-    """Mixin for Trainer: a resumed run does the steps that are left, with the settings that it is now given.
+    """Mixin for Trainer: a resumed run does the remaining steps, with the settings that it is given.
 
-    Trainer (Transformers 5.24) does one step too many when none is left, and takes learning rate, weight decay, betas
-    and the steps of logging and saving from the checkpoint, whatever is asked for. Every checkpoint has its settings
-    in `run_settings.json`; what becomes of a changed one, `TREATMENTS` says.
+    If no step remains, Trainer (Transformers 5.24) still does one. It also takes learning rate, weight decay, betas
+    and the steps of logging and saving from the checkpoint, whatever the arguments are. Every checkpoint has its
+    settings in `run_settings.json`. `TREATMENTS` has the effect of each changed setting.
     """
 
-    run_settings: dict[str, Any] | None = None  # of a program that compares and announces by itself
+    run_settings: dict[str, Any] | None = None  # set by a program that compares and announces by itself
 
     def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps:  # Trainer looks only after a step
+        if self.state.global_step >= self.state.max_steps:  # Trainer checks this only after a step
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -184,7 +188,7 @@ class ResumesAsAsked:
             settings = {"arguments": stored_arguments(self.args)}
             refuse_changes(checkpoint, settings)
             announce_changes(checkpoint, settings, self._announce)
-        if self.is_deepspeed_enabled:  # its engine has loaded them already
+        if self.is_deepspeed_enabled:  # DeepSpeed has already loaded them
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         asked = [_hyperparameters(group) for group in self.optimizer.param_groups]
@@ -195,7 +199,7 @@ class ResumesAsAsked:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"the optimizer and schedule of {checkpoint} do not fit this run ({type(error).__name__}: {error}). "
-                "Resume with the settings it began with, or begin a new run with its weights (--model)."
+                "Resume with the original settings, or start a new run with its weights (--model)."
             ) from error
         _require_state_of_rows(self.optimizer, checkpoint)
         take_hyperparameters(self.optimizer.param_groups, asked, self.lr_scheduler, checkpoint)
@@ -208,27 +212,27 @@ class ResumesAsAsked:
 def take_hyperparameters(
     groups: list[dict[str, Any]], asked: list[dict[str, Any]], scheduler: LRScheduler, checkpoint: str | Path
 ) -> None:
-    """Give parameter groups that were loaded from a checkpoint the settings that were asked for.
+    """Give the parameter groups of a loaded checkpoint the settings of the current run.
 
-    Learning rates become what the schedule gives at the step of the checkpoint: of a run whose settings did not
-    change the very numbers that were loaded. A schedule that has no formula (reduce_lr_on_plateau) goes on from where
-    it was, by the ratio of the new `learning_rate` to the old.
+    Each learning rate becomes the value of the schedule at the step of the checkpoint. If no setting changed, that is
+    exactly the loaded value. A schedule without a formula (reduce_lr_on_plateau) continues from its loaded value,
+    multiplied by the ratio of the new to the old `learning_rate`.
 
     Args:
-        groups: `optimizer.param_groups`, as loaded.
+        groups: the loaded `optimizer.param_groups`.
         asked: the same groups before loading, without "params".
-        scheduler: as loaded.
+        scheduler: the loaded scheduler.
 
     Raises:
-        SettingsError: the groups are of another kind of optimizer.
+        SettingsError: the loaded groups belong to another kind of optimizer.
     """
     for group, wanted in zip(groups, asked, strict=True):
-        kinds = [set(each) - NOT_OF_A_KIND for each in (group, wanted)]
+        kinds = [set(each) - IGNORED_KEYS for each in (group, wanted)]
         if kinds[0] != kinds[1] or group.get("row_state") != wanted.get("row_state"):
             raise SettingsError(
-                f"the optimizer of {checkpoint} is of another kind: it has {_kind(group)}, "
-                f"this run's {_kind(wanted)}. Resume with the --optim, row_sparse_gradients and "
-                "table_optimizer_state it began with, or begin a new run with its weights (--model)."
+                f"the optimizer of {checkpoint} is of another kind: it has {_describe_group(group)}, "
+                f"this run's {_describe_group(wanted)}. Resume with the original --optim, --row_sparse_gradients and "
+                "--table_optimizer_state, or start a new run with its weights (--model)."
             )
         before, after = float(group.get("initial_lr", group["lr"])), float(wanted.get("initial_lr", wanted["lr"]))
         rate = group["lr"] if before == after or not before else group["lr"] * (after / before)
@@ -242,18 +246,18 @@ def take_hyperparameters(
 
 
 def _require_state_of_rows(optimizer, checkpoint: str | Path) -> None:
-    """Raise SettingsError where tables with row-sparse gradients were given the moments of dense ones."""
+    """Raise SettingsError if tables with row-sparse gradients have loaded moments of dense gradients."""
     tables = [table for group in optimizer.param_groups if group.get("row_sparse") for table in group["params"]]
     states = [optimizer.state[table] for table in tables if optimizer.state.get(table)]
     if any("last_step" not in state for state in states):
         raise SettingsError(
-            f"the optimizer of {checkpoint} has moments of dense gradients, and this run has row-sparse ones. Resume "
-            "with the row_sparse_gradients it began with, or begin a new run with its weights (--model)."
+            f"the optimizer of {checkpoint} has moments of dense gradients, and this run has row-sparse gradients. "
+            "Resume with the original --row_sparse_gradients, or start a new run with its weights (--model)."
         )
 
 
 def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if hasattr(group["lr"], "fill_"):  # a tensor, which a compiled step holds on to
+    if hasattr(group["lr"], "fill_"):  # a tensor, which a compiled step keeps a reference to
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
@@ -263,8 +267,8 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-def _kind(group: dict[str, Any]) -> str:
-    names = sorted(set(group) - NOT_OF_A_KIND - {"row_state"})
+def _describe_group(group: dict[str, Any]) -> str:
+    names = sorted(set(group) - IGNORED_KEYS - {"row_state"})
     return ", ".join(names) + (f", row_state {group['row_state']}" if "row_state" in group else "")
 
 
@@ -277,5 +281,5 @@ def _as_json(value: Any) -> Any:
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, TrainingArguments):
         value = dataclasses.asdict(value)
-    # an object's own text may hold its address, which is never the same
+    # the text of an object may contain its address, which changes between processes
     return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", type(other).__qualname__)))

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The folder of a run: whether it can be written, which checkpoint continues it, what starting anew clears."""
+"""The output_dir of a run: whether it is writable, which checkpoint to resume, and what a new run deletes."""
 
 import json
 import shutil
@@ -16,14 +16,21 @@ from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.checkpoint_folders import newest_checkpoint, require_complete
 from modeling_peer.training.recipe import Recipe
 
-# of a run that is overwritten: its weights must never stand beside the next run's tokenizer
+# deleted from a run that is overwritten: its weights must never be beside the tokenizer of the next run
 CLEARED = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "README.md")
 CLEARED += (RESULTS_FILE, SETTINGS_FILE, "trainer_state.json")
 NOT_ARCHITECTURE = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache"}
 
 
 def prepare_output_dir(recipe: Recipe) -> str | None:
-    """Check output_dir, deleting nothing, and find the checkpoint to resume from: its path, or None to start anew."""
+    """Check output_dir and find the checkpoint to resume from. Nothing is deleted.
+
+    Returns:
+        The path of the checkpoint; None for a new run.
+
+    Raises:
+        SettingsError: output_dir is not writable or holds another run, or there is no checkpoint to resume.
+    """
     run = recipe.run
     output_dir = Path(run.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -54,13 +61,13 @@ def prepare_output_dir(recipe: Recipe) -> str | None:
 
 
 def holds_run(output_dir: Path) -> bool:
-    """Whether an earlier run has saved weights or checkpoints here."""
+    """Whether the folder has weights or checkpoints of an earlier run."""
     names = ("checkpoint-*", "*.safetensors", "trainer_state.json")
     return any(True for name in names for _ in output_dir.glob(name))
 
 
 def clear_output_dir(output_dir: Path) -> None:
-    """Delete the checkpoints, the model and the results of an earlier run, and nothing else."""
+    """Delete checkpoints, model and results of an earlier run, but no other files."""
     if not holds_run(output_dir):
         return
     for path in (*list_checkpoints(output_dir), output_dir / UNFINISHED):
@@ -72,23 +79,23 @@ def clear_output_dir(output_dir: Path) -> None:
 
 
 def find_checkpoint(run: RunArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or the newest complete one of output_dir."""
+    """The checkpoint that `resume_from_checkpoint` selects: a path, or the newest complete one in output_dir."""
     wanted = run.resume_from_checkpoint
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     if wanted.lower() not in ("true", "yes", "1", "last"):
         if not exists(wanted):
-            raise SettingsError(f"{wanted} is no training checkpoint that can be resumed: {no_such_folder(wanted)}")
+            raise SettingsError(f"cannot resume from {wanted}: {no_such_folder(wanted)}")
         require_complete(wanted)
         return wanted
-    checkpoint, passed_over = newest_checkpoint(Path(run.output_dir))
-    if passed_over and run.process_index == 0:
-        print(f"not resumed, being incomplete: {'; '.join(passed_over)}")
+    checkpoint, incomplete = newest_checkpoint(Path(run.output_dir))
+    if incomplete and run.process_index == 0:
+        print(f"not resumed, because incomplete: {'; '.join(incomplete)}")
     return checkpoint
 
 
 def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_remote_code: bool) -> None:
-    """Raise SettingsError when the run that is resumed had another network than the one now asked for."""
+    """Raise SettingsError if the resumed run has another architecture than `config`."""
     try:
         saved = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to_dict()
     except CONFIG_ERRORS as error:
@@ -102,5 +109,5 @@ def require_same_architecture(checkpoint: str, config: PreTrainedConfig, trust_r
     ]
     if changes:
         raise SettingsError(
-            f"{checkpoint} is of another model: {'; '.join(changes)}. Resume with the settings it began with."
+            f"{checkpoint} has another model: {'; '.join(changes)}. Resume with the original settings."
         )

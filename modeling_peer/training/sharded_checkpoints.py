@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer resumes models that were sharded as they were loaded: every process saves and reads its part."""
+"""Checkpoints of models that `from_pretrained` sharded: every process saves and loads its part."""
 
 import os
 from itertools import chain
@@ -12,7 +12,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from modeling_peer.console.errors import SettingsError
 
-# older releases of Transformers keep them elsewhere, and know less: not the parts of parts that FSDP2 leaves
+# Older releases have these functions in another module, without support for shards that FSDP2 shards again.
 try:
     from transformers.distributed.checkpoint import (
         _redistribute_state_dict,
@@ -26,17 +26,17 @@ OPTIMIZER_FOLDER = "optimizer"
 
 
 class ShardedCheckpoints:
-    """Mixin for Trainer: a run whose model came from `from_pretrained(..., distributed_config=...)` can be resumed, on
-    as many processes as before, on others, or on one.
+    """Mixin for Trainer: a run can be resumed if its model came from `from_pretrained(..., distributed_config=...)`.
 
-    Trainer (Transformers 5.23) can do neither half, and refuses: it would save the first process' part of the
-    optimizer's state for all of it, and give whole weights to processes that have parts. Here that state is a folder
-    of `torch.distributed.checkpoint`: each process writes its part, under the names of parameters. Weights are saved
-    whole, as ever, and each process reads its part of them.
+    The number of processes may change, also to one. Trainer (Transformers 5.23) refuses such models. It would save
+    only the first process's part of the optimizer's state, and load whole weights into processes that have parts.
+
+    Here the optimizer's state is a folder of `torch.distributed.checkpoint`. Each process writes its part, under the
+    names of the parameters. Weights are saved whole, as usual, and each process reads its part of them.
     """
 
     def __init__(self, model=None, args=None, *others, **options):
-        """As of Trainer, which looks at `save_only_model` to refuse a sharded model."""
+        """As in Trainer, which would refuse to save a sharded model without `save_only_model`."""
         saves_more = is_sharded(model) and args and args.save_strategy != "no" and not args.save_only_model
         if saves_more:
             require_engine()
@@ -57,7 +57,7 @@ class ShardedCheckpoints:
             return
         try:
             save_optimizer_distributed(self.model, *self._optimizer_and_folder(output_dir))
-        except CheckpointException as error:  # of any process, and no Exception
+        except CheckpointException as error:  # raised for an error of any process; not a subclass of Exception
             raise RuntimeError(str(error)) from error
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -66,31 +66,33 @@ class ShardedCheckpoints:
         if checkpoint is None or not os.path.isdir(os.path.join(checkpoint, OPTIMIZER_FOLDER)):
             if checkpoint is not None and self._sharded_at_load:
                 raise SettingsError(
-                    f"{checkpoint} was saved by processes that had the whole model each, and this one has a part of "
-                    "it. Resume without sharding, or begin a new run with its weights (--model)."
+                    f"{checkpoint} was saved by processes that each had the whole model, and this process has a part "
+                    "of it. Resume without sharding, or start a new run with its weights (--model)."
                 )
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         require_engine()
         load_optimizer_distributed(self.model, *self._optimizer_and_folder(checkpoint))
         state = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
-        # Groups are by device mesh, too: with other processes there may be others, whose rates the optimizer has now.
+        # Groups also depend on the device mesh, so they can change with the number of processes. The optimizer has
+        # the rates of the new groups.
         groups = self.optimizer.param_groups
-        of_groups = {
+        group_states = {
             "base_lrs": [group["initial_lr"] for group in groups],
             "_last_lr": [group["lr"] for group in groups],
-            "lr_lambdas": [None] * len(groups),  # functions, which have no state
+            "lr_lambdas": [None] * len(groups),  # functions without state
         }
-        state |= {name: of_groups[name] for name in of_groups.keys() & state.keys()}
+        state |= {name: group_states[name] for name in group_states.keys() & state.keys()}
         self.lr_scheduler.load_state_dict(state)
 
     def _optimizer_and_folder(self, checkpoint):
-        # that of torch: the engine begins with a step of zero gradients, which Accelerate's would count
+        # The optimizer of torch, because Accelerate's wrapper would count the step of zero gradients that Transformers
+        # starts with.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer, os.path.join(checkpoint, OPTIMIZER_FOLDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._sharded_at_load and isinstance(self.model, PreTrainedModel):  # not the adapters of PEFT
+        if self._sharded_at_load and isinstance(self.model, PreTrainedModel):  # not adapters of PEFT
             load_parts(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -103,23 +105,23 @@ class ShardedCheckpoints:
 
 
 def is_sharded(model) -> bool:
-    """Whether `from_pretrained(..., distributed_config=...)` dealt it out to processes."""
+    """Whether `from_pretrained(..., distributed_config=...)` sharded the model over processes."""
     return getattr(model, "_device_mesh", None) is not None
 
 
 def require_engine() -> None:
-    """Raise SettingsError when this Transformers does not save and load the parts of an optimizer's state."""
+    """Raise SettingsError if this release of Transformers cannot save and load a sharded optimizer state."""
     if save_optimizer_distributed is None:
         raise SettingsError(
-            "the optimizer of a model that is sharded over processes is saved and resumed with transformers 5.23: "
-            "update it, or set --save_only_model true, whose checkpoints are models to begin with, no runs to resume."
+            "saving the optimizer of a model that is sharded over processes needs Transformers 5.23 or later. Update "
+            "it, or set --save_only_model true. Runs cannot be resumed from such checkpoints."
         )
 
 
 @torch.no_grad()
 def load_parts(model: PreTrainedModel, folder: str | os.PathLike) -> None:
-    """Give every process its part of the weights in the safetensors files of `folder`; it reads no more of them."""
-    # a weight of two names is saved under the first
+    """Load this process's part of the weights in the safetensors files of `folder`, and read nothing else."""
+    # a weight with two names is saved under the first
     names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
     weights = {name: value for name, value in model.state_dict().items() if name in names}
     parts = _redistribute_state_dict(weights)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a training run cost: the time of its steps and its peak memory."""
+"""The cost of a training run: time per step and peak memory."""
 
 import time
 from statistics import median
@@ -12,8 +12,11 @@ from modeling_peer.costs.memory import forget_peak_memory, peak_memory_bytes
 
 
 class CostOfSteps(TrainerCallback):
-    """Times every optimizer step, its accumulated micro-batches included, evaluation and saving left out; and takes
-    the peak of this process's memory from the first step to the last."""
+    """Measures the time of each optimizer step, and the peak memory of this process.
+
+    A step includes its accumulated micro-batches, but no evaluation and no saving. The peak is that of the whole
+    training, evaluation and saving included.
+    """
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -34,7 +37,7 @@ class CostOfSteps(TrainerCallback):
             self.peak_memory_bytes = peak_memory_bytes(self.device)
 
     def summary(self) -> dict[str, Any]:
-        """Median seconds of a step and bytes of peak memory; None for what was not measured."""
+        """Median seconds per step and peak memory in bytes. None if not measured."""
         return {
             "seconds_per_step": round(median(self.seconds), 5) if self.seconds else None,
             "peak_memory_bytes": self.peak_memory_bytes,

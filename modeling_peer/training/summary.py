@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What a run leaves: the facts of a finished training, and its final evaluation."""
+"""The result of a run: facts of the training, and the final evaluation."""
 
 import time
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from modeling_peer.training.recipe import Recipe
 
 @dataclass
 class TrainingResult:
-    """What a run leaves in memory; `summary` is what it prints and stores beside the model."""
+    """The result of a run in memory. `summary` is also printed, and stored beside the model."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ class TrainingResult:
 
 
 def examples_per_step(run: RunArguments, model: PreTrainedModel) -> int:
-    """Of all processes; those of a tensor-parallel group have the same ones."""
+    """Examples per optimizer step of all processes. Those of a tensor-parallel group share their examples."""
     num_groups = run.world_size // (getattr(model, "tp_size", None) or 1)
     return run.train_batch_size * run.gradient_accumulation_steps * num_groups
 
@@ -41,7 +41,7 @@ def examples_per_step(run: RunArguments, model: PreTrainedModel) -> int:
 def summarize(
     trainer: LanguageModelTrainer, recipe: Recipe, corpus: Corpus, block_size: int, started: float
 ) -> dict[str, Any]:
-    """The facts of a finished run that need no further measurement."""
+    """The facts of a finished run that are known without the final evaluation."""
     run, state = recipe.run, trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
@@ -60,8 +60,13 @@ def summarize(
 
 
 def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) -> dict[str, Any]:
-    """Of the validation documents, under `validation_` names: sliding-window perplexity and bits per byte; of a masked
-    model `masked_perplexity`."""
+    """Measurements on the validation documents, with the prefix `validation_`.
+
+    For a causal model: sliding-window perplexity and bits per byte. For a masked model: `masked_perplexity`.
+
+    Raises:
+        SettingsError: the saved model cannot be scored, for example because it diverged.
+    """
     texts = result.corpus.documents("validation", recipe.data.max_evaluation_bytes)
     model, tokenizer = result.model, result.tokenizer
     options = {
@@ -72,7 +77,7 @@ def final_evaluation(result: TrainingResult, recipe: Recipe, block_size: int) ->
         if predicts_masked_tokens(model.config):
             rows = tokenize({"text": texts}, tokenizer, text_column="text", rows_are_lines=False)["input_ids"]
             tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-            block_size = max(1, min(block_size, len(tokens)))  # of a short text one block
+            block_size = max(1, min(block_size, len(tokens)))  # a short text is one block
             blocks = tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
             measured = masked_perplexity(model, tokenizer, blocks, recipe.data.masking_probability, **options)
         else:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer with what expert tables need, and with what our runs need: a card, and an early end."""
+"""Trainer for models with expert tables."""
 
 import math
 
@@ -28,32 +28,34 @@ from modeling_peer.training.resumed_settings import ResumesAsAsked
 from modeling_peer.training.sharded_checkpoints import ShardedCheckpoints
 from modeling_peer.transformers_names_peer import require_arguments, require_methods
 
-# Trainer's own methods that PeerTrainer and its mixins override: one that a release renames is never called again.
+# Methods of Trainer that PeerTrainer and its mixins override. If a release renamed one, ours would never be called.
 OVERRIDDEN = (
     *("create_optimizer", "create_scheduler", "get_optimizer_cls_and_kwargs", "training_step", "log", "train"),
     *("save_model", "prediction_step", "create_model_card", "_clip_grad_norm", "_get_grad_norm", "_get_learning_rate"),
     *("_get_output_dir", "_save", "_save_checkpoint", "_push_from_checkpoint", "_save_rng_state", "_load_rng_state"),
     *("_run_epoch", "_init_training_state", "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"),
-    *("_load_from_checkpoint", "_load_best_model", "save_state"),
+    *("_load_from_checkpoint", "_load_best_model", "save_state", "init_hf_repo", "push_to_hub"),
 )
 require_methods(Trainer, *OVERRIDDEN)
-require_arguments(Trainer.compute_loss, "num_items_in_batch")  # what the model's loss is divided by
+require_arguments(Trainer.compute_loss, "num_items_in_batch")  # the model divides its loss by it
 
 
 class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, ShardedCheckpoints, Trainer):
-    """Trainer for models with expert tables: takes the place of `transformers.Trainer`, with the same arguments.
+    """Trainer for models with expert tables. It replaces `transformers.Trainer` and has the same arguments.
 
-    Expert tables get a parameter group of their own (`parameter_groups`), a schedule of their own, and are clipped to
-    `max_grad_norm` apart from the other weights; `table_grad_norm` and `table_learning_rate` are logged beside
-    `grad_norm` and `learning_rate`, which are those of the others. With row-sparse gradients, `RowSparseAdamW` is the
-    optimizer, and `DistributedDataParallel` leaves the tables to `average_over_processes`. Checkpoints exist whole or
-    not at all (`CompleteCheckpoints`), those of models that are sharded over processes too (`ShardedCheckpoints`). A
-    resumed run does the steps that are left, with the settings it is given (`ResumesAsAsked`), and no file holds a
-    token (`PrivateArguments`).
+    - Expert tables have a separate parameter group (`parameter_groups`) and a separate schedule.
+    - Their gradients are clipped to `max_grad_norm` separately from those of the other weights.
+    - Logs have `table_grad_norm` and `table_learning_rate`. `grad_norm` and `learning_rate` are those of the others.
+    - With row-sparse gradients the optimizer is `RowSparseAdamW`. Under `DistributedDataParallel`,
+      `average_over_processes` then averages the gradients of tables.
+    - A checkpoint is written all or nothing (`CompleteCheckpoints`), also that of a sharded model
+      (`ShardedCheckpoints`).
+    - A resumed run does the remaining steps with the settings it is given (`ResumesAsAsked`).
+    - No file contains a token or password (`PrivateArguments`).
 
-    `args` may be `TrainingArguments`; `PeerTrainingArguments` has fields for these choices. Another Trainer gets the
-    same from `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, and on a GPU with dense
-    gradients, since Trainer can't clip others there:
+    `args` may be `TrainingArguments`; `PeerTrainingArguments` adds fields for expert tables. For another Trainer,
+    define `class MyTrainer(PeerTrainer, SFTTrainer)`. Without a subclass, Trainer itself can use the optimizer. On a
+    GPU it then needs dense gradients, because it cannot clip row-sparse ones:
 
         Trainer(..., optimizer_cls_and_kwargs=(RowSparseAdamW, {"params": parameter_groups(model, 1e-3)}))
     """
@@ -63,7 +65,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
 
     @property
     def _table_settings(self) -> PeerTrainingArguments | type[PeerTrainingArguments]:
-        # of plain TrainingArguments, the defaults, which a dataclass has as attributes
+        # for plain TrainingArguments the defaults, which are class attributes of a dataclass
         return self.args if isinstance(self.args, PeerTrainingArguments) else PeerTrainingArguments
 
     @property
@@ -71,14 +73,14 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return self._table_settings.row_sparse_gradients or has_row_sparse_gradients(self.model)
 
     def train(self, *args, **kwargs):
-        """Train as Trainer does; refuse numbers that could train nothing (`RANGES`)."""
+        """Train as Trainer does. Raise SettingsError if a number is out of its range (`RANGES`)."""
         require_numbers(self.args, TrainingArguments)
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, model=None):
         """The optimizer that the arguments name, with `parameter_groups`."""
         given = self.optimizer_cls_and_kwargs
-        if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() comes here again
+        if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() calls this again
             self._prepare_row_sparse()
             self._row_sparse_model = self.model
         try:
@@ -88,17 +90,17 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         except SettingsError:
             raise
         except (ValueError, TypeError, KeyError, ImportError) as error:
-            if given:  # a program's own
+            if given:  # given by a program, not by the arguments
                 raise
             name = getattr(self.args.optim, "value", self.args.optim)
             raise SettingsError(f"--optim {name} with --optim_args {self.args.optim_args}: {error}") from error
         finally:
-            self.optimizer_cls_and_kwargs = given  # Trainer takes "params" out of it
+            self.optimizer_cls_and_kwargs = given  # Trainer removes "params" from it
 
     def _optimizer_class_and_groups(self, model):
         settings, network = self._table_settings, self.model if model is None else model
         optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
-        with row_sparse_gradients(self.model, self._row_sparse):  # which the groups record
+        with row_sparse_gradients(self.model, self._row_sparse):  # the groups then have `row_sparse`
             groups = parameter_groups(
                 network,
                 options.get("lr", self.args.learning_rate),
@@ -115,8 +117,8 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         if self._row_sparse:
             if optimizer_class is not torch.optim.AdamW:
                 raise SettingsError(
-                    f"--optim {self.args.optim.value} takes no row-sparse gradients: use adamw_torch, or set "
-                    "row_sparse_gradients to false."
+                    f"--optim {self.args.optim.value} does not support row-sparse gradients: use adamw_torch, or "
+                    "set row_sparse_gradients to false."
                 )
             options.pop("fused", None)
             return RowSparseAdamW, {**options, "row_state": state}
@@ -130,12 +132,12 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
             average_over_processes(self.model)
         elif kind != DistributedType.NO:
             raise SettingsError(
-                f"row-sparse gradients need one process or DistributedDataParallel; {kind.value} reduces dense ones "
-                "only. Set row_sparse_gradients to false."
+                f"row-sparse gradients need one process or DistributedDataParallel; {kind.value} reduces only dense "
+                "gradients. Set row_sparse_gradients to false."
             )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """The scheduler that the arguments name, with the tables' own schedule."""
+        """The scheduler that the arguments name, with the separate schedule of expert tables."""
         if self.lr_scheduler is None:
             settings = self._table_settings
             try:
@@ -169,7 +171,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def _clip_apart(self, model, max_norm: float) -> torch.Tensor | None:
-        """The norm of all but the tables; None where there are no tables to be told from the rest."""
+        """The gradient norm of all weights but the tables; None if there are no separate tables to clip."""
         engines = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
         flattened = self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
         if flattened or self.accelerator.distributed_type in engines or not expert_tables(model):
@@ -185,7 +187,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return super()._get_learning_rate()
 
     def log(self, logs, *args, **kwargs):
-        """Log, with the tables' norm and rate beside the others'."""
+        """Log as Trainer does, with the gradient norm and the learning rate of the tables."""
         if "grad_norm" in logs and self._table_grad_norm is not None:
             logs["table_grad_norm"] = self._table_grad_norm.item()
         if "learning_rate" in logs and self._table_learning_rate is not None:

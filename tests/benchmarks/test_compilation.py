@@ -29,8 +29,13 @@ def test_every_kernel_compiles_for_an_h200_without_spills_and_loads_16_bytes_at_
         "compile_kernels.py", "--architectures", "90", "--output_file", str(tmp_path / "kernels.json")
     )
     assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
-    assert result == json.loads((tmp_path / "kernels.json").read_text())
+    summary = json.loads(process.stdout.splitlines()[-1])
+    result = json.loads((tmp_path / "kernels.json").read_text())
+    assert summary == {
+        "path": str(tmp_path / "kernels.json"),
+        "benchmark": "compilation",
+        "kernels": len(result["kernels"]),
+    }
     assert {kernel["kernel"] for kernel in result["kernels"]} == KERNELS
     for kernel in result["kernels"]:
         assert kernel["architecture"] == 90
@@ -46,9 +51,9 @@ def test_every_kernel_compiles_for_an_h200_without_spills_and_loads_16_bytes_at_
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"architectures": [90, 75]}, "--architectures 75 is none of 80, 86"),
+        ({"architectures": [90, 75]}, "--architectures must be among 80, 86.*got 75"),
         ({"output_file": "nowhere/kernels.json"}, "--output_file nowhere/kernels.json: no such folder"),
-        ({}, "TRITON_INTERPRET=1 compiles nothing: unset it"),
+        ({}, "with TRITON_INTERPRET=1 nothing is compiled: unset it"),
     ],
     ids=str,
 )

@@ -197,7 +197,7 @@ def test_a_checkpoint_whose_json_is_of_another_type_is_passed_over(tmp_path, fin
         return
     assert said is None
     if text != "{}":
-        assert "not resumed, being incomplete: checkpoint-4 (" in capsys.readouterr().out
+        assert "not resumed, because incomplete: checkpoint-4 (" in capsys.readouterr().out
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 5
 
 

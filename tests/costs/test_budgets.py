@@ -109,7 +109,7 @@ def test_a_budget_that_cannot_be_met_is_an_error_with_the_nearest(small):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"budget": "energy"}, "budget='energy' is none of flops, parameters, time"),
+        ({"budget": "energy"}, "budget must be one of flops, parameters, time; got 'energy'"),
         ({"knobs": []}, "knobs is empty"),
         ({"knobs": ["hidden_sizes"]}, "'hidden_sizes' is no knob. Known: intermediate_size"),
         ({"knobs": ["num_moe_experts"]}, "num_moe_experts does not change the flops of .*'peer'"),

@@ -118,7 +118,7 @@ def test_a_local_data_set_folder_is_read_like_one_of_the_hub(tmp_path):
         ("missing.txt", None, "no such file or folder"),
         ("empty.txt", b"", "no text in .*empty.txt: empty"),
         ("latin.txt", "é".encode("latin-1"), "not UTF-8 text"),
-        ("table.parquet", b"PAR1", "Put the file in a folder and name that as --dataset_name"),
+        ("table.parquet", b"PAR1", "Put the file in a folder and set --dataset_name to it"),
         ("broken.txt.xz", b"not xz", "cannot be decompressed"),
         ("broken.jsonl", b"{", "line 1 is not JSON"),
         ("other.jsonl", b'{"body": "x"}', "no text under 'text'; it has: body. Set --text_column"),

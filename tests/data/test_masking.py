@@ -178,7 +178,7 @@ def test_a_resumed_run_sees_the_masks_that_it_would_have_seen(tmp_path, inputs):
 def test_what_cannot_be_masked_is_refused(tmp_path, inputs):
     byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     words = [word for word in inputs if not word.startswith("--tokenizer")]
-    with pytest.raises(SettingsError, match=r"is_causal=false.*no mask token: use --tokenizer train or bytes"):
+    with pytest.raises(SettingsError, match=r"is_causal=false.*no mask token. Use --tokenizer train or bytes"):
         train(words, output_dir=tmp_path / "a", max_steps=1, tokenizer=tmp_path / "tokenizer")
     with pytest.raises(SettingsError, match="--streaming"):
         train(inputs, output_dir=tmp_path / "b", max_steps=1, streaming=True)

@@ -110,7 +110,7 @@ def test_without_a_start_token_the_first_token_and_its_bytes_are_not_counted():
         ({"context_length": 0}, r"context_length \(0\) must be at least 1"),
         ({"stride": 0}, r"stride \(0\) must be from 1"),
         ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
-        ({"data": [""]}, "nothing to score in 1 texts"),
+        ({"data": [""]}, "nothing to score in 1 text: each is empty"),
         ({"tokenizer": None}, "needs its tokenizer too"),
     ],
 )

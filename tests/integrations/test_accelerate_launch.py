@@ -27,7 +27,8 @@ from transformers.distributed import DistributedConfig
 from modeling_peer import PeerForCausalLM
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.training.checkpoint_folders import find_damage
-from modeling_peer.training.parallelism import launched_sharding
+from modeling_peer.training.parallelism import launched_sharding, require_devices_for_launch
+from modeling_peer.training.recipe import parse_recipe
 
 FOLDER = REPOSITORY / "configuration" / "accelerate"
 # BatchNorm would take its statistics from the sequences of each process
@@ -111,6 +112,41 @@ def test_sizes_that_accelerate_does_not_combine_are_told_as_settings(monkeypatch
     as_launched(monkeypatch, dp_replicate_size=2, dp_shard_size=1, tp_size=2)
     with pytest.raises(SettingsError, match=r"parallelism_config: .*Please set dp_shard_size > 1"):
         launched_sharding()
+
+
+def test_a_launch_on_too_few_accelerators_is_refused_with_both_numbers_and_the_way_out(monkeypatch):
+    as_launched(monkeypatch, dp_shard_size=8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    message = r"starts 8 processes, each on an accelerator of its own, and this machine has 1\..*one_machine\.yaml"
+    with pytest.raises(SettingsError, match=message):
+        require_devices_for_launch()
+
+
+@pytest.mark.parametrize(
+    ("variables", "num_devices"),
+    [
+        ({}, 8),  # enough
+        ({"ACCELERATE_USE_CPU": "true"}, 0),  # processes that share the CPU, as in tests
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "false"}, 0),  # DistributedDataParallel runs on CPUs, too
+    ],
+)
+def test_a_launch_that_can_run_is_not_refused(monkeypatch, variables, num_devices):
+    as_launched(monkeypatch, dp_shard_size=8)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name, value in ({"LOCAL_WORLD_SIZE": "8"} | variables).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: num_devices)
+    assert require_devices_for_launch() is None
+
+
+def test_a_launch_file_given_as_a_recipe_says_what_it_is_and_what_it_needs():
+    message = r"is a file for `accelerate launch --config_file`, not a recipe\. It needs 8 accelerators, one for each"
+    with pytest.raises(SettingsError, match=message):
+        parse_recipe([str(FOLDER / "experts_and_data.yaml")])
+    with pytest.raises(SettingsError, match=r"not a recipe\. On one CPU or GPU run `peer train quickstart`"):
+        parse_recipe([str(FOLDER / "one_machine.yaml")])
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")

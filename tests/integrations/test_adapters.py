@@ -105,6 +105,6 @@ def test_an_adapter_of_tables_is_refused_where_it_cannot_be_trained_or_merged(ti
     adapted(input_ids=tokens)  # trained elsewhere, used here
     config = tiny_config(mlp_layer_types=["sparse"] * 3, share_expert_tables=True)
     adapted = adapt(PeerForCausalLM(config), target_parameters=TABLES)
-    with pytest.raises(ValueError, match=r"share_expert_tables=True: an adapter .* one update a layer"):
+    with pytest.raises(ValueError, match=r"share_expert_tables=True: an adapter .* one update per layer"):
         adapted(input_ids=tokens)
     train(adapt(PeerForCausalLM(config)), tokens)  # other weights may be adapted

@@ -182,7 +182,7 @@ def test_a_step_refuses_products_of_tokens_that_do_not_exist():
     arguments = adamw_arguments()
     products = [torch.tensor([1, 4, 19]), torch.arange(4), torch.rand(3), torch.tensor([0, 1, 2]), torch.randn(2, 6)]
     settings = {"step": 1, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
-    with pytest.raises(ValueError, match="token_ids reach from 0 to 2; there are 0 to 1"):
+    with pytest.raises(ValueError, match="token_ids must be from 0 to 1; got 0 to 2"):
         adamw_rows_(**{**arguments, "gradients": OuterProducts(*products)}, **settings)
     products[1] = torch.tensor([0, 1, 2, 4])
     with pytest.raises(ValueError, match="from 0 to 3"):

@@ -115,7 +115,7 @@ def test_neither_neighbours_nor_threads_change_a_bit():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            assert (cpu_threads.team_for(2**30) > 1) == (threads > 1)
+            assert (cpu_threads.num_threads_for(2**30) > 1) == (threads > 1)
             results.append(run(layer, tokens, "cpu"))
             one_by_one = [run(layer, token, "cpu") for token in tokens.split(1)]
             results.append(torch.cat(one_by_one))
@@ -215,7 +215,7 @@ def test_a_norm_that_still_learns_its_statistics_does(calls):
     ("change", "error"),
     [
         ({"top_k": 46}, "top_k .46. exceeds the 45 sub-keys"),
-        ({"query_dim": 12, "query_proj": nn.Linear(20, 36)}, "query has 12 features, sub_keys two halves of 5"),
+        ({"query_dim": 12, "query_proj": nn.Linear(20, 36)}, "query has 12 features; sub_keys have two halves of 5"),
         ({"query_proj": nn.Linear(21, 30)}, "shapes cannot be multiplied"),
         ({"query_norm": PeerBatchNorm(20).eval()}, "should contain 30 elements not 20"),
         ({"query_norm": PeerLayerNorm(4)}, "normalized_shape"),

@@ -120,9 +120,9 @@ def test_the_filter_changes_no_bit(change, share_sub_keys, monkeypatch, poisoned
     for sub_keys in codebooks if change else ():
         change(query, sub_keys)
     sub_keys = codebooks[0] if share_sub_keys else torch.stack(codebooks)
-    assert cpu_filter.pays_off(1030, NUM_SUB_KEYS, HALF, TOP_K)
+    assert cpu_filter.is_faster(1030, NUM_SUB_KEYS, HALF, TOP_K)
     actual = RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, TOP_K)
-    monkeypatch.setattr(cpu_filter, "pays_off", lambda *sizes: False)
+    monkeypatch.setattr(cpu_filter, "is_faster", lambda *sizes: False)
     expected = RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, TOP_K)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     _, expert_ids = actual
@@ -132,7 +132,7 @@ def test_the_filter_changes_no_bit(change, share_sub_keys, monkeypatch, poisoned
 @pytest.mark.parametrize(("num_sub_keys", "half", "top_k"), [(1024, 128, 16), (129, 36, 2), (1600, 100, 32)])
 def test_a_token_gives_the_same_bits_alone_and_among_many(num_sub_keys, half, top_k):
     query, sub_keys = torch.randn(600, 2, 2 * half), torch.randn(2, num_sub_keys, half) * half**-0.5
-    assert cpu_filter.pays_off(1200, num_sub_keys, half, top_k)
+    assert cpu_filter.is_faster(1200, num_sub_keys, half, top_k)
     scores, expert_ids = RETRIEVAL_FUNCTIONS["cpu"](query, sub_keys, top_k)
     for some in (slice(5, 6), slice(100, 140)):  # one by one; in blocks
         some_scores, some_ids = RETRIEVAL_FUNCTIONS["cpu"](query[some], sub_keys, top_k)
@@ -167,4 +167,4 @@ def test_only_rows_with_many_ties_need_every_score(change, num_others):
     ],
 )
 def test_the_filter_stays_out_where_it_does_not_pay(sizes):
-    assert not cpu_filter.pays_off(*sizes)
+    assert not cpu_filter.is_faster(*sizes)

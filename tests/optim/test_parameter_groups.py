@@ -80,7 +80,7 @@ def test_a_schedules_state_is_saved_and_loaded_like_that_of_the_scheduler_alone(
 
 
 def test_a_schedule_that_cannot_be_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="'rising' is none of multiple, decaying, constant"):
+    with pytest.raises(ValueError, match="must be one of multiple, decaying, constant; got 'rising'"):
         rates("linear", "rising")
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     plateau = get_scheduler("reduce_lr_on_plateau", optimizer)

@@ -230,9 +230,9 @@ def test_a_layer_trains_alike_after_its_optimizer_was_saved_and_loaded(tiny_conf
 
 def test_what_the_optimizer_cannot_do_is_refused_with_the_reason():
     table = nn.Parameter(torch.randn(6, 2))
-    with pytest.raises(ValueError, match="row_state='int8' is none of float32, bfloat16, factored"):
+    with pytest.raises(ValueError, match="row_state must be one of float32, bfloat16, factored; got 'int8'"):
         RowSparseAdamW([table], row_state="int8")
-    with pytest.raises(ValueError, match=r"betas\[0\] \(0.9\) must be less than the root of betas\[1\] \(0.8944\)"):
+    with pytest.raises(ValueError, match=r"betas\[0\] \(0.9\) must be less than .* root of betas\[1\] \(0.8944\)"):
         RowSparseAdamW([table], betas=(0.9, 0.8))
     optimizer = RowSparseAdamW([table])
     table.grad = row_sparse(torch.randn(6, 2), torch.tensor([1]))

@@ -187,7 +187,7 @@ def test_a_flattened_state_of_rows_is_refused_where_nobody_knew_that_they_are(ti
         group.pop("row_sparse", None)
     other = RowSparseAdamW(groups)
     set_optimizer_state_dict(model, other, state, options=options)
-    with pytest.raises(ValueError, match="row_sparse=True, as parameter_groups"):
+    with pytest.raises(ValueError, match="row_sparse=True, as in parameter_groups"):
         train(model, other, 1)
 
 
@@ -236,8 +236,8 @@ def test_hooks_of_loading_change_and_see_what_is_loaded():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"row_state": "int8"}, "row_state='int8' is none of float32"),
-        ({"betas": (0.99, 0.9)}, r"betas\[0\] \(0.99\) must be less than the root of betas\[1\]"),
+        ({"row_state": "int8"}, "row_state must be one of float32, bfloat16, factored; got 'int8'"),
+        ({"betas": (0.99, 0.9)}, r"betas\[0\] \(0.99\) must be less than the square root of betas\[1\]"),
         ({"betas": (0.5, 1.0)}, r"betas\[1\] \(1.0\) must be at least 0 and less than 1"),
         ({"maximize": True}, "maximize=True"),
         ({"amsgrad": True}, "amsgrad=True"),
@@ -288,8 +288,8 @@ NAN = torch.full((6, 4), float("nan"))
         ({"exp_avg_sq": torch.zeros(6, 1)}, r"exp_avg_sq must have the shape \(6, 4\) with row_state='float32'"),
         ({"last_step": torch.zeros(7, dtype=torch.int32)}, r"last_step must have the shape \(6,\)"),
         ({"last_step": torch.zeros(6)}, "last_step must have whole numbers; got torch.float32"),
-        ({"last_step": torch.full((6,), 4)}, "last_step reaches from 4 to 4, and step is 3"),
-        ({"last_step": torch.full((6,), -1)}, "last_step reaches from -1 to -1"),
+        ({"last_step": torch.full((6,), 4)}, "last_step ranges from 4 to 4, but step is 3"),
+        ({"last_step": torch.full((6,), -1)}, "last_step ranges from -1 to -1"),
         ({"exp_avg": torch.zeros(6, 4, dtype=torch.int64)}, "exp_avg must have floating-point numbers"),
         ({"exp_avg": torch.zeros(6, 4, dtype=torch.complex64)}, "exp_avg must have floating-point numbers"),
         ({"exp_avg": torch.zeros(6, 4).to_sparse()}, "must be a tensor with values"),
@@ -327,7 +327,7 @@ def test_dense_state_of_another_shape_and_other_groups_are_refused_with_the_numb
     swapped = {**state, "state": {0: state["state"][1], 1: state["state"][0]}}
     with pytest.raises(ValueError, match=r"parameter 0, of shape \(3,\): exp_avg must .* \(3,\); got \(5,\)"):
         optimizer.load_state_dict(swapped)
-    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, and this optimizer of \[1\]"):
+    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, but this optimizer of \[1\]"):
         RowSparseAdamW(weights[:1]).load_state_dict(state)
     with pytest.raises(ValueError, match="needs state and param_groups; got nothing"):
         optimizer.load_state_dict({})
@@ -369,22 +369,22 @@ def products(**changes):
 
 
 WRONG_ARGUMENTS = [
-    ({"exp_avg": torch.zeros(5, 4)}, r"exp_avg has the shape \(5, 4\), and \(6, 4\) fits"),
+    ({"exp_avg": torch.zeros(5, 4)}, r"exp_avg has the shape \(5, 4\); the table and its rows need \(6, 4\)"),
     ({"exp_avg_sq": torch.zeros(6, 2)}, r"exp_avg_sq has the shape \(6, 2\)"),
     ({"exp_avg_sq": torch.zeros(5, 1)}, r"exp_avg_sq has the shape \(5, 1\)"),
-    ({"rows": torch.tensor([1, 6])}, "rows reach from 1 to 6; there are 0 to 5"),
-    ({"rows": torch.tensor([-1, 3])}, "rows reach from -1 to 3"),
-    ({"rows": torch.tensor([3, 3])}, "1 of 2 rows are given more than once"),
+    ({"rows": torch.tensor([1, 6])}, "rows must be from 0 to 5; got 1 to 6"),
+    ({"rows": torch.tensor([-1, 3])}, "rows must be from 0 to 5; got -1 to 3"),
+    ({"rows": torch.tensor([3, 3])}, "1 of 2 rows are repeated"),
     ({"rows": ROWS.int()}, "one-dimensional and int64"),
     ({"gradients": torch.ones(3, 4)}, r"gradients has the shape \(3, 4\)"),
     ({"gradients": torch.ones(2, 5)}, r"gradients has the shape \(2, 5\)"),
     ({"catch_up": torch.ones(1, 4)}, r"catch_up has the shape \(1, 4\)"),
     ({"step": 0}, r"step \(0\) must be at least 1"),
-    ({"table": torch.ones(24)}, "a table has rows and columns"),
+    ({"table": torch.ones(24)}, "table must have two dimensions"),
     ({"gradients": products(starts=torch.tensor([0, 1]))}, r"starts has the shape \(2,\)"),
     ({"gradients": products(starts=torch.tensor([0, 9, 3]))}, "starts must rise from 0 to 3"),
     ({"gradients": products(starts=torch.tensor([0, 1, 9]))}, "starts must rise from 0 to 3"),
-    ({"gradients": products(token_ids=torch.tensor([0, 1, 2]))}, "token_ids reach from 0 to 2; there are 0 to 1"),
+    ({"gradients": products(token_ids=torch.tensor([0, 1, 2]))}, "token_ids must be from 0 to 1; got 0 to 2"),
     ({"gradients": products(tokens=torch.ones(2, 3))}, r"tokens has the shape \(2, 3\)"),
 ]
 

@@ -112,6 +112,8 @@ def test_every_contender_is_trained_with_every_seed_seed_by_seed(finished):
     dense, peer = finished.answer["rows"]
     assert peer["forward_flops_per_token"] == pytest.approx(dense["forward_flops_per_token"], rel=0.01)
     assert dense["against_reference"] == [0, 0]
+    assert (dense["pairs"], peer["pairs"]) == (2, 2)
+    assert read(finished.folder / "summary.json") == finished.answer
 
 
 def test_a_finished_run_leaves_its_results_and_no_weights(finished):
@@ -179,7 +181,10 @@ def test_a_study_that_goes_on_keeps_its_sizes_and_what_is_deleted_stays_deleted(
 def test_a_report_needs_only_the_file_with_all_runs(finished, tmp_path):
     (tmp_path / "study.json").write_bytes((finished.folder / "study.json").read_bytes())
     words = [finished.words[0], "--output_dir", str(tmp_path), "--report_only"]
-    assert compare_feed_forwards(words)["rows"] == finished.answer["rows"]
+    answer = compare_feed_forwards(words)
+    assert answer["rows"] == finished.answer["rows"]
+    assert sorted(answer["done"]) == sorted(finished.answer["done"])
+    assert not (tmp_path / "summary.json").exists()  # the folder of a committed study gets no new file
     assert (tmp_path / "table.md").read_text() == (finished.folder / "table.md").read_text()
 
 
@@ -231,7 +236,7 @@ def test_a_study_goes_on_with_the_data_that_it_began_with(finished, tmp_path):
 @pytest.mark.slow
 def test_a_study_that_was_refused_or_failed_can_be_begun_with_other_settings(tmp_path):
     words = [*write_study(tmp_path, training_tokens=None, seeds=[0]), "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SettingsError, match="how long is a run"):
+    with pytest.raises(SettingsError, match="the length of a run is not set"):
         compare_feed_forwards(words)
     # no learning rate is small enough for these losses
     failed = compare_feed_forwards([*words, "--max_steps=2", "--learning_rate=1e38"])["failed"]
@@ -348,6 +353,10 @@ def test_a_difference_is_taken_seed_by_seed_and_only_where_both_are_done():
     assert peer["peak_memory_bytes"] == 2 * 2**20
     table = as_tables(study, [dense, peer])
     assert "| dense | 2 | 75.00 ± 35.36 | +0.00 ± 0.00 |" in table
+    assert "| perplexity | paired difference from dense, % |" in table
+    assert "| peer | 2 | 23.00 ± 31.11 | -10.00 (1 pair) |" in table
+    assert "has the same seed" in table
+    assert "a CPU, 1 thread a run" in table
     assert "| peer | 23.00 ± 31.11 | - | - | 1.500 | - |" in table
 
 
@@ -368,8 +377,8 @@ NAMES, SIZES = ("dense", "peer"), (("small", 10), ("large", 20))
         ({"contendors": {}}, "unknown field 'contendors'. Did you mean 'contenders'"),
         ({"contenders": {"a": {"overrides": {}}}}, "unknown field 'overrides' of contenders a"),
         ({"contenders": {"a/b": {}, "dense": {}}}, "'a/b' names folders"),
-        ({"contenders": None}, "it lacks contenders"),
-        ({"reference": "densest"}, "the reference .densest. is none of dense, peer. Did you mean 'dense'"),
+        ({"contenders": None}, "required fields are missing: contenders"),
+        ({"reference": "densest"}, "the reference must be one of dense, peer; got 'densest'. Did you mean 'dense'"),
         ({"budget": "money"}, "--budget .money. must be one of flops, parameters, time, none"),
         ({"seeds": [0.5]}, "seeds are whole numbers"),
         ({"training_tokens": "many"}, "must be a float"),
@@ -378,7 +387,7 @@ NAMES, SIZES = ("dense", "peer"), (("small", 10), ("large", 20))
         ({"contenders": {"dense": {"training": {"block_size": 8}}}}, "contender dense sets block_size"),
         ({"recipe": "nowhere.yaml"}, "no file 'nowhere.yaml'"),
         ({"training": {"learning_rat": 1}}, "Did you mean 'learning_rate'"),
-        ({"training_tokens": None}, "how long is a run"),
+        ({"training_tokens": None}, "the length of a run is not set"),
         ({"model_overrides": {"num_sub_kees": 4}}, "no field 'num_sub_kees'. Did you mean 'num_sub_keys'"),
         (
             {"contenders": {"dense": {}, "soft": {"model_overrides": {"sparse_mlp": "soft_moe"}}}, "budget": "none"},
@@ -408,10 +417,10 @@ def test_a_study_that_cannot_work_is_refused_before_its_first_run(tmp_path, chan
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--contenders", "pear"], "--contenders .pear. is none of dense, peer. Did you mean 'peer'"),
-        (["--seed", "3"], "--seed: a study sets that for each of its runs; see --seeds"),
+        (["--contenders", "pear"], "--contenders must be one of dense, peer; got 'pear'. Did you mean 'peer'"),
+        (["--seed", "3"], "--seed: a study sets this for each of its runs; see --seeds"),
         (["--num_workers", "0"], "--num_workers .0. must be at least 1"),
-        (["--report_only"], "no study.json in"),
+        (["--report_only"], "has no study.json"),
         (["--train_file=nowhere.txt"], "nowhere.txt"),
         (["--learning-rat=1"], "Did you mean 'learning_rate'"),
     ],

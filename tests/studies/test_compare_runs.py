@@ -42,6 +42,18 @@ def test_a_group_has_the_mean_and_deviation_of_its_seeds_and_its_difference_from
     assert sparse["seconds_per_step"] == 0.5
 
 
+def test_runs_without_a_partner_are_left_out_of_the_difference_and_the_table_says_so(tmp_path, capsys):
+    for name, losses in (("dense", (2.0, 2.2)), ("sparse", (2.1,))):
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path / f"{name}-{seed}", loss)
+    dense, sparse = compare(tmp_path, "sparse", "dense")["groups"][::-1]
+    assert (dense["pairs"], sparse["pairs"]) == (1, 1)
+    table = capsys.readouterr().out
+    assert "| paired difference from sparse |" in table
+    assert "| -0.1000 (1 pair) |" in table
+    assert "pairs" not in table.splitlines()[0]
+
+
 def test_one_seed_has_no_deviation(tmp_path):
     write_run(tmp_path / "dense-0", 2.0)
     assert compare(tmp_path, "dense")["groups"][0]["validation_loss"] == [2.0, None]
@@ -54,7 +66,9 @@ def test_the_script_compares_and_draws_what_training_left(tmp_path):
         validation = {"eval_strategy": "steps", "eval_steps": 3, "validation_percent": 10}
         train(inputs, output_dir=tmp_path / f"peer-{seed}", max_steps=3, seed=seed, **validation)
     words = ["--runs", f"peer={tmp_path}/peer-*", "--output_file", str(tmp_path / "result.json")]
-    result = last_json(run_script("compare_runs.py", *words, "--plot_file", str(tmp_path / "curves.png")))
+    words += ["--plot_file", str(tmp_path / "curves.png")]
+    result = last_json(run_script("compare_runs.py", *words, "--full_json"))
+    assert result.pop("path") == str(tmp_path / "result.json")
     assert result == json.loads((tmp_path / "result.json").read_text())
     (group,) = result["groups"]
     assert group["seeds"] == 2

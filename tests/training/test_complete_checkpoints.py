@@ -97,19 +97,19 @@ def test_the_newest_whole_checkpoint_is_resumed_and_the_others_named(new_trainer
     new_trainer().train()
     (out / "checkpoint-6" / "scheduler.pt").unlink()
     (out / UNFINISHED / "checkpoint-8").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=r"checkpoint-6 is no training checkpoint .*: it has no scheduler.pt"):
+    with pytest.raises(SettingsError, match=r"cannot resume from .*checkpoint-6: it has no scheduler.pt"):
         new_trainer().train(resume_from_checkpoint=str(out / "checkpoint-6"))
     newest, passed_over = newest_checkpoint(out)
     assert Path(newest).name == "checkpoint-4"
     assert passed_over == [
-        f"{UNFINISHED}/checkpoint-8 (left half written or half deleted)",
+        f"{UNFINISHED}/checkpoint-8 (its save or deletion was interrupted)",
         "checkpoint-6 (it has no scheduler.pt)",
     ]
     trainer = new_trainer()
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
-    assert f"not resumed, being incomplete: {'; '.join(passed_over)}" in caplog.text
-    assert f"clearing what a run that died left: {UNFINISHED}/checkpoint-8" in caplog.text
+    assert f"not resumed, because incomplete: {'; '.join(passed_over)}" in caplog.text
+    assert f"deleting what an interrupted save left: {UNFINISHED}/checkpoint-8" in caplog.text
     assert find_damage(out / "checkpoint-6") is None  # written again, and whole
     assert names(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):
@@ -124,7 +124,7 @@ def test_a_checkpoint_that_was_to_be_replaced_is_there_after_a_kill_between_the_
     (out / "checkpoint-6").rename(out / UNFINISHED / "replaced-checkpoint-6")
     newest, passed_over = newest_checkpoint(out)
     assert Path(newest).name == "checkpoint-6"
-    assert passed_over == [f"{UNFINISHED}/checkpoint-6 (left half written or half deleted)"]
+    assert passed_over == [f"{UNFINISHED}/checkpoint-6 (its save or deletion was interrupted)"]
     (out / "checkpoint-4").rename(out / UNFINISHED / "replaced-checkpoint-4")
     new_trainer(max_steps=2).train()
     assert find_damage(out / "checkpoint-4") is None
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_transformers_own_trainer_is_resumed_unless_a_part_is_mi
     new_trainer().train(resume_from_checkpoint=True)
     shutil.rmtree(out)
     new_trainer(max_steps=2, save_only_model=True).train()
-    with pytest.raises(SettingsError, match=r"no complete one: checkpoint-2 \(it has no optimizer.pt\)"):
+    with pytest.raises(SettingsError, match=r"no complete checkpoint: checkpoint-2 \(it has no optimizer.pt\)"):
         new_trainer().train(resume_from_checkpoint=True)
 
 

@@ -233,7 +233,8 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_an_error_and_bo
     codes, seconds, error = last_json(run_this_file(of_two_processes, tmp_path))
     assert codes == [2, -signal.SIGKILL]
     assert seconds < 60, "1 s on an idle machine; what remains is for a busy one"
-    assert re.match(r"error: process 0 lost the others after step 5: .*by peer.*--resume_from_checkpoint last", error)
+    lost = r"error: process 0 lost the connection to the others after step 5: .*by peer.*--resume_from_checkpoint last"
+    assert re.match(lost, error)
 
 
 MOUNTS = ("unshare", "--user", "--map-root-user", "--mount")

@@ -83,18 +83,18 @@ def test_the_newest_complete_checkpoint_is_resumed(run_folder, inputs, capsys, n
     (newest / name).unlink()
     if remains is not None:
         (newest / name).write_bytes(content[:remains])
-    with pytest.raises(SettingsError, match=rf"checkpoint-2 is no training checkpoint that can be resumed: {damage}"):
+    with pytest.raises(SettingsError, match=rf"cannot resume from .*checkpoint-2: {damage}"):
         train(inputs, output_dir=run_folder, max_steps=2, resume_from_checkpoint=newest)
     train(inputs, output_dir=run_folder, max_steps=2, resume_from_checkpoint="last", save_strategy="no")
     printed = capsys.readouterr().out
-    assert f"not resumed, being incomplete: checkpoint-2 ({damage})" in printed
+    assert f"not resumed, because incomplete: checkpoint-2 ({damage})" in printed
     assert f"resuming from {run_folder / 'checkpoint-1'}" in printed
 
 
 def test_with_no_complete_checkpoint_there_is_nothing_to_resume(run_folder, inputs):
     shutil.rmtree(run_folder / "checkpoint-1")
     (run_folder / "checkpoint-2" / "optimizer.pt").unlink()
-    with pytest.raises(SettingsError, match=r"nothing to resume: no complete one: checkpoint-2 \(it has no optimizer"):
+    with pytest.raises(SettingsError, match=r"resume: no complete checkpoint: checkpoint-2 \(it has no optimizer"):
         train(inputs, output_dir=run_folder, resume_from_checkpoint="last")
 
 
@@ -107,9 +107,9 @@ def test_a_run_is_not_resumed_as_another_network(run_folder, inputs):
 def test_a_run_resumed_on_other_blocks_says_so(run_folder, inputs, capsys):
     settings = {"output_dir": run_folder, "max_steps": 3, "save_strategy": "no"}
     train(inputs, **settings, resume_from_checkpoint="last")
-    assert "other than in the resumed run" not in capsys.readouterr().out
+    assert "differs from the resumed run" not in capsys.readouterr().out
     train(inputs, **settings, resume_from_checkpoint="last", block_size=16, per_device_train_batch_size=2)
     printed = capsys.readouterr().out
-    assert "other than in the resumed run: block_size was 32, is 16" in printed
-    assert "other than in the resumed run: examples_per_step was 4, is 2" in printed
+    assert "differs from the resumed run: block_size was 32, is 16" in printed
+    assert "differs from the resumed run: examples_per_step was 4, is 2" in printed
     assert json.loads((run_folder / "run_settings.json").read_text())["block_size"] == 16

@@ -122,7 +122,7 @@ def test_the_plain_loop_resumes_as_trainer_does(tmp_path, inputs):
     assert_same_weights(out, tmp_path / "kept")
     process = run_script("train_lm_accelerate.py", *words, "--max_steps=5", "--learning_rate=0.0001")
     assert last_json(process)["steps"] == 5
-    assert "from here on: learning_rate was 0.01, is 0.0001" in process.stdout
+    assert "used from this step on: learning_rate was 0.01, is 0.0001" in process.stdout
     assert "learning rate 0.0001\n" in process.stdout
     process = run_script("train_lm_accelerate.py", *words, "--max_steps=6", "--table_optimizer_state=bfloat16")
     assert process.returncode == 2
@@ -151,7 +151,7 @@ def test_a_new_rate_or_schedule_is_used_from_the_first_step_on(tmp_path, inputs,
     assert logged(tmp_path / "out", name)[2] == pytest.approx(expected)
     printed = capsys.readouterr().out
     for field_name in changed:
-        assert f"from here on: {field_name} was " in printed
+        assert f"used from this step on: {field_name} was " in printed
 
 
 @pytest.mark.parametrize("row_sparse", [False, True])
@@ -229,11 +229,11 @@ def test_what_changes_the_examples_is_announced_and_a_tokenizer_stays(tmp_path, 
     changed = {"seed": 3, "per_device_train_batch_size": 2, "tokenizer": "train", "gradient_accumulation_steps": 2}
     train(inputs, output_dir=out, max_steps=3, resume_from_checkpoint="last", dtype="bfloat16", **changed)
     printed = capsys.readouterr().out
-    assert "other than in the resumed run: seed was 42, is 3" in printed
-    assert "other than in the resumed run: per_device_train_batch_size was 4, is 2" in printed
-    assert "other than in the resumed run: gradient_accumulation_steps was 1, is 2" in printed
-    assert "kept as in the resumed run, whatever is asked for: tokenizer was 'bytes', is 'train'" in printed
-    assert "from here on: dtype was 'float32', is 'bfloat16'" in printed
+    assert "differs from the resumed run: seed was 42, is 3" in printed
+    assert "differs from the resumed run: per_device_train_batch_size was 4, is 2" in printed
+    assert "differs from the resumed run: gradient_accumulation_steps was 1, is 2" in printed
+    assert "kept from the resumed run: tokenizer was 'bytes', is 'train'" in printed
+    assert "used from this step on: dtype was 'float32', is 'bfloat16'" in printed
 
 
 def test_new_steps_of_logging_and_saving_are_used(tmp_path, inputs):

@@ -182,6 +182,7 @@ def test_pushing_goes_through_the_trainer_and_carries_our_card(tmp_path, inputs,
         return done
 
     url = RepoUrl("https://huggingface.co/someone/tiny-peer")
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda *args, **kwargs: {"name": "someone"})
     for place in (huggingface_hub.HfApi, transformers.trainer):  # the latter holds them in older versions
         monkeypatch.setattr(place, "create_repo", lambda *args, **kwargs: url, raising=False)
         monkeypatch.setattr(place, "upload_folder", upload_folder, raising=False)
@@ -217,7 +218,7 @@ class NothingMayStart:
         (["--block_size=65"], r"block_size \(65\) must be from 2 to max_position_embeddings \(64\)"),
         (["--streaming"], "set --max_steps"),
         (["--resume_from_checkpoint=last"], "nothing to resume: no checkpoint-"),
-        (["--resume_from_checkpoint=./nope"], "is no training checkpoint"),
+        (["--resume_from_checkpoint=./nope"], "cannot resume from ./nope: "),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, inputs, monkeypatch, words, message):

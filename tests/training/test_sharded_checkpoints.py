@@ -163,12 +163,12 @@ def test_a_sharded_run_does_not_resume_one_that_was_not(tmp_path, start):
     folder, out = start(), tmp_path / "out"
     train(folder, out, None, max_steps=2)
     for told in run_ranks(2, tmp_path, resume_from_whole, folder, out, OWN_TOKENS):
-        assert "Resume without sharding, or begin a new run with its weights" in told
+        assert "Resume without sharding, or start a new run with its weights" in told
 
 
 def test_what_could_not_be_resumed_is_refused_before_the_first_step(tmp_path, start, monkeypatch):
     monkeypatch.setattr(sharded_checkpoints, "save_optimizer_distributed", None)  # as in Transformers before 5.23
     model = PeerForCausalLM.from_pretrained(start())
     model._device_mesh = object()
-    with pytest.raises(SettingsError, match=r"with transformers 5\.23: .*--save_only_model true"):
+    with pytest.raises(SettingsError, match=r"needs Transformers 5\.23 .*--save_only_model true"):
         PeerTrainer(model, PeerTrainingArguments(str(tmp_path / "out"), use_cpu=True), train_dataset=BLOCKS)

@@ -67,7 +67,7 @@ def run_layer(
         gate,
         ACTIVATIONS[activation],
         borrowed(output),
-        threads.team_for(num_bytes),
+        threads.num_threads_for(num_bytes),
     )
     return output
 
@@ -153,7 +153,7 @@ def search_few(queries: np.ndarray, codebooks: np.ndarray, scores: np.ndarray, e
 
     Row r searches codebook `r % searches` of (searches, 2, n, q / 2).
     """
-    _search(queries, codebooks, scores, expert_ids, SCORES, threads.team_for(codebooks.nbytes))
+    _search(queries, codebooks, scores, expert_ids, SCORES, threads.num_threads_for(codebooks.nbytes))
 
 
 @compiled
@@ -214,11 +214,11 @@ def _rank(products, num_searches, out_scores, out_ids, gate, chunk, num_chunks):
             finite += copy_finite(products[tile, codebook, :, position % FEW_ROWS], scores)
             finite += find_best(scores, scratch, best[codebook], best_keys[codebook])
         best_pairs(best, best_keys, num_sub_keys, finite, out_scores[row], out_ids[row])
-        _open_gates(out_scores[row], gate)
+        _gates_from_scores(out_scores[row], gate)
 
 
 @compiled
-def _open_gates(scores, gate):
+def _gates_from_scores(scores, gate):
     """Turn scores, best first, into gates in place; `SCORES` leaves them unchanged."""
     if gate == SOFTMAX:
         total, largest = np.float32(0), scores[0]

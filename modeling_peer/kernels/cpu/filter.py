@@ -24,8 +24,8 @@ from .products import (
 from .simd import GROUPS, compiled
 from .top_k import MAX_COUNTED, PADDING, find_candidates, keep_best
 
-# Below these the filter costs more than it saves. Break-even is at 32 (n = 512, k = 16) to 42 (1024, 24) sub-keys per
-# expert, at 256 to 1,024 queries, and at a width of 16 to 32, on a Zen 4 core, 2026-11-22.
+# Below these the filter costs more than it saves. It breaks even at 32 (n = 512, k = 16) to 42 (1024, 24) sub-keys
+# per expert, at 256 to 1,024 queries and at a width of 16 to 32 (one Zen 4 core, 2026-11-22).
 MIN_SUB_KEYS_PER_EXPERT, MIN_QUERIES, MIN_WIDTH = 48, 1024, 32
 MAX_WIDTH = 4096  # above, rounding in the sums that bound the error would need its own margin
 
@@ -33,7 +33,7 @@ MAX_WIDTH = 4096  # above, rounding in the sums that bound the error would need 
 MIN_SCALE, MAX_SCALE = np.float32(2.0**-48), np.float32(2.0**48)
 
 
-def pays_off(num_queries: int, num_sub_keys: int, width: int, top_k: int) -> bool:
+def is_faster(num_queries: int, num_sub_keys: int, width: int, top_k: int) -> bool:
     """Whether to filter `num_queries` searches for the `top_k` of `num_sub_keys` with `width` features each."""
     return (
         HAS_VNNI

@@ -11,7 +11,7 @@ from ..optimizer_arguments import check_adamw_rows
 from . import threads
 from .experts import sum_products
 from .memory import array, move_to_huge_pages
-from .simd import chance, compiled, narrow, narrow_by_chance, prefetch_row, widen
+from .simd import compiled, hash_to_16_bits, narrow, narrow_stochastically, prefetch_row, widen
 
 PREFETCHED_ROWS = 2
 MIN_ROWS_PER_THREAD = 256
@@ -111,7 +111,7 @@ def _adamw_rows(table, exp_avg, exp_avg_sq, rows, gradients, products, catch_up,
             square = beta2 * square_kept * square + (one - beta2) * g * g
             change = step_size * mean / (np.sqrt(square) * correction + eps)
             means[j] = narrow(mean, means[j])
-            squares[j] = narrow_by_chance(square, squares[j], chance(rows[i], j, step))
+            squares[j] = narrow_stochastically(square, squares[j], hash_to_16_bits(rows[i], j, step))
             weights[j] = narrow(keep * weight - change, weights[j])
 
 

@@ -48,7 +48,7 @@ def product_key_top_k(query: torch.Tensor, sub_keys: torch.Tensor, top_k: int) -
         search_few(*arguments, *results)
     else:
         blocks, finite = _blocks(arguments[1])
-        filtered = integer_filter.pays_off(num_rows // num_searches, num_sub_keys, half, top_k)
+        filtered = integer_filter.is_faster(num_rows // num_searches, num_sub_keys, half, top_k)
         rounded = integer_filter.round_sub_keys(arguments[1]) if filtered else None
         threads.run(_search, num_rows, TILE_ROWS, *arguments, blocks, rounded, finite, *results)
     return scores, expert_ids

@@ -102,7 +102,7 @@ def narrow(typing_context, value, like):
 
 
 @intrinsic
-def chance(typing_context, row, column, step):
+def hash_to_16_bits(typing_context, row, column, step):
     """A hash of three integers, from 0 to 2**16 - 1 (`optim.row_sparse_adamw.round_by_chance`)."""
 
     def generate(context, builder, signature, args):
@@ -120,13 +120,13 @@ def chance(typing_context, row, column, step):
 
 
 @intrinsic
-def narrow_by_chance(typing_context, value, like, chance):
+def narrow_stochastically(typing_context, value, like, random_bits):
     """float32 `value` in the type of `like`: itself, or bfloat16 bits rounded stochastically.
 
-    It is rounded up if the bits cut off plus `chance`, from 0 to 2**16 - 1, are 2**16 or more.
+    It is rounded up if the 16 bits cut off plus `random_bits`, from 0 to 2**16 - 1, are 2**16 or more.
     """
     if like == types.float32:
-        return types.float32(types.float32, like, chance), lambda context, builder, signature, args: args[0]
+        return types.float32(types.float32, like, random_bits), lambda context, builder, signature, args: args[0]
 
     def generate(context, builder, signature, args):
         bits = builder.add(builder.bitcast(args[0], _INT32), args[2])

@@ -55,7 +55,7 @@ def run(kernel: Callable, num_items: int, items_per_chunk: int, *args, chunks_pe
         _launcher(kernel)(num_chunks, min(num_threads, num_chunks), *args)
 
 
-def team_for(num_bytes: int) -> int:
+def num_threads_for(num_bytes: int) -> int:
     """Number of threads worth waking for kernels that read `num_bytes` and share work by `in_parallel`."""
     if _OPENMP is None or _forked:
         return 1
@@ -65,14 +65,14 @@ def team_for(num_bytes: int) -> int:
 _forked = False
 
 
-def _forget_openmp() -> None:
+def _note_fork() -> None:
     global _forked
     _forked = True
 
 
 # OpenMP's threads do not survive a fork: a child process that waits for them hangs.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_openmp)
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 @cache
@@ -96,7 +96,7 @@ def _launch(num_chunks, num_threads, *args):
 def in_parallel(typing_context, kernel, args, num_chunks, num_threads):
     """Call `kernel(*args, chunk, num_chunks)` for every chunk, and return when all are done.
 
-    Each of `num_threads` threads takes one chunk after the other. More than one thread needs OpenMP (`team_for`).
+    Each of `num_threads` threads takes one chunk after the other. More than one needs OpenMP (`num_threads_for`).
 
     Raises:
         RuntimeError: the kernel failed for some chunk; the others were computed. It is raised with one thread too: a

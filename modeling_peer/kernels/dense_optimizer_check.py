@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Optimizers that get row-sparse gradients of tables but do not support them: an error names them and the way out.
+"""Detects optimizers that do not support row-sparse gradients, and raises an error with the optimizer and the way out.
 
-PyTorch's own error is "Adam does not support sparse gradients, please consider SparseAdam instead". It comes after a
-whole backward, names none of our settings, and proposes an optimizer for embeddings.
+PyTorch's own error is "Adam does not support sparse gradients, please consider SparseAdam instead". It names none of
+our settings and proposes an optimizer for embeddings.
 """
 
 from weakref import WeakValueDictionary
@@ -41,5 +41,5 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
             if gradient is not None and gradient.is_sparse and _tables.get(id(parameter)) is parameter:
                 raise ValueError(
                     f"An expert table {tuple(parameter.shape)} has a row-sparse gradient (row_sparse_gradients=True), "
-                    f"and torch.optim.{kind.__name__} takes dense ones only. {WAY_OUT}"
+                    f"and torch.optim.{kind.__name__} supports dense gradients only. {WAY_OUT}"
                 )

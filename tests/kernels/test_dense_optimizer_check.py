@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Who can't take row-sparse gradients is told so by name, with the setting and the way out."""
+"""An optimizer that does not support row-sparse gradients is named in an error with the setting and the way out."""
 
 import copy
 
@@ -21,7 +21,7 @@ def model(request, tiny_config):
 
 
 class OtherTrainer(Trainer):
-    """Of somebody who has not heard of sparse gradients."""
+    """A Trainer subclass without support for sparse gradients."""
 
 
 def train(kind, model, folder, **settings):
@@ -34,7 +34,7 @@ def train(kind, model, folder, **settings):
 @pytest.mark.parametrize("kind", [Trainer, OtherTrainer])
 def test_a_trainer_whose_optimizer_cannot_take_them_is_refused_at_its_first_step(model, tmp_path, kind):
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"torch.optim.AdamW takes dense ones only.*PeerTrainer"):
+    with pytest.raises(ValueError, match=r"torch.optim.AdamW supports dense gradients only.*PeerTrainer"):
         train(kind, model, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "embed" in name)
 
@@ -84,7 +84,7 @@ def test_an_optimizer_of_dense_gradients_says_what_made_them_sparse(model, kind)
     optimizer = kind(model.parameters(), lr=1e-3)
     model(TOKENS, labels=TOKENS).loss.backward()
     with pytest.raises(
-        ValueError, match=rf"table \(64, 32\) .*torch.optim.{kind.__name__} takes dense ones only. Train"
+        ValueError, match=rf"table \(64, 32\) .*torch.optim.{kind.__name__} supports dense gradients only. Train"
     ):
         optimizer.step()
     RowSparseAdamW(model.parameters()).step()
