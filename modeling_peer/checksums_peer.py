@@ -49,8 +49,9 @@ def weight_files(path: str | os.PathLike, variant: str | None = None, **where) -
         return [whole] if whole else []
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        files = [find_file(path, name, **where) for name in sorted(names)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        # An index may name only files beside it; `refuse_index_damage` reports others.
+        files = [find_file(path, name, **where) for name in sorted(names) if Path(name).name == name]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []
     return [file for file in files if file]
 

@@ -82,7 +82,7 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     if type(tables[1]) not in (nn.Parameter, torch.Tensor):
         return None
     mapped = experts.mapped_tables
-    if mapped is not None and (mapped.waits_for_disk() or tables[1].device != tokens.device):
+    if mapped is not None and tables[1].device != tokens.device:
         return None
     run = choose_layer_of_few(retrieval.config._experts_implementation, tables[1])
     network = None if run is None else _query_network(retrieval)
@@ -94,7 +94,8 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     if name is None or not all(map(is_unobserved, modules)):
         return None
     sizes = (retrieval.num_heads, retrieval.top_k)
-    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name)
+    request = mapped.request if mapped is not None and mapped.waits_for_disk() else None
+    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name, request)
 
 
 def _query_network(retrieval: PeerRetrieval) -> "one_call.QueryNetwork | None":

@@ -128,9 +128,9 @@ def find_index_damage(index: Path) -> list[str]:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
         checksums = content.get("metadata", {}).get("checksums", {})
-        names = sorted({*weight_map.values(), *checksums})
+        names = sorted(map(os.fspath, {*weight_map.values(), *checksums}))
         expected = {name: {tensor for tensor, file in weight_map.items() if file == name} for name in names}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [f"{index.name} is not readable as an index."]
     damages = []
     for name in names:

@@ -5,12 +5,23 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file
 
 # Where torch's grouped products do not take the sizes, Transformers computes them one by one, and before 5.23 the
 # compiler could not trace that gradient.
 grouped_gradients_compile = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23"
 )
+
+# Of a small PEER model: the file of its dense weights, those of all its weights, and what a save writes beside code.
+DENSE_WEIGHTS, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+TABLES_OF_LAYER_1 = "model-layer-001-experts.safetensors"
+SAVED_FILES = {"config.json", "generation_config.json", DENSE_WEIGHTS, TABLES_OF_LAYER_1, INDEX}
+
+
+def load_weights(folder):
+    """All tensors of the safetensors files in `folder`."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def assert_equals_oracle(layer, hidden, output, expected_output):

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Checks for running one or a few tokens, without gradients, through a whole layer in one call. On CPU so far."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import NamedTuple
@@ -47,6 +48,7 @@ def run_few(
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
+    before_reading: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor | None:
     """Run a whole layer.
 
@@ -58,6 +60,7 @@ def run_few(
         gate_activation: `"softmax"` over the scores of a head, or `"sigmoid"`.
         tables: `down_embed`, `up_embed` and `gate_embed`, `(num_peer_experts, hidden_size)`.
         activation: `"identity"`, `"gelu"`, `"relu"` or `"silu"`.
+        before_reading: called with the ids of the experts, `(num_tokens, num_active)`, before their rows are read.
 
     Returns:
         `(num_tokens, hidden_size)`, dtype of `tokens`. None if the parts must be called one by one; they also report
@@ -82,7 +85,9 @@ def run_few(
         return None
     if needs_dispatch((tokens,)) or not are_ordinary(weight, bias, *norm, sub_keys, *tables):
         return None
-    output = kernels.run_layer(tokens, query_network, sub_keys, num_heads, top_k, gate_activation, tables, activation)
+    output = kernels.run_layer(
+        tokens, query_network, sub_keys, num_heads, top_k, gate_activation, tables, activation, before_reading
+    )
     return output if output.dtype == tokens.dtype else output.to(tokens.dtype)
 
 

@@ -3,6 +3,7 @@
 
 import os
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -113,14 +114,44 @@ def test_memory_of_a_training_step_depends_on_touched_rows_and_not_on_the_pool()
 
 def test_a_table_is_moved_to_huge_pages_once_and_so_is_the_next_in_its_place(monkeypatch):
     monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
-    advised = []
-    monkeypatch.setattr(cpu_memory, "_advise", lambda table, advice: advised.append((table.data_ptr(), advice)))
+    moved = []
+    monkeypatch.setattr(cpu_memory, "_move", lambda storage, *memory: moved.append(memory))
     before = set(cpu_memory._moved)
     for _ in range(2):
         table = nn.Parameter(torch.empty(300, 1))
         for _ in range(3):
             cpu_memory.move_to_huge_pages(table.detach())  # as an operator sees it
+        cpu_memory.wait_for_huge_pages()
         assert len(cpu_memory._moved - before) == 1
+        assert moved[-1] == (table.data_ptr(), 1200)
         del table
         assert cpu_memory._moved == before
-    assert len(advised) == 2 * 2  # two kinds of advice
+    assert len(moved) == 2
+
+
+def test_only_whole_huge_pages_within_a_table_are_moved_and_no_freed_table(monkeypatch):
+    advised = []
+    monkeypatch.setattr(cpu_memory, "advise", lambda *advice: advised.append(advice))
+    monkeypatch.setattr(cpu_memory, "MOVED_AT_ONCE", 2 * cpu_memory.BYTES_OF_HUGE_PAGE)
+    table = torch.empty(5 * 2**21 // 4)
+    address, size = table.data_ptr(), cpu_memory.BYTES_OF_HUGE_PAGE
+    storage = weakref.ref(table.untyped_storage())
+    cpu_memory._move(storage, address, table.nbytes)
+    assert {advice for *_, advice in advised} == {cpu_memory.HUGE_PAGE, cpu_memory.COLLAPSE}
+    assert all(start % size == 0 and length % size == 0 for start, length, _ in advised)
+    assert address <= min(start for start, *_ in advised)
+    assert max(start + length for start, length, _ in advised) <= address + table.nbytes
+    assert sum(length for *_, length, advice in advised if advice == cpu_memory.COLLAPSE) >= 4 * size
+    advised.clear()
+    del table
+    cpu_memory._move(storage, address, 5 * 2**21)
+    assert advised == []
+
+
+def test_a_mapped_table_is_not_moved(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
+    monkeypatch.setattr(cpu_memory, "_move", lambda *_: pytest.fail("the file would be read into memory"))
+    table = torch.from_file(str(tmp_path / "table"), shared=True, size=2000).view(20, 100)
+    cpu_memory.move_to_huge_pages(table)
+    cpu_memory.wait_for_huge_pages()
+    assert cpu_memory.is_mapped_file(table.data_ptr())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_helpers import DENSE_WEIGHTS
 from training_helpers import (
     private_cache,  # noqa: F401  a fixture
     some_text,
@@ -53,7 +54,7 @@ def test_a_resumed_run_sees_the_examples_and_logs_the_losses_it_would_have(tmp_p
         **settings,
     )
     assert history(tmp_path / "resumed") == history(tmp_path / "whole")
-    weights = [Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    weights = [Path(tmp_path, name, DENSE_WEIGHTS).read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
 
 
@@ -183,7 +184,7 @@ def test_every_file_of_a_checkpoint_is_missed(new_trainer, out):
     trainer.train()
     checkpoint = out / "checkpoint-2"
     files = set(names(checkpoint))
-    assert {"scaler.pt", "rng_state.pth", "optimizer.pt", "scheduler.pt", "model.safetensors"} < files
+    assert {"scaler.pt", "rng_state.pth", "optimizer.pt", "scheduler.pt", DENSE_WEIGHTS} < files
     for name in files - {"checkpoint_files.json"}:
         (checkpoint / name).rename(out / name)
         assert find_damage(checkpoint) == f"it has no {name}"
@@ -210,7 +211,7 @@ def test_a_final_save_that_fails_leaves_model_tokenizer_and_state_as_they_were(n
     trainer.save_model()
     trainer.save_state()
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert {"model.safetensors", "training_args.bin", "trainer_state.json"} <= before.keys()
+    assert {DENSE_WEIGHTS, "training_args.bin", "trainer_state.json"} <= before.keys()
     with torch.no_grad():
         trainer.model.line.weight += 1
     trainer.state.global_step = 9

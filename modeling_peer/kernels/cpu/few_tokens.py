@@ -8,6 +8,7 @@ run to run.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def run_layer(
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
+    before_reading: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Outputs (t, d), float32. Arguments are those of `one_call.run_few`, which checks them; `activation` by name."""
     weight = query_network.weight
@@ -53,45 +55,36 @@ def run_layer(
     down, up, gate = (None if table is None else rows_of(table) for table in tables)
     num_assignments = tokens.shape[0] * num_heads * top_k
     num_bytes = weight.nbytes + codebooks.nbytes + 2 * num_assignments * tables[1].shape[1] * tables[1].itemsize
-    _run_layer(
-        borrowed(tokens),
+    network = (
         borrowed(weight),
         borrowed(query_network.bias),
         *(None if tensor is None else borrowed(tensor) for tensor in query_network.norm),
         np.float32(query_network.eps),
-        borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half),
-        top_k,
-        GATES[gate_activation],
-        down,
-        up,
-        gate,
-        ACTIVATIONS[activation],
-        borrowed(output),
-        threads.num_threads_for(num_bytes),
     )
+    codebooks = borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half)
+    experts = (down, up, gate, ACTIVATIONS[activation], borrowed(output), threads.num_threads_for(num_bytes))
+    arguments = (borrowed(tokens), network, codebooks, top_k, GATES[gate_activation])
+    if before_reading is None:
+        _run_layer(*arguments, *experts)
+    else:
+        ids, gates = _retrieve(*arguments, experts[-1])
+        before_reading(torch.from_numpy(ids))
+        _mix(arguments[0], ids, gates, *experts)
     return output
 
 
 @compiled
 def _run_layer(
-    tokens,
-    weight,
-    bias,
-    mean,
-    variance,
-    scale,
-    shift,
-    eps,
-    codebooks,
-    top_k,
-    gate_activation,
-    down,
-    up,
-    gate_rows,
-    activation,
-    output,
-    num_threads,
+    tokens, network, codebooks, top_k, gate_activation, down, up, gate_rows, activation, output, num_threads
 ):
+    ids, gates = _retrieve(tokens, network, codebooks, top_k, gate_activation, num_threads)
+    _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_threads)
+
+
+@compiled
+def _retrieve(tokens, network, codebooks, top_k, gate_activation, num_threads):
+    """Experts and gates of each token, `(t, h * k)`; `network` holds the query network's arrays and its eps."""
+    weight, bias, mean, variance, scale, shift, eps = network
     half = codebooks.shape[3]
     query_dim = 2 * half
     num_heads = len(weight) // query_dim
@@ -102,7 +95,7 @@ def _run_layer(
     gates, ids = np.empty(of_queries, np.float32), np.empty(of_queries, np.int64)
     _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate_activation, num_threads)
     shape = (len(tokens), num_heads * top_k)
-    _mix(tokens, ids.reshape(shape), gates.reshape(shape), down, up, gate_rows, activation, output, num_threads)
+    return ids.reshape(shape), gates.reshape(shape)
 
 
 @compiled

@@ -1,0 +1,186 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Expert tables have safetensors files of their own, which any reader finds by the index; an index that lies is
+refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from model_helpers import DENSE_WEIGHTS, INDEX, TABLES_OF_LAYER_1, load_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
+
+from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, verify_checkpoint
+from modeling_peer.checksums_peer import PAGE, stored_checksum, stored_tensors
+from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
+
+TABLES = ("down_embed", "up_embed")
+
+
+@pytest.fixture
+def model(tiny_config):
+    return PeerForCausalLM(tiny_config(mlp_layer_types=["dense", "sparse", "sparse"])).eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def read_index(folder, name=INDEX):
+    return json.loads((folder / name).read_text())
+
+
+def change_index(folder, change):
+    index = read_index(folder)
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_each_layers_tables_are_a_file_and_the_index_names_every_tensor(model, folder):
+    files = {path.name: set(load_file(path)) for path in folder.glob("*.safetensors")}
+    for layer in (1, 2):
+        names = {f"model.layers.{layer}.mlp.experts.{table}" for table in TABLES}
+        assert files.pop(f"model-layer-{layer:03d}-experts.safetensors") == names
+    assert list(files) == [DENSE_WEIGHTS]
+    assert any("sub_keys" in name for name in files[DENSE_WEIGHTS]), "retrieval is beside the dense weights"
+    index = read_index(folder)
+    assert index["weight_map"].keys() == model.state_dict().keys()
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert index["metadata"]["checksums"] == {
+        path.name: stored_checksum(path) for path in folder.glob("*.safetensors")
+    }
+
+
+def test_a_file_of_tables_says_what_it_is_without_the_configuration(model, folder):
+    table = model.model.layers[1].mlp.experts.up_embed
+    with safe_open(folder / TABLES_OF_LAYER_1, framework="pt") as file:
+        metadata = file.metadata()
+        assert metadata.pop("crc32") == stored_checksum(folder / TABLES_OF_LAYER_1)
+        shape = f"F32 {list(table.shape)}"
+        expected = {"format": "pt", "model_type": "peer", "layer": "model.layers.1.mlp.experts"}
+        assert metadata == expected | {"down_embed": shape, "up_embed": shape}
+        assert torch.equal(file.get_slice("model.layers.1.mlp.experts.up_embed")[3:5], table[3:5])
+
+
+def test_the_data_of_each_file_starts_at_a_page(folder):
+    for path in folder.glob("*.safetensors"):
+        assert min(tensor.start for tensor in stored_tensors(path).values()) % PAGE == 0
+
+
+@pytest.mark.parametrize("sparse_mlp", SPARSE_MLP_CLASSES)
+def test_only_layers_with_expert_tables_get_such_files(tiny_config, tmp_path, sparse_mlp):
+    mixture = {"num_moe_experts": 4, "moe_intermediate_size": 16, "is_causal": sparse_mlp != "soft_moe"}
+    model = PeerModel(tiny_config(sparse_mlp=sparse_mlp, **mixture))
+    model.save_pretrained(tmp_path)
+    tables = [path for path in tmp_path.glob("*.safetensors") if "experts" in path.name]
+    assert len(tables) == (sparse_mlp in ("peer", "product_key_memory"))
+    assert (tmp_path / INDEX).exists() == bool(tables)
+    for name, value in PeerModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_variant_has_files_and_an_index_of_its_own(model, folder):
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.up_embed.add_(1)
+    model.save_pretrained(folder, variant="other")
+    assert set(read_index(folder, "model.safetensors.index.other.json")["weight_map"].values()) == {
+        "model.other-00001-of-00001.safetensors",
+        "model.other-layer-001-experts.safetensors",
+        "model.other-layer-002-experts.safetensors",
+    }
+    loaded = [AutoModelForCausalLM.from_pretrained(folder, variant=variant) for variant in (None, "other")]
+    first, other = (one.model.layers[2].mlp.experts.up_embed for one in loaded)
+    torch.testing.assert_close(first + 1, other)
+
+
+def test_tables_larger_than_a_shard_may_be_are_files_each(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="9KB")  # a table has 8,192 bytes
+    files = sorted(path.name for path in tmp_path.glob("model-layer-001-experts*"))
+    assert files == [f"model-layer-001-experts-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for path in tmp_path.glob("*.safetensors"):
+        tensors = stored_tensors(path).values()
+        assert len(tensors) == 1 or sum(tensor.num_bytes for tensor in tensors) <= 9000
+    for name, value in load_weights(tmp_path).items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_copy_into_the_layout_depends_on_no_size_of_blocks(model, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums_peer, "BLOCK", 100)
+    model.save_pretrained(tmp_path / "again")
+    for path in folder.glob("*.safetensors"):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_plain_checkpoint_of_one_file_loads_and_is_saved_in_the_layout(model, folder, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    save_file(load_weights(folder), plain / "model.safetensors", metadata={"format": "pt"})
+    for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification):
+        loaded = auto_class.from_pretrained(plain)
+        table = getattr(loaded, "model", loaded).layers[1].mlp.experts.up_embed
+        assert torch.equal(table, model.model.layers[1].mlp.experts.up_embed)
+    model.save_pretrained(plain)
+    assert {path.name for path in plain.glob("*.safetensors")} == {path.name for path in folder.glob("*.safetensors")}
+
+
+class TestAnIndexThatDoesNotFit:
+    def refused(self, folder, message):
+        for load in (AutoModelForCausalLM.from_pretrained, PeerModel.from_pretrained):
+            with pytest.raises(OSError, match=message):
+                load(folder)
+
+    def test_swapped_files_of_two_layers(self, folder):
+        first, second = (folder / f"model-layer-00{i}-experts.safetensors" for i in (1, 2))
+        first.rename(folder / "kept")
+        second.rename(first)
+        (folder / "kept").rename(second)
+        self.refused(folder, r"model-layer-001-experts\.safetensors was saved with the checksum \w{8}, and")
+
+    def test_a_file_of_another_save(self, model, folder, tmp_path):
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.up_embed.add_(1)
+        model.save_pretrained(tmp_path / "later")
+        shutil.copy(tmp_path / "later" / TABLES_OF_LAYER_1, folder)
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + " was saved with the checksum")
+
+    def test_a_missing_and_a_renamed_file(self, folder):
+        (folder / TABLES_OF_LAYER_1).rename(folder / "model-layer-009-experts.safetensors")
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + " is missing")
+
+    def test_a_tensor_that_is_not_where_it_is_looked_for(self, folder):
+        def move(index):
+            index["weight_map"]["model.layers.1.mlp.experts.up_embed"] = DENSE_WEIGHTS
+
+        change_index(folder, move)
+        self.refused(folder, re.escape(DENSE_WEIGHTS) + r" lacks 'model\.layers\.1\.mlp\.experts\.up_embed' \(1 ")
+
+    @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "..", "inner/x.safetensors"])
+    def test_a_file_outside_the_folder(self, folder, name):
+        shutil.copy(folder / TABLES_OF_LAYER_1, folder.parent / "outside.safetensors")
+
+        def leave(index):
+            for tensor, file in index["weight_map"].items():
+                if file == TABLES_OF_LAYER_1:
+                    index["weight_map"][tensor] = name
+
+        change_index(folder, leave)
+        self.refused(folder, r"which is not a file beside it")
+
+    @pytest.mark.parametrize("content", ["", "[]", "3", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 9999])
+    def test_an_index_that_is_none(self, folder, content):
+        (folder / INDEX).write_text(content)
+        self.refused(folder, r"model\.safetensors\.index\.json")
+
+    def test_a_table_of_another_program_without_checksum_is_taken(self, model, folder):
+        file = folder / TABLES_OF_LAYER_1
+        save_file({name: value + 1 for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        experts = (one.model.layers[1].mlp.experts.up_embed for one in (model, loaded))
+        torch.testing.assert_close(next(experts) + 1, next(experts))
+        assert verify_checkpoint(folder)[TABLES_OF_LAYER_1] is False
