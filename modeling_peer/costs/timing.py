@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from modeling_peer.kernels.cpu.memory import wait_for_huge_pages
+
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 EVICTION_BYTES = 2**28  # larger than the cache of any GPU
 MIN_REPEATS = 3
@@ -70,6 +72,7 @@ def interleave(
     for name, call in calls.items():
         measure(call)  # may compile
         num_calls[name] = min(MAX_CALLS_IN_A_ROW, max(1, math.ceil(min_seconds / max(measure(call), 1e-9))))
+    wait_for_huge_pages()  # which the first calls asked for
     seconds = {name: [] for name in calls}
     for round_number in range(repeats):
         for name, call in calls.items():
