@@ -25,6 +25,7 @@ FULL_JSON_HELP = "Print the whole result in the last line, as JSON. Default: a s
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "tensorboard"),
     "bench": ("matplotlib", "psutil", "PEER_pytorch"),
+    "serve": ("fastapi", "openai", "uvicorn"),
     "cpu": ("numba", "llvmlite"),
     "triton": ("triton",),
 }
@@ -39,6 +40,7 @@ class Command:
     usage: str = "[--field value ...]"
     arguments: tuple[str, ...] = ()  # "path in the package:class"
     more: str = ""
+    options_of: str | None = None  # "path in Transformers:class", a command of its own command line
     environment: dict[str, str] = field(default_factory=dict)
     # The last line from a result that is long. None: the last line is the whole result.
     summarize: Callable[[dict[str, Any]], dict[str, Any]] | None = None
@@ -79,6 +81,14 @@ def run_generate(words: Sequence[str]) -> dict[str, Any]:
     from modeling_peer.evaluation.generation import GenerationArguments, generate_from_checkpoint
 
     return generate_from_checkpoint(parse_arguments(GenerationArguments, words))
+
+
+def run_serve(words: Sequence[str]) -> dict[str, Any]:
+    """Answer OpenAI's requests until a signal ends it."""
+    from modeling_peer.hub.serving import serve
+
+    serve(words)
+    return {}
 
 
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
@@ -215,6 +225,13 @@ COMMANDS = {
         run_generate,
         arguments=("evaluation/generation.py:GenerationArguments",),
     ),
+    "serve": Command(
+        "answer OpenAI's requests over HTTP with any causal checkpoint: Transformers' own server",
+        run_serve,
+        "[MODEL] [--option value ...]",
+        more="The options are those of `transformers serve`. docs/tools.md shows requests and answers.",
+        options_of="cli/serve.py:Serve",
+    ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",
         run_compare,
@@ -333,6 +350,8 @@ def describe(name: str) -> str:
         lines[3:3] = ["", heading, *(line for one in own for line in _field_lines(*one))]
     if command.summarize:
         lines += _field_lines("full_json", "bool", "False", FULL_JSON_HELP)
+    if command.options_of:
+        lines += ["", *(line for one in _read_options(command.options_of) for line in _field_lines(*one))]
     return "\n".join([*lines, *(["", command.more] if command.more else [])])
 
 
@@ -343,12 +362,42 @@ def _field_lines(name: str, kind: str, default: str | None, text: str) -> Iterat
 
 def _read_fields(place: str) -> tuple[str, list[tuple[str, str, str | None, str]]]:
     """A heading, and (name, type, default, help) of each field, from the source of a dataclass."""
-    path, _, class_name = place.partition(":")
-    source = (Path(find_spec("modeling_peer").submodule_search_locations[0]) / path).read_text(encoding="utf-8")
-    (group,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    group = _read_class("modeling_peer", place)
     return ast.get_docstring(group).splitlines()[0], [
         found for node in group.body if isinstance(node, ast.AnnAssign) and (found := _read_field(node))
     ]
+
+
+def _read_class(package: str, place: str) -> ast.ClassDef:
+    path, _, class_name = place.partition(":")
+    source = (Path(find_spec(package).submodule_search_locations[0]) / path).read_text(encoding="utf-8")
+    (group,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    return group
+
+
+def _read_options(place: str) -> Iterator[tuple[str, str, str | None, str]]:
+    """Of a command of Transformers' command line, by the source of the installed release: as `_read_fields`.
+
+    It is declared as a function: `name: Annotated[type, typer.Option(help=...)] = default`. What is not is left out.
+    """
+    try:
+        body = _read_class("transformers", place).body
+    except (OSError, ValueError):  # a release that has it elsewhere; the command itself names that
+        return
+    for function in (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"):
+        named = function.args.args[len(function.args.args) - len(function.args.defaults) :]
+        for argument, default in zip(named, function.args.defaults, strict=True):
+            match argument.annotation:
+                case ast.Subscript(
+                    slice=ast.Tuple(elts=[kind, ast.Call(func=ast.Attribute(attr="Option")) as option])
+                ):
+                    keywords = {keyword.arg: keyword.value for keyword in option.keywords}
+                    if "hidden" not in keywords:
+                        name = argument.arg.replace("_", "-")
+                        kind = ast.unparse(kind).replace(" | None", "")
+                        kind = f"| --no-{name}" if kind == "bool" else kind
+                        text = _text_of(keywords["help"])
+                        yield name, kind, ast.unparse(default), text
 
 
 def _read_field(node: ast.AnnAssign) -> tuple[str, str, str | None, str] | None:

@@ -82,7 +82,9 @@ def test_a_run_is_trained_and_scored(installed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "extra"), [("train", "train"), ("compare", "train"), ("bench-layer", "bench")])
+@pytest.mark.parametrize(
+    ("name", "extra"), [("train", "train"), ("compare", "train"), ("bench-layer", "bench"), ("serve", "serve")]
+)
 def test_what_an_extra_brings_is_asked_for_in_one_sentence(installed, tmp_path, name, extra):
     words = {"bench-layer": ["smoke"], "compare": ["smoke"]}.get(name, [])
     done = run(installed, tmp_path, command(name, *words), extras=False)
@@ -116,6 +118,15 @@ def test_help_names_every_field_of_a_command():
         for one in fields(group):
             assert f"--{one.name} " in text
             assert " ".join(one.metadata["help"].split()) in " ".join(text.split())
+
+
+def test_help_of_the_server_names_the_options_of_transformers():
+    from peer_command import describe
+
+    text = describe("serve")
+    assert re.search(r"^  --port int \(default 8000\)\n +\w", text, flags=re.MULTILINE)
+    assert "--continuous-batching | --no-continuous-batching (default False)" in text
+    assert "non-blocking" not in text  # hidden there
 
 
 def test_an_unknown_command_is_refused_with_those_there_are(capsys):

@@ -1,0 +1,93 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Transformers' own OpenAI-compatible server with PEER models, for `peer serve`."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import transformers
+
+import modeling_peer
+from modeling_peer.auto_classes_peer import AUTO_MAP, class_name
+from modeling_peer.console.errors import SettingsError
+from modeling_peer.hub.loading import LOADING_ERRORS, cause_of
+from modeling_peer.transformers_names_peer import TESTED_RELEASES
+
+# What the server runs on. Transformers asks for its own extra if one is missing; this package has one, too.
+REQUIREMENTS = ("fastapi", "openai", "uvicorn")
+
+
+def serve(words: Sequence[str]) -> None:
+    """Run `transformers serve` until a signal ends it.
+
+    Args:
+        words: the arguments of `transformers serve`.
+
+    Raises:
+        SettingsError: this release of Transformers has no such server, or the server cannot load the model.
+        ModuleNotFoundError: a package of the extra `serve` is missing.
+    """
+    for name in REQUIREMENTS:
+        import_module(name)
+    run = _look_up("transformers.cli.transformers", "app")
+    provide_classes(_look_up("transformers.cli.serving.model_manager", "transformers"))
+    with _ended_by_signals():
+        try:
+            run(["serve", *words], prog_name="peer")
+        except LOADING_ERRORS as error:
+            raise SettingsError(f"`peer serve {' '.join(words)}` did not start: {cause_of(error)}") from error
+
+
+def provide_classes(module: ModuleType) -> None:
+    """Make PEER's model classes attributes of `module`, the Transformers that the server looks architectures up in.
+
+    The server loads `getattr(transformers, config.architectures[0])`, so it takes no class from elsewhere, registered
+    or not.
+    """
+    for auto_class in AUTO_MAP.keys() - {"AutoConfig"}:
+        name = class_name(auto_class)
+        setattr(module, name, getattr(modeling_peer, name))
+
+
+def _look_up(module: str, name: str) -> Any:
+    """An attribute of one of Transformers' modules."""
+    found = None
+    try:
+        found = getattr(import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # a package that Transformers' module needs
+    if found is None:
+        oldest, newest = TESTED_RELEASES
+        raise SettingsError(
+            f"`peer serve` needs {module}.{name}, which transformers {transformers.__version__} does not have. "
+            f"Install a release it was tested with: transformers>={oldest},<={newest}.99."
+        )
+    return found
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process with status 0, without a traceback.
+
+    Once running, the server handles both: it answers open requests, shuts down, then raises the signal again for the
+    handlers here.
+    """
+
+    def end(*_):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # not sys.exit: Transformers leaves the thread of continuous batching running, and Python would wait for it
+        os._exit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
