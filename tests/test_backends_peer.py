@@ -139,7 +139,7 @@ def test_a_compiler_that_does_not_work_means_eager_and_one_warning(tmp_path, way
     expected = run_layer(tmp_path, name="eager")[0]
     outputs, warnings, errors = run_layer(tmp_path, BROKEN[way], NUMBA_CACHE_DIR=str(tmp_path))
     assert outputs == expected, errors
-    (warning,) = warnings
+    (warning,) = (line for line in warnings if not line.startswith("PEER compiles"))
     assert "needs numba, which is installed but does not work here" in warning
     assert "the cause" in warning or "llvmlite" in warning
 

@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Trainer of a language model: its card, evaluations without auxiliary losses, an end where numbers are none."""
+"""Trainer of a language model: its card, its upload, evaluations without auxiliary losses, a stop at NaN."""
 
 import math
 import time
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.hub.model_card import write_model_card
+from modeling_peer.hub.pushing import explained_creation, explained_upload
 from modeling_peer.training.trainer import PeerTrainer
 
 LOSSES = ("loss", "eval_loss", "train_loss")
@@ -25,6 +27,16 @@ class LanguageModelTrainer(PeerTrainer):
         """Write README.md into output_dir, with the results measured so far."""
         if self.is_world_process_zero() and self.card_facts:
             write_model_card(self.args.output_dir, self.card_facts)
+
+    def init_hf_repo(self, *args, **kwargs):
+        """Create the repository; a failure is one sentence. Trainer calls it before training."""
+        with explained_creation(self.args.hub_model_id or Path(self.args.output_dir).absolute().name):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args, **kwargs):
+        """Save and upload; if the upload fails, the error names the folder with the saved model."""
+        with explained_upload(self.hub_model_id or self.args.hub_model_id or "MODEL_ID", self.args.output_dir):
+            return super().push_to_hub(*args, **kwargs)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """Evaluate by the task's loss alone, so that models with auxiliary losses compare with models without."""

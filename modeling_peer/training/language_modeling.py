@@ -19,6 +19,7 @@ from modeling_peer.data.packing import PackedBlocks
 from modeling_peer.exchange_peer import staged_save
 from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
+from modeling_peer.hub.pushing import require_login
 from modeling_peer.training.arguments import RunArguments
 from modeling_peer.training.blocks import choose_block_size, pack_corpus
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
@@ -54,6 +55,8 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
     if checkpoint:
         refuse_changes(checkpoint, {"arguments": arguments})
     require_loggers(run)
+    if run.push_to_hub and run.process_index == 0:
+        require_login(run.hub_token)
     config = load_config(model_arguments)
     masked = predicts_masked_tokens(config)
     if masked and data_arguments.streaming:
@@ -106,7 +109,7 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         write_json(Path(run.output_dir, SETTINGS_FILE), settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else Trainer uploads here, before there are results and a card
     trainer.save_state()
     result.summary = summarize(trainer, recipe, corpus, block_size, started) | cost.summary()
     if corpus.validation is not None:

@@ -34,7 +34,7 @@ OVERRIDDEN = (
     *("save_model", "prediction_step", "create_model_card", "_clip_grad_norm", "_get_grad_norm", "_get_learning_rate"),
     *("_get_output_dir", "_save", "_save_checkpoint", "_push_from_checkpoint", "_save_rng_state", "_load_rng_state"),
     *("_run_epoch", "_init_training_state", "_load_optimizer_and_scheduler", "_save_optimizer_and_scheduler"),
-    *("_load_from_checkpoint", "_load_best_model", "save_state"),
+    *("_load_from_checkpoint", "_load_best_model", "save_state", "init_hf_repo", "push_to_hub"),
 )
 require_methods(Trainer, *OVERRIDDEN)
 require_arguments(Trainer.compute_loss, "num_items_in_batch")  # what the model's loss is divided by

@@ -47,6 +47,7 @@ def hub(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda *args, **kwargs: {"name": "me"})
     for name in ("create_repo", "upload_folder"):
         if hasattr(transformers.trainer, name):  # older releases import the functions
             api = huggingface_hub.HfApi()

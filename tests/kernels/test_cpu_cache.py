@@ -2,6 +2,7 @@
 """Compiled kernels on disk: never those of other source, and never a reason to fail."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,19 +44,59 @@ def run(package, **environment):
     return ran.stdout.split("\n")[:2], [line for line in ran.stderr.splitlines() if "PEER" in line]
 
 
+def announces_compilation(messages, folder):
+    """Whether there is one message: that kernels are compiled, and that `folder` keeps them."""
+    (message,) = messages
+    return bool(re.fullmatch(rf"PEER compiles its CPU kernels: .*Later runs load them from {folder}.*\.", message))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["beside the package", "of the user"])
 def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
     chosen = {} if folder == "beside the package" else {"NUMBA_CACHE_DIR": str(package / "compiled")}
-    assert run(package, **chosen) == (["as ever", "0 kept"], [])
+    kept_in = chosen.get("NUMBA_CACHE_DIR", package / "modeling_peer" / "kernels" / "cpu" / "__pycache__")
+    outputs, messages = run(package, **chosen)
+    assert outputs == ["as ever", "0 kept"]
+    assert announces_compilation(messages, kept_in)
     assert run(package, **chosen) == (["as ever", "1 kept"], [])
     changed = package / "modeling_peer" / "kernels" / "cpu" / "experts.py"
     text = changed.read_text(encoding="utf-8")
     assert "total += token[i] * widen(row[i])" in text
     changed.write_text(text.replace("total += token[i] *", "total += 3 * token[i] *"), encoding="utf-8")
-    assert run(package, **chosen) == (["changed", "0 kept"], [])
+    outputs, messages = run(package, **chosen)
+    assert outputs == ["changed", "0 kept"]
+    assert announces_compilation(messages, kept_in)
     changed.write_text(text, encoding="utf-8")
-    assert run(package, **chosen) == (["as ever", "0 kept"], [])
+    assert run(package, **chosen)[0] == ["as ever", "0 kept"]
+
+
+def test_the_first_compilation_is_announced_once_and_before_it_begins(package):
+    """One kernel, because the others take long."""
+    code = """
+from numba.core import event
+from modeling_peer.kernels.cpu.simd import prefetch_row
+import numpy as np
+class Listener(event.Listener):
+    def on_start(self, event): print("begins", flush=True)
+    def on_end(self, event): pass
+event.register("numba:compile", Listener())
+for dtype in (np.float32, np.uint16):
+    prefetch_row(np.ones((2, 8), dtype), 0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(package), "NUMBA_CACHE_DIR": str(package / "compiled")}
+    for expected in (["PEER compiles", "begins"], []):
+        ran = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env=environment,
+            cwd=package,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stdout
+        found = re.findall("^(?:PEER compiles|begins)", ran.stdout, re.MULTILINE)
+        assert found[:2] == expected, ran.stdout
+        assert found.count("PEER compiles") == len(expected[:1]), ran.stdout
 
 
 @pytest.mark.slow
@@ -67,9 +108,10 @@ def test_damaged_files_are_written_again(package, ending):
     assert damaged
     for path in damaged:
         path.write_bytes(path.read_bytes()[:20])
-    outputs, warnings = run(package, NUMBA_CACHE_DIR=str(compiled))
+    outputs, messages = run(package, NUMBA_CACHE_DIR=str(compiled))
     assert outputs == ["as ever", "0 kept"]
-    assert [str(compiled) in warning for warning in warnings] == [True]
+    (message,) = messages
+    assert re.match(rf"PEER compiles its CPU kernels again .*: those in {compiled}.* can't be read", message)
     assert run(package, NUMBA_CACHE_DIR=str(compiled)) == (["as ever", "1 kept"], [])
 
 
@@ -79,8 +121,9 @@ def test_kernels_run_where_no_folder_can_be_written(package):
     in_the_way.touch()
     shutil.rmtree(package / "modeling_peer" / "kernels" / "cpu" / "__pycache__", ignore_errors=True)
     (package / "modeling_peer" / "kernels" / "cpu" / "__pycache__").touch()
-    outputs, warnings = run(
+    outputs, messages = run(
         package, HOME=str(in_the_way), XDG_CACHE_HOME=str(in_the_way), NUMBA_CACHE_DIR=str(in_the_way)
     )
     assert outputs == ["as ever", "0 kept"]
-    assert ["NUMBA_CACHE_DIR" in warning for warning in warnings] == [True]
+    (message,) = messages
+    assert re.match(r"PEER compiles its CPU kernels in every process .* Set NUMBA_CACHE_DIR to one", message)

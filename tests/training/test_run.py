@@ -182,6 +182,7 @@ def test_pushing_goes_through_the_trainer_and_carries_our_card(tmp_path, inputs,
         return done
 
     url = RepoUrl("https://huggingface.co/someone/tiny-peer")
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda *args, **kwargs: {"name": "someone"})
     for place in (huggingface_hub.HfApi, transformers.trainer):  # the latter holds them in older versions
         monkeypatch.setattr(place, "create_repo", lambda *args, **kwargs: url, raising=False)
         monkeypatch.setattr(place, "upload_folder", upload_folder, raising=False)
