@@ -74,6 +74,14 @@ def run_generate(words: Sequence[str]) -> dict[str, Any]:
     return generate_from_checkpoint(parse_arguments(GenerationArguments, words))
 
 
+def run_export(words: Sequence[str]) -> dict[str, Any]:
+    """Check a saved model's folder, complete its card and send it to the Hub."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.hub.export import ExportArguments, export_model
+
+    return export_model(parse_arguments(ExportArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -171,6 +179,11 @@ COMMANDS = {
         "continue prompts with any causal checkpoint",
         run_generate,
         arguments=("evaluation/generation.py:GenerationArguments",),
+    ),
+    "export": Command(
+        "check a saved model, complete its card and send it to the Hub",
+        run_export,
+        arguments=("hub/export.py:ExportArguments",),
     ),
     "compare": Command(
         "train PEER and its rivals from the same seeds at an equal budget: a study",

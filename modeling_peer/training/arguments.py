@@ -87,3 +87,12 @@ class RunArguments(PeerTrainingArguments):
         default=False,
         metadata={"help": "Start anew in an output_dir that holds a run; its model and checkpoints are deleted."},
     )
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights for the model card, such as apache-2.0. Unset: the card states none."
+        },
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the text for the model card: an ISO 639 code, or code."}
+    )
