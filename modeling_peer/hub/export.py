@@ -44,21 +44,17 @@ class ExportArguments:
         metadata={"help": "Check everything and show what would be sent, without a network, and send nothing."},
     )
     private: bool = field(
-        default=False, metadata={"help": "Create a private repository. One that exists stays as it is."}
+        default=False, metadata={"help": "Create a private repository; an existing one is not changed."}
     )
     license: str | None = field(
         default=None,
-        metadata={
-            "help": "Licence of the weights, such as apache-2.0. Unset: that of the folder's card; none is invented."
-        },
+        metadata={"help": "Licence of the weights, such as apache-2.0. Unset: that of the card; none is invented."},
     )
     license_name: str | None = field(default=None, metadata={"help": "With --license other: its name."})
     license_link: str | None = field(default=None, metadata={"help": "With --license other: where its text is."})
     language: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Languages of the text: ISO 639 codes, code or multilingual. Unset: those of the folder's card."
-        },
+        metadata={"help": "Languages of the text: ISO 639 codes, code or multilingual. Unset: those of the card."},
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Model on the Hub that this one was fine-tuned from. Unset: that of the card."}

@@ -176,14 +176,13 @@ def _prompt(fields: CardFields) -> str:
 def _description(title: str, model) -> str:
     kind = "masked" if predicts_masked_tokens(model.config) else "causal"
     sparse = sparse_facts(model.config)
-    words = (
-        f" In {sparse['num_sparse_layers']} of its {sparse['num_layers']} layers the feed-forward is {sparse['words']}."
-        if sparse
-        else ""
-    )
+    words = ""
+    if sparse:
+        layers = f"{sparse['num_sparse_layers']} of its {sparse['num_layers']} layers"
+        words = f" In {layers} the feed-forward is {sparse['words']}."
     return (
-        f"# {title}\n\nA {kind} language model of {model.num_parameters():,} parameters.{words}\n\n## Data and training\n\n"
-        "The folder it was exported from had no card, so that nothing is recorded here."
+        f"# {title}\n\nA {kind} language model of {model.num_parameters():,} parameters.{words}\n\n"
+        "## Data and training\n\nThe folder it was exported from had no card, so that nothing is recorded here."
     )
 
 

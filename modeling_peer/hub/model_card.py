@@ -32,10 +32,7 @@ PAPERS = {
     "soft_moe": "2308.00951",
     "multilinear_moe": "2402.12550",
 }
-NO_LICENCE = (
-    "No licence is stated. Without one, others may not use the weights: `peer export --license` or the field `license` "
-    "of the Hub's block above states it."
-)
+NO_LICENCE = "No licence is stated. Without one, others may not use the weights. `peer export --license` states it."
 LIMITS = (
     "Trained for research on sparse experts. Not aligned or filtered: it repeats what its training text says, and "
     "invents the rest."

@@ -111,7 +111,8 @@ def _weights(folder: Path) -> list[str]:
         raise SettingsError(f"{folder / INDEX} is damaged: {type(error).__name__}: {error}.") from error
     if missing := sorted(expected - set(names)):
         raise SettingsError(
-            f"{folder} lacks {len(missing)} of {len(expected)} weight files named in {INDEX}: {', '.join(missing[:5])}."
+            f"{folder} lacks {len(missing)} of the {len(expected)} weight files that {INDEX} names: "
+            f"{', '.join(missing[:5])}."
         )
     return [*names, INDEX]
 

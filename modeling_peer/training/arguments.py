@@ -89,9 +89,7 @@ class RunArguments(PeerTrainingArguments):
     )
     license: str | None = field(
         default=None,
-        metadata={
-            "help": "Licence of the weights for the model card, such as apache-2.0. Unset: the card states none."
-        },
+        metadata={"help": "Licence of the weights, for the card, such as apache-2.0. Unset: the card states none."},
     )
     language: str | None = field(
         default=None, metadata={"help": "Language of the text for the model card: an ISO 639 code, or code."}
