@@ -17,7 +17,8 @@ from modeling_peer.hub.model_card import LIMITS, licence_sentence, loading_secti
 
 LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # the Hub knows which there are, and refuses others
 LANGUAGE_ID = re.compile(r"[a-z]{2,3}|code|multilingual")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+LAST_SECTIONS = ("Licence", "Limits")
 # pipeline tags of the heads
 TASKS = {
     "AutoModelForCausalLM": "text-generation",
@@ -109,14 +110,13 @@ def fill_card(card: ModelCard, fields: CardFields, checked: CheckedModel, reposi
     if data.eval_results:
         data.model_name = title
     text = card.text.strip() or _description(title, model)
-    # what runs in training were not yet named as they are now
     text = set_section(text, "How to load", loading_section(model.config, repository, _prompt(fields), tokenizer))
     text = set_section(text, "Checks", _checks_section(checked))
     licence = licence_sentence(fields.license, fields.license_name, fields.license_link)
     text = set_section(text, "Licence", f"## Licence\n\n{licence}")
     if not _find_section(text, "Limits"):
         text = set_section(text, "Limits", f"## Limits\n\n{LIMITS}")
-    card.text = "\n" + text + "\n"
+    card.text = f"\n{text.strip()}\n"
 
 
 def results_file(card: ModelCard) -> tuple[str, str] | None:
@@ -153,8 +153,9 @@ def set_section(text: str, heading: str, section: str) -> str:
     """`text` with the section under `## heading` replaced; a new one stands before Licence and Limits, or last."""
     if found := _find_section(text, heading):
         return text[: found.start()] + section.strip() + "\n\n" + text[found.end() :].lstrip("\n")
-    for later in ("Licence", "Limits"):
-        if heading != later and (found := _find_section(text, later)):
+    later = LAST_SECTIONS[LAST_SECTIONS.index(heading) + 1 :] if heading in LAST_SECTIONS else LAST_SECTIONS
+    for one in later:
+        if found := _find_section(text, one):
             return text[: found.start()] + section.strip() + "\n\n" + text[found.start() :]
     return text.rstrip("\n") + "\n\n" + section.strip() + "\n"
 

@@ -14,6 +14,7 @@ from modeling_peer.hub.sent_files import is_replaced
 
 # The Hub decides which files it stores as large ones: every safetensors file, and whatever exceeds 10 MB.
 LARGE = 10_000_000  # bytes
+MOST_CHARACTERS = 300  # of an error's message
 
 
 @dataclass
@@ -66,11 +67,11 @@ def upload_files(
         )
         return Upload(f"{api.endpoint}/{repo_id}", commit.oid, deleted)
     except HFValidationError as error:
-        raise SettingsError(f"--repo_id {repo_id!r} is not a valid name: {_first_line(error)}") from error
+        raise SettingsError(f"--repo_id {repo_id!r} is not a valid name: {_cause(error)}") from error
     except Exception as error:  # from the HTTP library, which changes from one release to the next
         raise CommandFailed(
-            f"the upload to {repo_id} failed ({type(error).__name__}: {_first_line(error)}). The repository is as it "
-            "was. Run the same command again: large files that have arrived are not sent again."
+            f"the upload to {repo_id} failed ({type(error).__name__}: {_cause(error)}). No file there has changed. "
+            "Run the same command again: large files that have arrived are not sent again."
         ) from error
 
 
@@ -78,8 +79,9 @@ def _is_large(addition: CommitOperationAdd) -> bool:
     return addition.path_in_repo.endswith(".safetensors") or addition.upload_info.size > LARGE
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: Exception) -> str:
+    """The message of an error, and of the one behind it, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    cause = error.__cause__
-    text = lines[0] if lines else "no message"
-    return without_secrets(f"{text} {_first_line(cause)}" if isinstance(cause, Exception) else text)
+    text = " ".join(line for line in lines if not line.startswith("For more information"))[:MOST_CHARACTERS]
+    behind = _cause(error.__cause__) if isinstance(error.__cause__, Exception) else ""
+    return without_secrets(text if behind in text else f"{text} {behind}")

@@ -63,6 +63,8 @@ class Hub:
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        # The client follows redirects to the same host at once, and the Hub's storage has another.
+        self.cdn = f"http://localhost:{self._server.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -81,9 +83,19 @@ class Hub:
             "HF_HOME": str(cache),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
             "OMP_NUM_THREADS": "1",
         }
+
+    def add_commit(self, repository: Repository, files: dict[str, str], message: str) -> str:
+        """Add a commit with these files, by path; returns its id."""
+        with self.lock:
+            parent = repository.commits[-1][0] if repository.commits else ""
+            number = len(repository.commits)
+            commit = hashlib.sha1(json.dumps([parent, number, message, sorted(files.items())]).encode()).hexdigest()
+            repository.commits.append((commit, files))
+            repository.messages.append(message)
+        return commit
 
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         """The files of a repository."""
@@ -205,6 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _json(self, content, status: int = 200, **headers):
+        if "error" in content:
+            headers.setdefault("X_Error_Message", content["error"])
         self._send(json.dumps(content).encode(), status, Content_Type="application/json", **headers)
 
     def _refuse(self, status: int, code: str, words: str, **headers):
@@ -249,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
         attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         self.hub.blobs[git_hash(attributes)] = attributes
         self.hub.repositories[name] = repository
-        self._add_commit(repository, {".gitattributes": git_hash(attributes)}, "initial commit")
+        self.hub.add_commit(repository, {".gitattributes": git_hash(attributes)}, "initial commit")
         return self._json({"url": f"{self.hub.url}/{name}", "id": name, "name": name})
 
     def _validate(self):
@@ -351,18 +365,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = value["oid"]
             elif key == "deletedFile":
                 del files[value["path"]]
-        commit = self._add_commit(repository, files, message)
+        commit = self.hub.add_commit(repository, files, message)
         url = f"{self.hub.url}/{name}/commit/{commit}"
         return self._json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
-
-    def _add_commit(self, repository: Repository, files: dict[str, str], message: str) -> str:
-        with self.hub.lock:
-            parent = repository.commits[-1][0] if repository.commits else ""
-            number = len(repository.commits)
-            commit = hashlib.sha1(json.dumps([parent, number, message, sorted(files.items())]).encode()).hexdigest()
-            repository.commits.append((commit, files))
-            repository.messages.append(message)
-        return commit
 
     def _at(self, name: str, revision: str):
         if (repository := self._repository(name)) is None:
@@ -413,7 +418,7 @@ class _Handler(BaseHTTPRequestHandler):
         content, headers = self.hub.blobs[oid], {"X_Repo_Commit": commit[0], "Accept_Ranges": "bytes"}
         if len(oid) == 64:  # a large file is elsewhere
             headers |= {"X_Linked_Size": str(len(content)), "X_Linked_ETag": f'"{oid}"'}
-            return self._send(b"", 302, Location=f"{self.hub.url}/cdn/{oid}", **headers)
+            return self._send(b"", 302, Location=f"{self.hub.cdn}/cdn/{oid}", **headers)
         return self._send_range(content, ETag=f'"{oid}"', **headers)
 
     def _cdn(self, oid: str):

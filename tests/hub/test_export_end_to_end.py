@@ -63,6 +63,7 @@ torch.save({name: model.eval()(tokens)[0].detach() for name, model in computed.i
 # Two large files are stored; the next never arrives, and the process is killed while it waits.
 SEND = """
 import sys
+from pathlib import Path
 from modeling_peer.hub.uploading import upload_files
 folder = Path(sys.argv[1])
 files = {path.name: path for path in folder.iterdir()}
