@@ -158,7 +158,6 @@ def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config
 def test_an_upload_that_was_killed_goes_on_and_sends_no_large_file_again(hub, tiny_config, tmp_path):
     model = build(tiny_config, 1)
     model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
-    (tmp_path / "model" / "README.md").write_text(CARD)
     shards = sorted((tmp_path / "model").glob("*.safetensors"))
     assert len(shards) > 3
     hub.before_large = lambda count: "drop" if count == 2 else None
