@@ -51,7 +51,7 @@ tokens = torch.arange(1, 13).view(2, 6)
 load = transformers.AutoModelForCausalLM.from_pretrained
 tokenizer = transformers.AutoTokenizer.from_pretrained(name)
 assert tokenizer.decode(tokenizer("caf\\u00e9")["input_ids"]) == "caf\\u00e9"
-computed = {"newest": load(name, **options), "first": load(name, revision=first, code_revision=first, **options)}
+computed = {"newest": load(name, **options), "first": load(name, revision=first, **options)}
 computed["second"] = load(name, revision=second, **options)
 for head in ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
              "AutoModelForQuestionAnswering"):
