@@ -44,7 +44,7 @@ class ExportArguments:
         metadata={"help": "Check everything and show what would be sent, without a network, and send nothing."},
     )
     private: bool = field(
-        default=False, metadata={"help": "Create a private repository; an existing one is not changed."}
+        default=False, metadata={"help": "Create a private repository. One that exists and is public is refused."}
     )
     license: str | None = field(
         default=None,

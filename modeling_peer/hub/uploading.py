@@ -43,13 +43,19 @@ def upload_files(
         private: visibility of a new repository. None: the default of its owner.
 
     Raises:
-        SettingsError: no repository can have this name.
+        SettingsError: no repository can have this name, or it is public and `private` is asked for.
         CommandFailed: the upload failed.
     """
     api = HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        head = api.repo_info(repo_id).sha
+        about = api.repo_info(repo_id)
+        if private and not about.private:
+            raise SettingsError(
+                f"--private: {repo_id} exists and is public. Make it private in its settings on the Hub, or name "
+                "another."
+            )
+        head = about.sha
         there = api.list_repo_files(repo_id, revision=head) if head else []
         deleted = [name for name in there if name not in files and is_replaced(name)]
         additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
@@ -66,6 +72,8 @@ def upload_files(
             parent_commit=head,  # refused if someone else has committed in the meantime
         )
         return Upload(f"{api.endpoint}/{repo_id}", commit.oid, deleted)
+    except SettingsError:
+        raise
     except HFValidationError as error:
         raise SettingsError(f"--repo_id {repo_id!r} is not a valid name: {_cause(error)}") from error
     except Exception as error:  # from the HTTP library, which changes from one release to the next

@@ -97,6 +97,16 @@ def test_an_upload_that_the_hub_refuses_says_how_to_go_on(hub, files):
     assert len(hub.stored) == len(set(hub.stored)) == 2
 
 
+def test_nothing_that_is_to_be_private_goes_into_a_public_repository(hub, files):
+    upload_files(files, REPO)
+    (files["config.json"]).write_text("private matters")
+    with pytest.raises(SettingsError, match="--private: someone/model exists and is public"):
+        upload_files(files, REPO, private=True)
+    assert hub.files(REPO)["config.json"] == b"{}"
+    upload_files(files, f"{USER}/other", private=True)
+    assert hub.repositories[f"{USER}/other"].private
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
