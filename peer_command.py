@@ -91,6 +91,14 @@ def run_serve(words: Sequence[str]) -> dict[str, Any]:
     return {}
 
 
+def run_export(words: Sequence[str]) -> dict[str, Any]:
+    """Check a saved model's folder, complete its card and send it to the Hub."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.hub.export import ExportArguments, export_model
+
+    return export_model(parse_arguments(ExportArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -231,6 +239,11 @@ COMMANDS = {
         "[MODEL] [--option value ...]",
         more="The options are those of `transformers serve`. docs/tools.md shows requests and answers.",
         options_of="cli/serve.py:Serve",
+    ),
+    "export": Command(
+        "check a saved model, complete its card and send it to the Hub",
+        run_export,
+        arguments=("hub/export.py:ExportArguments",),
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

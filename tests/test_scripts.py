@@ -38,6 +38,7 @@ TRAINING_SCRIPTS = (
     "quickstart",
     "list_presets",
     "show_costs",
+    "export_model",
 )
 
 

@@ -4,15 +4,19 @@
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_peer.auto_classes_peer import AUTO_MAP, class_name
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import RESOURCES
 from modeling_peer.files_peer import write_text
-from modeling_peer.hub.loading import is_new_model, predicts_masked_tokens
+from modeling_peer.hub.loading import is_new_model, language_model_class, predicts_masked_tokens
+from modeling_peer.transformers_names_peer import TESTED_RELEASES
 
 TEMPLATE = RESOURCES / "model_cards" / "TEMPLATE.md"
+LOADING = TEMPLATE.with_name("LOADING.md")
 MEASURES = {"validation_bits_per_byte": "bits per byte", "validation_perplexity": "perplexity per token"}
 MASKED_MEASURES = {"validation_perplexity": "perplexity per masked token"}
 # paths are useless on another machine, and may contain names of people
@@ -28,6 +32,7 @@ PAPERS = {
     "soft_moe": "2308.00951",
     "multilinear_moe": "2402.12550",
 }
+NO_LICENCE = "No licence is stated. Without one, others may not use the weights. `peer export --license` states it."
 LIMITS = (
     "Trained for research on sparse experts. Not aligned or filtered: it repeats what its training text says, and "
     "invents the rest."
@@ -59,11 +64,15 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
     results = [(words, summary[name]) for name, words in measures.items() if name in summary]
     title = (recipe.run.hub_model_id or str(Path(folder).resolve())).rpartition("/")[2]
     base_model = None if is_new_model(recipe.model.model) else recipe.model.model
+    repository = recipe.run.hub_model_id or title
+    prompt = "import " if "Python" in corpus.description else "The "
     card = ModelCard.from_template(
         ModelCardData(
+            license=recipe.run.license,
+            language=recipe.run.language or ("code" if "Python" in corpus.description else None),
             library_name="transformers",
             pipeline_tag=task,
-            tags=_tags(model),
+            tags=model_tags(model),
             datasets=corpus.dataset_id,
             base_model=base_model if base_model and not Path(base_model).exists() else None,
             model_name=title,
@@ -71,15 +80,14 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
         ),
         template_path=str(TEMPLATE),
         title=title,
-        repository=recipe.run.hub_model_id or title,
+        loading=loading_section(model.config, repository, prompt),
+        licence=licence_sentence(recipe.run.license),
         base_model=base_model and _without_folders(base_model),
-        sparse=_sparse_facts(model.config),
-        custom_code=model.config.model_type == "peer",  # our code is saved with the checkpoint
+        sparse=sparse_facts(model.config),
         masked=masked,
         summary=summary,
         results=results,
         num_tokens=f"{model.config.vocab_size:,}",
-        prompt="import " if "Python" in corpus.description else "The ",
         device=recipe.run.device.type.upper(),
         settings=_settings(recipe.settings),
         limits=LIMITS,
@@ -89,7 +97,39 @@ def write_model_card(folder: str | Path, facts: dict[str, Any]) -> Path:
     return path
 
 
-def _tags(model) -> list[str]:
+def loading_section(config, repository: str, prompt: str = "The ", tokenizer: bool = True) -> str:
+    """The section on how to load a model, with this package and without it.
+
+    Args:
+        repository: name on the Hub, or of the folder.
+        tokenizer: whether there is one beside the model.
+    """
+    auto_class = language_model_class(config).__name__
+    architecture = (config.architectures or [None])[0]
+    auto_class = next((name for name in AUTO_MAP if class_name(name) == architecture), auto_class)
+    template = jinja2.Template(LOADING.read_text(encoding="utf-8"), keep_trailing_newline=False)
+    return template.render(
+        auto_class=auto_class,
+        custom_code=config.model_type == "peer",  # our code is saved with the checkpoint
+        masked=auto_class == "AutoModelForMaskedLM" and tokenizer,
+        repository=repository,
+        prompt=prompt,
+        tokenizer=tokenizer,
+        releases=TESTED_RELEASES,
+    ).strip()
+
+
+def licence_sentence(license: str | None, name: str | None = None, link: str | None = None) -> str:
+    """What the section on the licence says."""
+    if license is None:
+        return NO_LICENCE
+    if name and link:
+        return f"The weights are under [{name}]({link})."
+    return f"The weights are under `{license}`. The code that comes with them is under `apache-2.0`."
+
+
+def model_tags(model) -> list[str]:
+    """Tags of the card: the kind of model, and of a sparse one, its paper."""
     tags = [model.config.model_type, *(getattr(model, "model_tags", None) or [])]
     return [*tags, "mixture-of-experts", f"arxiv:{_paper(model.config)}"] if _is_sparse(model.config) else tags
 
@@ -107,7 +147,8 @@ def _eval_results(results: list[tuple[str, float]], corpus, task: str) -> list[E
     ]
 
 
-def _sparse_facts(config) -> dict[str, Any] | None:
+def sparse_facts(config) -> dict[str, Any] | None:
+    """What a card says about the sparse layers; None if there are none."""
     if not _is_sparse(config):
         return None
     words = f"not PEER but `{config.sparse_mlp}` ([arXiv:{_paper(config)}](https://arxiv.org/abs/{_paper(config)}))"

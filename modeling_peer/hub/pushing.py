@@ -14,27 +14,29 @@ from modeling_peer.console.secrets import without_secrets
 WITHOUT = "Or leave --push_to_hub out, and upload the saved model later with `hf upload`."
 
 
-def require_login(token: str | None) -> None:
+def require_login(token: str | None, what: str = "--push_to_hub", way_out: str = WITHOUT) -> None:
     """Raise SettingsError unless the Hub can be reached and knows the token. Called before training, not after it.
 
     Args:
         token: `hub_token`. If None, the token of the machine: HF_TOKEN, or that of `hf auth login`.
+        what: the setting or command that needs the Hub, for the message.
+        way_out: its last sentence.
     """
     try:
         huggingface_hub.HfApi().whoami(token=token)
     except LocalTokenNotFoundError as error:
         raise SettingsError(
-            f"--push_to_hub needs a token, and none was found. Run `hf auth login` or set HF_TOKEN. {WITHOUT}"
+            f"{what} needs a token, and none was found. Run `hf auth login` or set HF_TOKEN. {way_out}"
         ) from error
     except HfHubHTTPError as error:
         # any other status, such as too many requests, says nothing about the token: creating the repository decides
         if error.response.status_code in (401, 403):
             raise SettingsError(
-                f"--push_to_hub: the Hub refused the token ({_cause(error)}). Run `hf auth login` again, or set "
-                f"HF_TOKEN to a token with write access. {WITHOUT}"
+                f"{what}: the Hub refused the token ({_cause(error)}). Run `hf auth login` again, or set "
+                f"HF_TOKEN to a token with write access. {way_out}"
             ) from error
     except Exception as error:  # from the HTTP library, which changes from one release to the next
-        raise SettingsError(_unreachable(error)) from error
+        raise SettingsError(_unreachable(error, what, way_out)) from error
 
 
 @contextmanager
@@ -68,8 +70,8 @@ def explained_upload(repo: str, folder: str) -> Iterator[None]:
         ) from error
 
 
-def _unreachable(error: Exception) -> str:
-    return f"--push_to_hub: the Hub cannot be reached ({_cause(error)}). Try again with a network. {WITHOUT}"
+def _unreachable(error: Exception, what: str = "--push_to_hub", way_out: str = WITHOUT) -> str:
+    return f"{what}: the Hub cannot be reached ({_cause(error)}). Try again with a network. {way_out}"
 
 
 def _cause(error: Exception) -> str:

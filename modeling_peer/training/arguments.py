@@ -88,3 +88,10 @@ class RunArguments(PeerTrainingArguments):
         default=False,
         metadata={"help": "Start a new run in an output_dir that has one. The old model and checkpoints are deleted."},
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the weights, for the card, such as apache-2.0. Unset: the card states none."},
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "Language of the text for the model card: an ISO 639 code, or code."}
+    )
