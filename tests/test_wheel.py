@@ -47,7 +47,7 @@ def command(name, *words):
 
 @pytest.mark.slow
 def test_presets_recipes_and_the_card_are_in_the_wheel(installed):
-    for path in [*REPOSITORY.glob("configuration/*/*"), REPOSITORY / "model_cards" / "TEMPLATE.md"]:
+    for path in [*REPOSITORY.glob("configuration/*/*"), *REPOSITORY.glob("model_cards/*.md")]:
         assert (installed / "modeling_peer" / path.relative_to(REPOSITORY)).read_bytes() == path.read_bytes()
     assert (installed / "modeling_peer" / "py.typed").exists()
 
