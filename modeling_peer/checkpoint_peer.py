@@ -14,6 +14,7 @@ from .checksums_peer import add_checksum, refuse_damage, weight_files
 from .exchange_peer import CONFIG_NAME, GENERATION_CONFIG_NAME, staged_save, staging_folders
 from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
+from .quantised_tables_peer import refuse_other_format
 from .query_norms_peer import freeze_running_statistics
 
 # Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
@@ -72,6 +73,7 @@ class PeerCheckpoints:
         if failure is not None or verify:
             refuse_damage(pretrained_model_name_or_path, files, verify, failure)
         if failure is None:
+            refuse_other_format(files, (loaded[0] if isinstance(loaded, tuple) else loaded).config.expert_table_format)
             # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             freeze_running_statistics(loaded[0] if isinstance(loaded, tuple) else loaded, only_learned=True)
             return loaded

@@ -91,7 +91,7 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     if name is None or not all(map(is_unobserved, modules)):
         return None
     sizes = (retrieval.num_heads, retrieval.top_k)
-    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name)
+    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name, **experts.scales())
 
 
 def _query_network(retrieval: PeerRetrieval) -> "one_call.QueryNetwork | None":

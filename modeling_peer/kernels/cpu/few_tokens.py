@@ -44,8 +44,10 @@ def run_layer(
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
+    scales: tuple[torch.Tensor | None, ...],
 ) -> torch.Tensor:
     """Outputs (t, d), float32. Arguments are those of `one_call.run_few`, which checks them; `activation` by name."""
+    down_scale, up_scale, gate_scale = (None if scale is None else borrowed(scale) for scale in scales)
     weight = query_network.weight
     tokens, codebooks = as_float32(tokens), as_float32(sub_keys)
     num_sub_keys, half = sub_keys.shape[-2:]
@@ -66,6 +68,9 @@ def run_layer(
         up,
         gate,
         ACTIVATIONS[activation],
+        down_scale,
+        up_scale,
+        gate_scale,
         borrowed(output),
         threads.team_for(num_bytes),
     )
@@ -89,6 +94,9 @@ def _run_layer(
     up,
     gate_rows,
     activation,
+    down_scale,
+    up_scale,
+    gate_scale,
     output,
     num_threads,
 ):
@@ -102,7 +110,10 @@ def _run_layer(
     gates, ids = np.empty(of_queries, np.float32), np.empty(of_queries, np.int64)
     _search(queries.reshape(-1, 2, half), codebooks, gates, ids, gate_activation, num_threads)
     shape = (len(tokens), num_heads * top_k)
-    _mix(tokens, ids.reshape(shape), gates.reshape(shape), down, up, gate_rows, activation, output, num_threads)
+    scales = (down_scale, up_scale, gate_scale)
+    _mix(
+        tokens, ids.reshape(shape), gates.reshape(shape), down, up, gate_rows, activation, scales, output, num_threads
+    )
 
 
 @compiled
@@ -233,11 +244,11 @@ def _open_gates(scores, gate):
 
 
 @compiled
-def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_threads):
+def _mix(tokens, ids, gates, down, up, gate_rows, activation, scales, output, num_threads):
     num_tokens, num_active = ids.shape
     num_parts = -(-num_active // ASSIGNMENTS_PER_PART)
     sums = np.zeros((num_tokens, num_parts, tokens.shape[1]), np.float32)
-    arguments = (tokens, ids, gates, down, up, gate_rows, activation, sums)
+    arguments = (tokens, ids, gates, down, up, gate_rows, activation, *scales, sums)
     in_parallel(_mix_parts, arguments, min(num_tokens * num_parts, CHUNKS_PER_THREAD * num_threads), num_threads)
     output[:] = 0
     for t in range(num_tokens):
@@ -246,7 +257,21 @@ def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_thread
 
 
 @compiled
-def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk, num_chunks):
+def _mix_parts(
+    tokens,
+    ids,
+    gates,
+    down,
+    up,
+    gate_rows,
+    activation,
+    down_scale,
+    up_scale,
+    gate_scale,
+    sums,
+    chunk,
+    num_chunks,
+):
     """Partial outputs of some experts of a token: sums (t, parts, d)."""
     num_tokens, num_parts, _ = sums.shape
     num_active = ids.shape[1]
@@ -263,11 +288,18 @@ def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk,
             if down is not None:
                 prefetch_row(down, ahead)
                 neuron = dot_row(token, down[ids[t, a]])
+                if down_scale is not None:
+                    neuron *= down_scale[ids[t, a]]
                 if gate_rows is None:
                     weight *= _activate(neuron, activation)
                 else:
                     prefetch_row(gate_rows, ahead)
-                    weight *= _activate(dot_row(token, gate_rows[ids[t, a]]), activation) * neuron
+                    gate = dot_row(token, gate_rows[ids[t, a]])
+                    if gate_scale is not None:
+                        gate *= gate_scale[ids[t, a]]
+                    weight *= _activate(gate, activation) * neuron
+            if up_scale is not None:
+                weight *= up_scale[ids[t, a]]
             add_row(total, weight, up[ids[t, a]])
 
 
