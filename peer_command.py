@@ -74,6 +74,14 @@ def run_generate(words: Sequence[str]) -> dict[str, Any]:
     return generate_from_checkpoint(parse_arguments(GenerationArguments, words))
 
 
+def run_quantise(words: Sequence[str]) -> dict[str, Any]:
+    """Quantise the expert tables of a checkpoint."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.hub.quantise_checkpoint import QuantisationArguments, quantise_checkpoint
+
+    return quantise_checkpoint(parse_arguments(QuantisationArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -171,6 +179,11 @@ COMMANDS = {
         "continue prompts with any causal checkpoint",
         run_generate,
         arguments=("evaluation/generation.py:GenerationArguments",),
+    ),
+    "quantise": Command(
+        "store the expert tables of a checkpoint as int8, int4 or float8",
+        run_quantise,
+        arguments=("hub/quantise_checkpoint.py:QuantisationArguments",),
     ),
     "compare": Command(
         "train PEER and its rivals from the same seeds at an equal budget: a study",

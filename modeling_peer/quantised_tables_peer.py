@@ -262,12 +262,8 @@ def refuse_other_format(files: Iterable[str | os.PathLike], table_format: str | 
                 stored = _STORED_AS.get(entry["dtype"])
                 if stored != table_format:
                     raise ValueError(
-                        f"{name} in {os.path.basename(file)} has the format {_in_words(stored)}, and the configuration "
-                        f"says {_in_words(table_format)} (expert_table_format). Load the checkpoint with its own "
+                        f"{name} in {os.path.basename(file)} is stored with expert_table_format={stored!r}, and the "
+                        f"configuration has {table_format!r}. Load the checkpoint with its own "
                         "configuration. To quantise the tables of a float one: `peer quantise`, or "
                         "quantise_expert_tables(model, ...)."
                     )
-
-
-def _in_words(table_format: str | None) -> str:
-    return "of plain floats" if table_format is None else repr(table_format)

@@ -6,8 +6,8 @@ Kernels read their numbers. The scales of rows are applied outside, to one value
 
 import torch
 
-# int8: one number an element. uint8: int4, column j in the low half of byte j and column j + width / 2 in the high half,
-# each plus 8. float8: its own value.
+# int8: one number an element. uint8: int4, column j in the low half of byte j and column j + width / 2 in its high
+# half, each plus 8. float8: its own value.
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 

@@ -80,7 +80,7 @@ def is_packed(typing_context, row):
 
 @intrinsic
 def widen_high(typing_context, value):
-    """The number in the high half of an int4 byte as float32. Other types have none, and it is never called for them."""
+    """The number in the high half of an int4 byte as float32. Other types have none; for them it is never run."""
     if value != types.uint8:
         return types.float32(value), lambda context, builder, signature, args: ir.Constant(_FLOAT, 0.0)
 
