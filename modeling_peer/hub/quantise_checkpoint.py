@@ -89,8 +89,8 @@ def _load(source: str, name: str) -> PreTrainedModel:
         raise SettingsError(f"{name!r} has model_type {config.model_type!r}: only PEER models have expert tables.")
     if config.expert_table_format is not None:
         raise SettingsError(
-            f"{name!r} is quantised already ({config.expert_table_format}). Quantise the float model: another rounding "
-            "would add its error to the first."
+            f"{name!r} is quantised already ({config.expert_table_format}). Quantise the float model: another "
+            "rounding would add its error to the first."
         )
     class_name = (config.architectures or ["PeerForCausalLM"])[0]
     model_class = getattr(modeling_peer, class_name, None)
