@@ -69,7 +69,8 @@ class QuantisableTables(nn.Module):
 
     def scales(self) -> dict[str, torch.Tensor]:
         """The scales of quantised tables by name, as registered; empty if the tables are not quantised."""
-        return {name: scale for name in SCALE_NAMES.values() if (scale := self._parameters.get(name)) is not None}
+        found = {name: self._parameters.get(name) for name in SCALE_NAMES.values()}
+        return {name: scale for name, scale in found.items() if scale is not None}
 
     def frozen_tables(self) -> list[torch.Tensor]:
         """Quantised tables and their scales, as registered; empty if the tables are not quantised."""
