@@ -99,6 +99,14 @@ def run_export(words: Sequence[str]) -> dict[str, Any]:
     return export_model(parse_arguments(ExportArguments, words))
 
 
+def run_quantise(words: Sequence[str]) -> dict[str, Any]:
+    """Quantise the expert tables of a checkpoint."""
+    from modeling_peer.console.command_line import parse_arguments
+    from modeling_peer.hub.quantise_checkpoint import QuantisationArguments, quantise_checkpoint
+
+    return quantise_checkpoint(parse_arguments(QuantisationArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -244,6 +252,11 @@ COMMANDS = {
         "check a saved model, complete its card and send it to the Hub",
         run_export,
         arguments=("hub/export.py:ExportArguments",),
+    ),
+    "quantise": Command(
+        "store the expert tables of a checkpoint as int8, int4 or float8",
+        run_quantise,
+        arguments=("hub/quantise_checkpoint.py:QuantisationArguments",),
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

@@ -16,6 +16,7 @@ from .modeling_peer import (
     PeerModel,
     PeerPreTrainedModel,
 )
+from .quantised_tables_peer import quantise_expert_tables
 
 
 def _register():
@@ -42,5 +43,6 @@ __all__ = [
     "PeerLayer",
     "PeerModel",
     "PeerPreTrainedModel",
+    "quantise_expert_tables",
     "verify_checkpoint",
 ]

@@ -15,6 +15,7 @@ from .exchange_peer import staged_save, staging_folders
 from .file_names_peer import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
+from .quantised_tables_peer import refuse_other_format
 from .query_norms_peer import freeze_running_statistics
 from .table_placement_peer import check_placement, place_tables
 from .table_shards_peer import lay_out_weights, refuse_index_damage
@@ -89,6 +90,7 @@ class PeerCheckpoints:
         if failure is not None or verify:
             refuse_damage(pretrained_model_name_or_path, files, verify, failure)
         if failure is None:
+            refuse_other_format(files, (loaded[0] if isinstance(loaded, tuple) else loaded).config.expert_table_format)
             # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             freeze_running_statistics(model, only_learned=True)

@@ -130,6 +130,12 @@ class PeerConfig(PreTrainedConfig):
             time of a step then depend on those rows and not on the size of the pool. The optimizer must accept such
             gradients: [`modeling_peer.optim.RowSparseAdamW`]. With `experts_implementation="cpu"` the rows are
             computed only when they are read, and that optimizer does not read them.
+        expert_table_format (`str`, *optional*):
+            How the rows of the expert tables are stored: `"int8"`, `"int4"` (two to a byte) or `"float8_e4m3"`, each
+            with one float32 scale per row. Unset, they are plain floats. Quantised tables are frozen.
+            [`quantise_expert_tables`] and `peer quantise` write them, and set this field. It is a field of ours, not a
+            method in `quantization_config`, because Transformers skips an unknown method with a warning and raises
+            when one is registered twice. An unknown format is refused here.
 
         > Auxiliary losses
 
@@ -216,6 +222,9 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.mlp.experts.down_embed": "expert_rows",
         "layers.*.mlp.experts.up_embed": "expert_rows",
         "layers.*.mlp.experts.gate_embed": "expert_rows",
+        "layers.*.mlp.experts.down_scale": "expert_rows",
+        "layers.*.mlp.experts.up_scale": "expert_rows",
+        "layers.*.mlp.experts.gate_scale": "expert_rows",
         "layers.*.mlp.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
@@ -262,6 +271,7 @@ class PeerConfig(PreTrainedConfig):
     expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
     expert_init_gain: int | float = 4.0
     row_sparse_gradients: bool = False
+    expert_table_format: Literal["int8", "int4", "float8_e4m3"] | None = None
     balance_loss: Literal["switch", "uniformity"] | None = None
     router_aux_loss_coef: int | float = 0.01
 
@@ -528,12 +538,17 @@ class PeerConfig(PreTrainedConfig):
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
             )
-        for name in ("gated_experts", "expert_dropout", "row_sparse_gradients"):
+        for name in ("gated_experts", "expert_dropout", "row_sparse_gradients", "expert_table_format"):
             if getattr(self, name) and self.sparse_mlp not in PRODUCT_KEY_MLPS:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for what product keys retrieve, and "
                     f"sparse_mlp={self.sparse_mlp!r} has none ({', '.join(PRODUCT_KEY_MLPS)} do). Leave it unset."
                 )
+        if self.expert_table_format == "int4" and self.hidden_size % 2:
+            raise ValueError(
+                f"expert_table_format='int4' packs two numbers into a byte, so hidden_size ({self.hidden_size}) must "
+                "be even. Use 'int8', or another hidden_size."
+            )
         if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
             raise ValueError(
                 "share_expert_tables=True: sparse layers share their experts, and a multilinear_moe has none apart "

@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, dense_optimizer_check, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
-from .parallel_peer import draw_rows_
+from .quantised_tables_peer import QuantisableTables
+from .row_formats_peer import numbers_of, row_width
 from .table_placement_peer import MappedTables
 
 # Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB. One token's rows may be more.
@@ -32,6 +33,9 @@ def expert_mixture(
     gate_embed: torch.Tensor | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
     row_sparse_gradients: bool = False,
+    down_scale: torch.Tensor | None = None,
+    up_scale: torch.Tensor | None = None,
+    gate_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of the retrieved single-neuron experts (He 2024, eqs. 3 and 6; arXiv:2407.04153).
 
@@ -57,6 +61,8 @@ def expert_mixture(
         activation: elementwise function of the pre-activations.
         row_sparse_gradients: whether gradients of the tables are coalesced sparse COO tensors of the retrieved rows,
             rather than as large as the tables.
+        down_scale, up_scale, gate_scale: `(num_peer_experts,)`, float32, one for each quantised table: the table has
+            the dtype and width of a format of `row_formats_peer`, and no gradient.
 
     Returns:
         `(num_tokens, hidden_size)`, dtype of `hidden_states`.
@@ -68,13 +74,21 @@ def expert_mixture(
         write = partial(_apply, _WriteExperts, row_sparse_gradients)
     weights = gates.to(torch.promote_types(gates.dtype, torch.float32))
     if down_embed is not None:
-        neurons = read(hidden_states, down_embed, expert_ids)
+        neurons = scaled(read(hidden_states, down_embed, expert_ids), down_scale, expert_ids)
         if gate_embed is None:
             neurons = activation(neurons)
         else:
-            neurons = activation(read(hidden_states, gate_embed, expert_ids)) * neurons
+            gate = scaled(read(hidden_states, gate_embed, expert_ids), gate_scale, expert_ids)
+            neurons = activation(gate) * neurons
         weights = weights * neurons
-    return write(weights, up_embed, expert_ids).to(hidden_states.dtype)
+    return write(scaled(weights, up_scale, expert_ids), up_embed, expert_ids).to(hidden_states.dtype)
+
+
+def scaled(values: torch.Tensor, scale: torch.Tensor | None, expert_ids: torch.Tensor) -> torch.Tensor:
+    """`values`, one for each retrieved row, times the scales `(num_peer_experts,)` of these rows, if there are any."""
+    if scale is None:
+        return values
+    return values * F.embedding(expert_ids, scale.detach().unsqueeze(1)).squeeze(-1)
 
 
 def _needs_formula() -> bool:
@@ -88,14 +102,19 @@ def _needs_formula() -> bool:
 def _read(hidden_states: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
     """Dot product of each token with each of its rows of `table`: `(num_tokens, num_active)`, float32."""
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-    rows = F.embedding(expert_ids, table).to(dtype)  # (t, a, d)
+    rows = _gather(table, expert_ids, dtype)  # (t, a, d)
     return (rows * hidden_states.to(dtype).unsqueeze(1)).sum(-1)
 
 
 def _write(weights: torch.Tensor, table: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
     """Weighted sum of each token's rows of `table`: `(num_tokens, hidden_size)`, dtype of `weights`."""
-    rows = F.embedding(expert_ids, table).to(weights.dtype)  # (t, a, d)
+    rows = _gather(table, expert_ids, weights.dtype)  # (t, a, d)
     return (weights.unsqueeze(-1) * rows).sum(1)
+
+
+def _gather(table: torch.Tensor, expert_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows `(num_tokens, num_active, hidden_size)`; the numbers of quantised ones, without their scales."""
+    return numbers_of(F.embedding(expert_ids, table), dtype)
 
 
 class _TiledRows(torch.autograd.Function):
@@ -138,7 +157,7 @@ class _ReadExperts(_TiledRows):
 class _WriteExperts(_TiledRows):
     @staticmethod
     def forward(weights, table, expert_ids, row_sparse):
-        output = torch.empty(len(weights), table.shape[1], dtype=weights.dtype, device=weights.device)
+        output = torch.empty(len(weights), row_width(table), dtype=weights.dtype, device=weights.device)
         for tile in _tiles(expert_ids, table):
             output[tile] = _write(weights[tile], table, expert_ids[tile])
         return output
@@ -188,7 +207,7 @@ def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
     """Slices of tokens whose gathered rows stay within the bound, with at least one token each."""
     num_tokens, num_active = expert_ids.shape
     bound = MAX_TILE_ELEMENTS.get(table.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
-    size = max(1, bound // (num_active * table.shape[-1]))
+    size = max(1, bound // (num_active * row_width(table)))
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
@@ -216,7 +235,7 @@ def own_assignments(expert_ids: torch.Tensor, gates: torch.Tensor, num_rows: int
     return expert_ids, gates.masked_fill(left_over, 0.0)
 
 
-class PeerExperts(nn.Module):
+class PeerExperts(QuantisableTables):
     """The pool of experts of one layer.
 
     `down_embed` reads a token, `up_embed` writes it back, and `gate_embed` (gated experts only) modulates. Each is
@@ -235,8 +254,7 @@ class PeerExperts(nn.Module):
         self.num_peer_experts = config.num_peer_experts
         exist = {"down_embed": has_readers, "up_embed": True, "gate_embed": has_readers and config.gated_experts}
         for name in TABLE_NAMES:
-            table = torch.empty(self.num_peer_experts, config.hidden_size) if exist[name] else None
-            self.register_parameter(name, None if table is None else nn.Parameter(table))
+            self.register_table(name, exist[name])
 
     def reset_parameters(self):
         """Initialise the tables. This is our choice: the paper states none.
@@ -247,9 +265,10 @@ class PeerExperts(nn.Module):
         same size for every weight, so the output of a stronger neuron changes faster.
         """
         gain = self.config.expert_init_gain
-        for reader in filter(lambda table: table is not None, (self.down_embed, self.gate_embed)):
-            draw_rows_(reader, std=gain * self.config.hidden_size**-0.5)
-        draw_rows_(self.up_embed, std=self.config.initializer_range / gain)
+        for reader in ("down_embed", "gate_embed"):
+            if self._parameters[reader] is not None:
+                self.draw_table(reader, std=gain * self.config.hidden_size**-0.5)
+        self.draw_table("up_embed", std=self.config.initializer_range / gain)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Gated sum of the retrieved experts.
@@ -266,6 +285,9 @@ class PeerExperts(nn.Module):
         if self.mapped_tables is not None:
             self._use_mapped_tables(expert_ids)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
+        if self.config.expert_table_format is not None:
+            self.check_quantised_tables()
+            return mixture(*inputs, **self.scales())
         if is_parametrized(self):
             self._check_adapted_tables()
         if torch.is_grad_enabled() and self.has_row_sparse_gradients():
@@ -291,14 +313,16 @@ class PeerExperts(nn.Module):
         """Move or cast the module; tables that are only mapped stay where they are and keep their dtype."""
         if self.mapped_tables is None:
             return super()._apply(fn, recurse)
+        before = dict(self._parameters)
         if self.mapped_tables.only_mapped:
-            tables = {name: self._parameters.pop(name) for name in TABLE_NAMES}
-            try:
-                return super()._apply(fn, recurse)
-            finally:
-                self._parameters.update(tables)
-        self.mapped_tables = None  # the tables are copied
-        return super()._apply(fn, recurse)
+            for name in TABLE_NAMES:
+                self._parameters[name] = None
+        super()._apply(fn, recurse)
+        if self.mapped_tables.only_mapped:
+            self._parameters.update({name: before[name] for name in TABLE_NAMES})
+        elif not self.mapped_tables.holds(self.up_embed):
+            self.mapped_tables = None  # copies are in memory
+        return self
 
     def has_row_sparse_gradients(self) -> bool:
         """Whether gradients of the tables are row-sparse."""

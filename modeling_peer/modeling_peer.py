@@ -49,6 +49,7 @@ from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .backends_peer import check_experts_implementation
 from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
+from .experts_peer import PeerExperts
 from .masks_peer import current_token_mask, fit_attention_mask, num_cached
 from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
@@ -177,6 +178,15 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         if isinstance(experts_implementation, dict):
             experts_implementation = experts_implementation.get("", self.config._experts_implementation)
         self.config._experts_implementation = self.get_correct_experts_implementation(experts_implementation)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Like `nn.Module.requires_grad_`, but quantised expert tables stay frozen: integers have no gradient."""
+        frozen = {
+            id(p) for module in self.modules() if isinstance(module, PeerExperts) for p in module.frozen_tables()
+        }
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
+        return self
 
     def _collect_aux_losses(self, has_labels: bool, weight: float | None = None) -> AuxiliaryLosses | None:
         """Collector of the layers' auxiliary losses; None in generation and in evaluation without labels.

@@ -95,7 +95,8 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
         return None
     sizes = (retrieval.num_heads, retrieval.top_k)
     request = mapped.request if mapped is not None and mapped.waits_for_disk() else None
-    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name, request)
+    options = {**experts.scales(), "before_reading": request}
+    return run(tokens, network, sub_keys, *sizes, retrieval.gate_activation, tables, name, **options)
 
 
 def _query_network(retrieval: PeerRetrieval) -> "one_call.QueryNetwork | None":

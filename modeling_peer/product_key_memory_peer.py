@@ -11,7 +11,6 @@ from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .layer_peer import PeerLayer
 from .one_call_peer import remember_forwards
-from .parallel_peer import draw_rows_
 
 
 class PeerMemoryValues(PeerExperts):
@@ -25,7 +24,7 @@ class PeerMemoryValues(PeerExperts):
 
     def reset_parameters(self):
         """Initialise with standard deviation `hidden_size**-0.5`, as in the authors' code."""
-        draw_rows_(self.up_embed, std=self.config.hidden_size**-0.5)
+        self.draw_table("up_embed", std=self.config.hidden_size**-0.5)
 
 
 remember_forwards(PeerMemoryValues)  # the one-call layer replaces them too

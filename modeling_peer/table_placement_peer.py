@@ -65,6 +65,10 @@ class MappedTables:
     def __reduce__(self):
         return type(None), ()  # a copy of the model has its tables in memory
 
+    def holds(self, table: torch.Tensor) -> bool:
+        """Whether `table` is one of these tables, rather than a copy."""
+        return any(table.data_ptr() == address for address, *_ in self.tables)
+
     def waits_for_disk(self) -> bool:
         """Whether a call now should request its rows before it reads them."""
         return _disk.is_in_use()

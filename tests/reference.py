@@ -283,3 +283,25 @@ def expert_choice_moe(layer, tokens, is_chosen):
         for t in is_chosen(expert, scores):
             outputs[t] = outputs[t] + scores[t, expert] * moe_expert(layer.experts, expert, tokens[t])
     return torch.stack(outputs)
+
+
+def dequantised(rows, scales):
+    """Values of quantised rows, number by number: the dtype says the format, int4 packs two numbers into a byte."""
+    values = []
+    for row, scale in zip(rows, scales.tolist(), strict=True):
+        if row.dtype == torch.uint8:
+            numbers = [byte % 16 - 8 for byte in row.tolist()] + [byte // 16 - 8 for byte in row.tolist()]
+        elif row.dtype == torch.float8_e4m3fn:
+            numbers = [_float8(bits) for bits in row.view(torch.uint8).tolist()]
+        else:
+            numbers = row.tolist()
+        values.append([number * scale for number in numbers])
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _float8(bits):
+    """OCP's e4m3: a sign, four bits of exponent with bias 7, three of mantissa; no infinity."""
+    sign, exponent, mantissa = -1.0 if bits & 128 else 1.0, bits >> 3 & 15, bits & 7
+    if (exponent, mantissa) == (15, 7):
+        return math.nan
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))

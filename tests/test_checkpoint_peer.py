@@ -34,6 +34,8 @@ TRAVELLING_FILES = {
     "product_keys_peer.py",
     "retrieval_peer.py",
     "experts_peer.py",
+    "row_formats_peer.py",
+    "quantised_tables_peer.py",
     "layer_peer.py",
     "product_key_memory_peer.py",
     "top_k_moe_peer.py",

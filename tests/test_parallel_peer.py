@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, quantise_expert_tables
 from modeling_peer.costs.many_processes import bytes_per_token, tables
 from modeling_peer.experts_peer import PeerExperts, expert_mixture, own_assignments
 from modeling_peer.parallel_peer import EXPERT_ROWS, require_dense_gradients
@@ -194,3 +194,25 @@ def test_row_sparse_gradients_are_refused_where_fsdp_would_reduce_them():
 def test_the_tables_on_paper_are_those_that_the_command_prints():
     page = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
     assert tables() in page.read_text(encoding="utf-8")
+
+
+def logits_of_ranks(folder, sizes, tokens):
+    model = (
+        PeerForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
+        if sizes
+        else (PeerForCausalLM.from_pretrained(folder))
+    )
+    rows = model.model.layers[1].mlp.experts.up_embed.shape[0]
+    with torch.no_grad():
+        return model(tokens).logits, rows
+
+
+@pytest.mark.slow_but_first
+@pytest.mark.parametrize("table_format", ["int4", "int8", "float8_e4m3"])
+def test_quantised_tables_are_sharded_with_their_scales(tmp_path, tiny_config, table_format):
+    model = quantise_expert_tables(PeerForCausalLM(tiny_config(**SHARED_OUT)), table_format)
+    model.save_pretrained(tmp_path / "start")
+    tokens = torch.randint(1, 99, (2, 9))
+    expected, _ = logits_of_ranks(tmp_path / "start", None, tokens)
+    for logits, _ in run_ranks(2, tmp_path, logits_of_ranks, tmp_path / "start", {"tp_size": 2}, tokens):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import modeling_peer
 
@@ -17,6 +18,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
 SPEED = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
+TABLES = (REPOSITORY / "docs" / "tables.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMPARING = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
@@ -42,6 +44,10 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch)
 def test_the_python_of_the_page_on_speed_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert type(run_python(SPEED, least=1)["optimizer"]).__name__ == "RowSparseAdamW"
+
+
+def test_the_python_of_the_page_on_tables_runs():
+    assert run_python(TABLES, least=1)["layer"].experts.down_embed.dtype == torch.int8
 
 
 def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ TRAINING_SCRIPTS = (
     "compare_feed_forwards",
     "evaluate_lm",
     "generate_text",
+    "quantise_tables",
     "quickstart",
     "list_presets",
     "show_costs",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling_peer import PeerConfig, PeerLayer
+from modeling_peer import PeerConfig, PeerLayer, quantise_expert_tables
 from modeling_peer.backends_peer import EXPERT_MIXTURE_FUNCTIONS, check_experts_implementation, choose
 from modeling_peer.benchmarks.settings import BenchmarkArguments, Case, LayerArguments
 from modeling_peer.experts_peer import expert_mixture
@@ -35,15 +35,25 @@ def row_sparse(device: str) -> str:
     return f"{FAST[device]}, row-sparse"
 
 
+def quantised(device: str) -> str:
+    """Name of the fast implementation when the tables are int8."""
+    return f"{FAST[device]}, int8"
+
+
 def all_names(device: str) -> list[str]:
     """All contenders, in the order in which they are measured and printed."""
-    return [EAGER, COMPILED, FAST[device], row_sparse(device), PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE]
+    return [
+        *(EAGER, COMPILED, FAST[device], row_sparse(device), quantised(device)),
+        *(PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE),
+    ]
 
 
 def takes_part(name: str, case: Case, settings: LayerArguments) -> bool:
     """Whether a contender is measured in this case."""
     if name == row_sparse(settings.device):
         return case.trains  # without training it equals the fast implementation
+    if name == quantised(settings.device):
+        return not case.trains  # its tables are frozen, so a backward would do less
     return name != COMPILED or case.task in settings.compile_tasks
 
 
@@ -56,7 +66,7 @@ def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
         return "torch.compile needs a C++ compiler, and g++ was not found"
     if name == COMPILED and device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton, which is not installed"
-    if name in (FAST[device], row_sparse(device)):
+    if name in (FAST[device], row_sparse(device), quantised(device)):
         try:
             table = torch.empty(0, device=device, dtype=settings.torch_dtype)
             choose(EXPERT_MIXTURE_FUNCTIONS, FAST[device], expert_mixture, table)
@@ -66,8 +76,9 @@ def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
 
 
 def weights_owner(name: str) -> str:
-    """Name of the contender whose weights this one uses. PEER's own implementations share those of eager."""
-    return name if name in (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE) else EAGER
+    """Name of the contender whose weights this one uses. PEER's implementations share those of eager; int8 is a copy."""
+    others = (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE, *map(quantised, FAST))
+    return name if name in others else EAGER
 
 
 def state_owner(name: str) -> str:
@@ -92,6 +103,8 @@ def build_contenders(names: list[str], case: Case, settings: LayerArguments) -> 
             active = settings.num_retrieval_heads * settings.num_experts_per_head
             width = active if name == DENSE_ACTIVE else 4 * case.hidden_size
             contenders[name] = Contender(name, _dense(case.hidden_size, width, settings))
+        elif name == quantised(settings.device):
+            contenders[name] = _peer_contender(name, _quantised_layer(name, case, settings, layer))
         else:
             layer = _peer_layer(name, case, settings, layer)
             contenders[name] = _peer_contender(name, layer)
@@ -108,7 +121,7 @@ def _peer_layer(name: str, case: Case, settings: LayerArguments, weights_of: Pee
         query_dim=settings.query_dim,
         row_sparse_gradients=name == row_sparse(settings.device),
     )
-    fast = name in (FAST[settings.device], row_sparse(settings.device))
+    fast = name in (FAST[settings.device], row_sparse(settings.device), quantised(settings.device))
     config._experts_implementation = check_experts_implementation(FAST[settings.device] if fast else "eager")
     with torch.device(settings.device):
         layer = PeerLayer(config, initialize=False).to(settings.torch_dtype)
@@ -120,6 +133,12 @@ def _peer_layer(name: str, case: Case, settings: LayerArguments, weights_of: Pee
     return layer
 
 
+def _quantised_layer(name: str, case: Case, settings: LayerArguments, weights_of: PeerLayer | None) -> PeerLayer:
+    """A layer with the values of another one in int8, which keeps its own tables; or with new ones."""
+    layer = _peer_layer(name, case, settings, weights_of)
+    return quantise_expert_tables(layer, "int8")
+
+
 def share_weights(module: nn.Module, other: nn.Module) -> None:
     """Make `module` use the same parameter and buffer objects as `other`."""
     module.load_state_dict(other.state_dict(keep_vars=True), assign=True)
@@ -127,7 +146,7 @@ def share_weights(module: nn.Module, other: nn.Module) -> None:
 
 def _peer_contender(name: str, layer: PeerLayer) -> Contender:
     module = torch.compile(layer, dynamic=False, fullgraph=True) if name == COMPILED else layer
-    tables = tuple(layer.experts.parameters())
+    tables = tuple(table for name, table in layer.experts.named_parameters() if name.endswith("_embed"))
     return Contender(name, module, tables, lambda tokens: layer.retrieval(tokens)[1])
 
 

@@ -9,7 +9,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from modeling_peer.benchmarks.contenders import COMPILED, DENSE_ACTIVE, DENSE_WIDE, EAGER, PEER_PYTORCH, row_sparse
+from modeling_peer.benchmarks.contenders import (
+    COMPILED,
+    DENSE_ACTIVE,
+    DENSE_WIDE,
+    EAGER,
+    PEER_PYTORCH,
+    quantised,
+    row_sparse,
+)
 from modeling_peer.benchmarks.settings import Case, LayerArguments
 from modeling_peer.console.files import RESOURCES
 
@@ -42,6 +50,8 @@ def weight_bytes(name: str, case: Case, settings: LayerArguments) -> int:
     """Bytes of a contender's expert tables. PEER's own implementations share one pair of tables."""
     if name in (DENSE_ACTIVE, DENSE_WIDE):
         return 0
+    if name == quantised(settings.device):
+        return 2 * case.num_experts * (case.hidden_size + 4)  # a scale per row
     return 2 * case.num_experts * case.hidden_size * settings.torch_dtype.itemsize
 
 

@@ -51,7 +51,7 @@ def bytes_to_move(
     Args:
         task: one of `TASKS`.
         rows_read, rows_touched: rows of all tables together.
-        row_bytes: bytes of one row, `hidden_size` values.
+        row_bytes: bytes of one row, in the table's dtype.
         token_bytes: bytes of all tokens of the call, `num_tokens * hidden_size` values.
         weight_bytes: bytes of the parameters that a call uses whole: query network and sub-keys, or a dense MLP.
     """
@@ -70,7 +70,8 @@ def measure_traffic(
     itemsize = next(contender.module.parameters()).element_size()
     tables = {id(table) for table in contender.tables}
     weight_bytes = sum(p.nbytes for p in contender.module.parameters() if id(p) not in tables)
-    sizes = (case.hidden_size * itemsize, case.num_tokens * case.hidden_size * itemsize, weight_bytes)
+    row_bytes = contender.tables[0][0].nbytes if contender.tables else 0
+    sizes = (row_bytes, case.num_tokens * case.hidden_size * itemsize, weight_bytes)
     must_move = bytes_to_move(case.task, rows.distinct, rows.distinct, *sizes)
     requested = bytes_to_move(case.task, rows.requested, rows.distinct, *sizes)
     seconds = median_ms / 1000

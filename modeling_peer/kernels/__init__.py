@@ -7,6 +7,7 @@ dispatch.py              whether a call needs PyTorch's dispatch
 lazy_gradients.py        row-sparse gradients of tables, computed row by row in an optimizer's step
 dense_optimizer_check.py an error if an optimizer does not support row-sparse gradients
 optimizer_arguments.py   checks of the arguments of a row update
+row_formats.py           dtypes of quantised tables
 one_call.py              when one or a few tokens, without gradients, run through a layer in one call
 cpu/                     compiled by Numba: experts, retrieval, optimizer, a layer in one call (few_tokens)
 triton/                  compiled by Triton: experts, retrieval
@@ -22,7 +23,9 @@ from importlib.util import find_spec
 
 import torch
 
-# The implementation for each device type, and the dtypes of tables and sub-keys it reads.
+from .row_formats import is_quantised
+
+# The implementation for each device type, and the dtypes of tables and sub-keys it reads. Tables may be quantised too.
 IMPLEMENTATION_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -47,7 +50,7 @@ def obstacle(implementation: str, device_type: str, dtype: torch.dtype) -> str |
         return f"needs {'CPU' if implementation == 'cpu' else 'CUDA'} tensors; got {device_type}"
     if implementation == "triton" and not interpreted and (capability := _capability()) < OLDEST_CAPABILITY:
         return f"needs a GPU of compute capability {_dotted(OLDEST_CAPABILITY)} or newer; got {_dotted(capability)}"
-    if dtype not in _DTYPES[implementation]:
+    if dtype not in _DTYPES[implementation] and not is_quantised(dtype):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[implementation])
         return f"needs tables of {names}; got {str(dtype).removeprefix('torch.')}"
     return None

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from . import IMPLEMENTATION_OF_DEVICE, obstacle
+from .row_formats import is_quantised, row_width
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,6 +66,7 @@ def check_retrieval(query: torch.Tensor, sub_keys: torch.Tensor, implementation:
         query: `(num_tokens, num_heads, query_dim)`, float32.
         sub_keys: `(2, num_sub_keys, query_dim // 2)`, or one such pair for each head.
     """
+    _check_floats(query=query, sub_keys=sub_keys)
     _check_place(implementation, sub_keys.dtype, query=query, sub_keys=sub_keys)
     if query.dtype != torch.float32:
         raise ValueError(f"query has dtype {query.dtype}; it must be torch.float32. Use query.float().")
@@ -136,14 +138,17 @@ def check_assignments(
     Args:
         expert_ids, weights: `(num_tokens, num_active)`.
         tokens: `(num_tokens, width)`.
-        table: `(num_experts, width)`, of `dtype`.
-        order: order of all assignments.
+        table: `(num_experts, width)`, of `dtype`; quantised ones have no gradient.
+        order: order of all assignments, if a gradient of the table is computed.
     """
     values = {"tokens": tokens, "weights": weights, "table": table}
     values = {name: tensor for name, tensor in values.items() if tensor is not None}
     others = values if order is None else {**values, "order": order}
     _check_place(implementation, dtype, expert_ids=expert_ids, **others)
-    _check_floats(**values)
+    quantised = is_quantised(dtype)
+    _check_floats(**{name: tensor for name, tensor in values.items() if not (quantised and name == "table")})
+    if quantised and order is not None:
+        raise ValueError(f"A table of {dtype} is quantised: it has no gradient. Differentiate for the others only.")
     _check_ids("expert_ids", expert_ids, 2)
     if num_experts < 0:
         raise ValueError(f"num_experts ({num_experts}) must be 0 or more.")
@@ -151,7 +156,7 @@ def check_assignments(
     if tokens is not None:
         fits = fits and tokens.dim() == 2 and tokens.shape[0] == expert_ids.shape[0]
     if table is not None:
-        fits = fits and table.dim() == 2 and (tokens is None or tokens.shape[1] == table.shape[1])
+        fits = fits and table.dim() == 2 and (tokens is None or tokens.shape[1] == row_width(table))
     what = "expert_ids, weights and tokens have one row per token, and tokens and table one width"
     _check_shapes(fits, what, expert_ids=expert_ids, **values)
     if order is not None:
@@ -161,6 +166,28 @@ def check_assignments(
         check_ids_exist(expert_ids, num_experts)
         if order is not None and not torch.equal(order, expert_ids.flatten().argsort(stable=True)):
             raise_unsorted(order)
+
+
+def check_scales(num_experts: int, device: torch.device, **tables: tuple[torch.Tensor | None, torch.Tensor | None]):
+    """Check that each quantised table has scales `(num_experts,)` in float32, and no other table has.
+
+    Args:
+        tables: a table and its scales, or None.
+    """
+    for name, (table, scale) in tables.items():
+        if (scale is not None) != (table is not None and is_quantised(table.dtype)):
+            kind = "no table" if table is None else f"a table of {table.dtype}"
+            raise ValueError(
+                f"{name}: {kind} {'with' if scale is not None else 'without'} scales. Quantised tables have one scale "
+                "for each row, and others have none."
+            )
+        if scale is not None and (scale.shape != (num_experts,) or scale.dtype != torch.float32):
+            raise ValueError(
+                f"{name}: the scales are {tuple(scale.shape)} of {scale.dtype}; {num_experts} rows need "
+                f"({num_experts},) of torch.float32."
+            )
+        if scale is not None and scale.device != device:
+            raise ValueError(f"{name}: the scales are on {scale.device}; they must be on {device}.")
 
 
 def check_ids_exist(expert_ids: torch.Tensor, num_experts: int) -> None:

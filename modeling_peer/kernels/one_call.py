@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .dispatch import are_ordinary, needs_dispatch
+from .row_formats import is_quantised, row_width
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,6 +49,9 @@ def run_few(
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
+    down_scale: torch.Tensor | None = None,
+    up_scale: torch.Tensor | None = None,
+    gate_scale: torch.Tensor | None = None,
     before_reading: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor | None:
     """Run a whole layer.
@@ -60,6 +64,7 @@ def run_few(
         gate_activation: `"softmax"` over the scores of a head, or `"sigmoid"`.
         tables: `down_embed`, `up_embed` and `gate_embed`, `(num_peer_experts, hidden_size)`.
         activation: `"identity"`, `"gelu"`, `"relu"` or `"silu"`.
+        down_scale, up_scale, gate_scale: of quantised tables, `(num_peer_experts,)`.
         before_reading: called with the ids of the experts, `(num_tokens, num_active)`, before their rows are read.
 
     Returns:
@@ -75,34 +80,46 @@ def run_few(
         or num_queries // num_searches >= kernels.MIN_BLOCKED_ROWS
     ):
         return None
-    if not _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables):
+    scales = (down_scale, up_scale, gate_scale)
+    if not _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables, scales):
         return None
     if not tokens.is_cpu or not tokens.dtype == weight.dtype == bias.dtype:
         return None
-    if any(one is not None and one.dtype not in _DTYPES for one in (weight, sub_keys, *tables)):
+    plain = (one for one in tables if one is not None and not is_quantised(one.dtype))
+    if any(one.dtype not in _DTYPES for one in (weight, sub_keys, *plain)):
         return None
-    if any(one is not None and one.dtype != torch.float32 for one in norm):
+    if any(one is not None and one.dtype != torch.float32 for one in (*norm, *scales)):
         return None
-    if needs_dispatch((tokens,)) or not are_ordinary(weight, bias, *norm, sub_keys, *tables):
+    if needs_dispatch((tokens,)) or not are_ordinary(weight, bias, *norm, sub_keys, *tables, *scales):
         return None
-    output = kernels.run_layer(
-        tokens, query_network, sub_keys, num_heads, top_k, gate_activation, tables, activation, before_reading
-    )
+    options = (gate_activation, tables, activation, scales, before_reading)
+    output = kernels.run_layer(tokens, query_network, sub_keys, num_heads, top_k, *options)
     return output if output.dtype == tokens.dtype else output.to(tokens.dtype)
 
 
-def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables) -> bool:
+def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables, scales) -> bool:
     """Whether every compiled loop stays within its tensors. Such a loop reads the sizes of only some of them."""
     *codebooks, num_sub_keys, half = sub_keys.shape
     hidden_size = tokens.shape[1]
     num_features = num_heads * 2 * half
     norm_shape = (2 * half if norm[0] is None else num_features,)
-    table_shape = (num_sub_keys * num_sub_keys, hidden_size)
+    num_experts = num_sub_keys * num_sub_keys
     return (
         weight.shape == (num_features, hidden_size)
         and bias.shape == (num_features,)
         and codebooks in ([2], [num_heads, 2])
         and 0 < top_k <= num_sub_keys
         and all(tensor is None or tensor.shape == norm_shape for tensor in norm)
-        and all(table is None or table.shape == table_shape for table in tables)
+        and all(_fits(*pair, num_experts, hidden_size) for pair in zip(tables, scales, strict=True))
+    )
+
+
+def _fits(table, scale, num_experts, hidden_size) -> bool:
+    if table is None:
+        return scale is None
+    fits = table.dim() == 2 and table.shape[0] == num_experts and row_width(table) == hidden_size
+    return fits and (
+        scale.shape == (num_experts,)
+        if is_quantised(table.dtype) and scale is not None
+        else scale is None and not is_quantised(table.dtype)
     )

@@ -5,6 +5,9 @@
     modeling_peer::read_experts            pre[t, a] = tokens[t] · table[id]
     modeling_peer::write_experts           out[t]    = Σ_a weights[t, a] · table[id]
 
+Rows of quantised tables (`row_formats`) count as their numbers, without scales. `expert_mixture` multiplies what was
+read, and the weights of what is written, by the scales of the rows.
+
 The steps between reading and writing, activation and gates, are one number per retrieved expert and stay plain
 PyTorch. So any activation works, also a trained one. A backward consists of operators again, so it can be compiled.
 The last argument of each operator names the implementation: a folder here, with the modules
@@ -27,10 +30,12 @@ from .checks import (
     check_name,
     check_retrieval,
     check_retrieved,
+    check_scales,
     check_top_k,
 )
 from .dispatch import needs_dispatch
 from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
+from .row_formats import row_width
 from .sub_key_ids import sub_key_ids_of
 
 # The functions of each operator, by name and part: "run" it, "fake" its results and, if it has gradients, "save" the
@@ -191,7 +196,9 @@ def _read(tokens, expert_ids, table, order, row_sparse, implementation):
 @_operator(
     "write_experts(Tensor weights, Tensor expert_ids, Tensor table, Tensor? order, bool row_sparse,"
     " str implementation) -> Tensor",
-    lambda weights, expert_ids, table, *_: weights.new_empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32),
+    lambda weights, expert_ids, table, *_: weights.new_empty(
+        expert_ids.shape[0], row_width(table), dtype=torch.float32
+    ),
 )
 def _write(weights, expert_ids, table, order, row_sparse, implementation):
     check_assignments(expert_ids, *_of(table), implementation, weights=weights, table=table)
@@ -445,6 +452,9 @@ def expert_mixture(
     gate_embed: torch.Tensor | None = None,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.gelu,
     row_sparse_gradients: bool = False,
+    down_scale: torch.Tensor | None = None,
+    up_scale: torch.Tensor | None = None,
+    gate_scale: torch.Tensor | None = None,
     *,
     implementation: str,
 ) -> torch.Tensor:
@@ -452,7 +462,7 @@ def expert_mixture(
     _refuse_transforms(implementation)
     tables = [table for table in (down_embed, up_embed, gate_embed) if table is not None]
     for table in tables:
-        if table.shape != up_embed.shape or table.shape[1] != hidden_states.shape[1]:
+        if table.shape != up_embed.shape or row_width(table) != hidden_states.shape[1]:
             shapes = ", ".join(str(tuple(table.shape)) for table in tables)
             raise ValueError(
                 f"hidden_states {tuple(hidden_states.shape)} and tables {shapes} must have one width, and all tables "
@@ -464,6 +474,13 @@ def expert_mixture(
             f"hidden_states {tuple(hidden_states.shape)}, expert_ids {tuple(expert_ids.shape)} and gates "
             f"{tuple(gates.shape)} must have one row per token, and the last two must have the same shape."
         )
+    check_scales(
+        up_embed.shape[0],
+        up_embed.device,
+        down_embed=(down_embed, down_scale),
+        up_embed=(up_embed, up_scale),
+        gate_embed=(gate_embed, gate_scale),
+    )
     expert_ids = expert_ids.to(torch.int64)
     # Sorted once, for the backward of every table. `torch.jit.trace` would keep it for calls that do not need it.
     order = None
@@ -472,11 +489,18 @@ def expert_mixture(
     weights = gates.to(torch.float32)
     if down_embed is not None:
         neurons = _read(hidden_states, expert_ids, down_embed, order, row_sparse_gradients, implementation)
+        neurons = _scaled(neurons, down_scale, expert_ids)
         if gate_embed is None:
             neurons = activation(neurons)
         else:
             gate = _read(hidden_states, expert_ids, gate_embed, order, row_sparse_gradients, implementation)
-            neurons = activation(gate) * neurons
+            neurons = activation(_scaled(gate, gate_scale, expert_ids)) * neurons
         weights = weights * neurons
+    weights = _scaled(weights, up_scale, expert_ids)
     output = _write(weights, expert_ids, up_embed, order, row_sparse_gradients, implementation)
     return output.to(hidden_states.dtype)
+
+
+def _scaled(values: torch.Tensor, scale: torch.Tensor | None, expert_ids: torch.Tensor) -> torch.Tensor:
+    """`values` (t, a) times the scales of their rows."""
+    return values if scale is None else values * scale.detach().index_select(0, expert_ids.flatten()).view_as(values)

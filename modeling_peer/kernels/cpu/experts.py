@@ -7,8 +7,9 @@
                                                                   or when an optimizer reads the row (`OuterProducts`)
 
 A row may be anywhere in a table of gigabytes, so the next rows are prefetched while one is used. Rows are not gathered
-into a separate tensor. Sums run in float32; tables are float32 or bfloat16. One thread computes each element in a
-fixed order. So results are bit-identical from run to run, whatever the number of threads.
+into a separate tensor. Sums run in float32; tables are float32, bfloat16 or quantised (`row_formats`), whose numbers
+are widened in registers. One thread computes each element in a fixed order. So results are bit-identical from run to
+run, whatever the number of threads.
 """
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 
 from ..checks import check_ids_exist, raise_unsorted
 from ..lazy_gradients import OuterProducts
+from ..row_formats import row_width
 from . import threads
 from .memory import array, borrowed, floats, move_to_huge_pages
-from .simd import compiled, narrow, prefetch_row, widen
+from .simd import compiled, is_packed, narrow, prefetch_row, widen, widen_high
 
 # Rows prefetched ahead of the current one: best of 0, 1, 2, 4, 8, 16 on two Zen 4 cores, rows of 1 KiB, 2026-11-22.
 PREFETCHED_ROWS = 8
@@ -83,7 +85,7 @@ def _read(tokens, expert_ids, table, products, chunk, num_chunks):
 def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Weighted sums (t, d), float32, of rows of `table` (N, d), with `weights` (t, a)."""
     weights = weights.to(torch.float32)
-    outputs = torch.empty(expert_ids.shape[0], table.shape[1], dtype=torch.float32, device="cpu")
+    outputs = torch.empty(expert_ids.shape[0], row_width(table), dtype=torch.float32, device="cpu")
     ids, rows = ids_and_rows(expert_ids, table)
     _for_assignments(_write, expert_ids.numel(), borrowed(weights), ids, rows, borrowed(outputs))
     return outputs
@@ -311,22 +313,40 @@ def _for_assignments(kernel, num_assignments, *arguments):
 
 @compiled
 def dot_row(token, row):
-    total = np.float32(0)
-    for i in range(len(row)):
-        total += token[i] * widen(row[i])
+    total, half = np.float32(0), len(row)
+    if is_packed(row):
+        for i in range(half):
+            total += token[i] * widen(row[i]) + token[half + i] * widen_high(row[i])
+    else:
+        for i in range(len(row)):
+            total += token[i] * widen(row[i])
     return total
 
 
 @compiled
 def add_row(total, weight, row):
-    for i in range(len(total)):
-        total[i] += weight * widen(row[i])
+    if is_packed(row):
+        half = len(row)
+        for i in range(half):
+            total[i] += weight * widen(row[i])
+        for i in range(half):
+            total[half + i] += weight * widen_high(row[i])
+    else:
+        for i in range(len(total)):
+            total[i] += weight * widen(row[i])
 
 
 @compiled
 def _add_two(total, weight, row, other_weight, other_row):
-    for i in range(len(total)):
-        total[i] += weight * widen(row[i]) + other_weight * widen(other_row[i])
+    if is_packed(row):
+        half = len(row)
+        for i in range(half):
+            total[i] += weight * widen(row[i]) + other_weight * widen(other_row[i])
+        for i in range(half):
+            total[half + i] += weight * widen_high(row[i]) + other_weight * widen_high(other_row[i])
+    else:
+        for i in range(len(total)):
+            total[i] += weight * widen(row[i]) + other_weight * widen(other_row[i])
 
 
 @compiled

@@ -45,6 +45,7 @@ def run_layer(
     gate_activation: str,
     tables: tuple[torch.Tensor | None, ...],
     activation: str,
+    scales: tuple[torch.Tensor | None, ...],
     before_reading: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Outputs (t, d), float32. Arguments are those of `one_call.run_few`, which checks them; `activation` by name."""
@@ -62,12 +63,14 @@ def run_layer(
         np.float32(query_network.eps),
     )
     codebooks = borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half)
-    experts = (down, up, gate, ACTIVATIONS[activation], borrowed(output), threads.num_threads_for(num_bytes))
+    scales = tuple(None if scale is None else borrowed(scale) for scale in scales)
+    num_threads = threads.num_threads_for(num_bytes)
+    experts = (down, up, gate, ACTIVATIONS[activation], scales, borrowed(output), num_threads)
     arguments = (borrowed(tokens), network, codebooks, top_k, GATES[gate_activation])
     if before_reading is None:
         _run_layer(*arguments, *experts)
     else:
-        ids, gates = _retrieve(*arguments, experts[-1])
+        ids, gates = _retrieve(*arguments, num_threads)
         before_reading(torch.from_numpy(ids))
         _mix(arguments[0], ids, gates, *experts)
     return output
@@ -75,10 +78,10 @@ def run_layer(
 
 @compiled
 def _run_layer(
-    tokens, network, codebooks, top_k, gate_activation, down, up, gate_rows, activation, output, num_threads
+    tokens, network, codebooks, top_k, gate_activation, down, up, gate_rows, activation, scales, output, num_threads
 ):
     ids, gates = _retrieve(tokens, network, codebooks, top_k, gate_activation, num_threads)
-    _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_threads)
+    _mix(tokens, ids, gates, down, up, gate_rows, activation, scales, output, num_threads)
 
 
 @compiled
@@ -226,11 +229,11 @@ def _gates_from_scores(scores, gate):
 
 
 @compiled
-def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_threads):
+def _mix(tokens, ids, gates, down, up, gate_rows, activation, scales, output, num_threads):
     num_tokens, num_active = ids.shape
     num_parts = -(-num_active // ASSIGNMENTS_PER_PART)
     sums = np.zeros((num_tokens, num_parts, tokens.shape[1]), np.float32)
-    arguments = (tokens, ids, gates, down, up, gate_rows, activation, sums)
+    arguments = (tokens, ids, gates, down, up, gate_rows, activation, *scales, sums)
     in_parallel(_mix_parts, arguments, min(num_tokens * num_parts, CHUNKS_PER_THREAD * num_threads), num_threads)
     output[:] = 0
     for t in range(num_tokens):
@@ -239,7 +242,21 @@ def _mix(tokens, ids, gates, down, up, gate_rows, activation, output, num_thread
 
 
 @compiled
-def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk, num_chunks):
+def _mix_parts(
+    tokens,
+    ids,
+    gates,
+    down,
+    up,
+    gate_rows,
+    activation,
+    down_scale,
+    up_scale,
+    gate_scale,
+    sums,
+    chunk,
+    num_chunks,
+):
     """Partial outputs of some experts of a token: sums (t, parts, d)."""
     num_tokens, num_parts, _ = sums.shape
     num_active = ids.shape[1]
@@ -256,11 +273,18 @@ def _mix_parts(tokens, ids, gates, down, up, gate_rows, activation, sums, chunk,
             if down is not None:
                 prefetch_row(down, ahead)
                 neuron = dot_row(token, down[ids[t, a]])
+                if down_scale is not None:
+                    neuron *= down_scale[ids[t, a]]
                 if gate_rows is None:
                     weight *= _activate(neuron, activation)
                 else:
                     prefetch_row(gate_rows, ahead)
-                    weight *= _activate(dot_row(token, gate_rows[ids[t, a]]), activation) * neuron
+                    gate = dot_row(token, gate_rows[ids[t, a]])
+                    if gate_scale is not None:
+                        gate *= gate_scale[ids[t, a]]
+                    weight *= _activate(gate, activation) * neuron
+            if up_scale is not None:
+                weight *= up_scale[ids[t, a]]
             add_row(total, weight, up[ids[t, a]])
 
 

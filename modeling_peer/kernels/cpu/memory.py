@@ -34,10 +34,15 @@ class _Memory:
             "typestr": _TYPES[dtype],
             "data": (address, False),
         }
+        if dtype == torch.float8_e4m3fn:
+            self.__array_interface__ |= {"typestr": _FLOAT8.str, "descr": _FLOAT8.descr}
 
 
 # NumPy has no bfloat16. Its bits are passed instead, for `cpu.simd.widen` and `narrow`.
-_TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8"}
+_TYPES = {torch.float32: "<f4", torch.bfloat16: "<u2", torch.int64: "<i8", torch.int8: "|i1", torch.uint8: "|u1"}
+# Nor has it float8. Its bits are passed in a structure, to tell them from int4's.
+_FLOAT8 = np.dtype([("bits", "|u1")])
+_TYPES[torch.float8_e4m3fn] = _FLOAT8
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:

@@ -72,10 +72,61 @@ def prefetch_row(table, row):
 
 
 @intrinsic
+def is_packed(typing_context, row):
+    """Whether a row holds two numbers in each element (int4), as a constant of the compiled code."""
+    packed = row.dtype == types.uint8
+    return types.boolean(row), lambda context, builder, signature, args: context.get_constant(types.boolean, packed)
+
+
+@intrinsic
+def widen_high(typing_context, value):
+    """The number in the high half of an int4 byte as float32. Other types have none; for them it is never run."""
+    if value != types.uint8:
+        return types.float32(value), lambda context, builder, signature, args: ir.Constant(_FLOAT, 0.0)
+
+    def generate(context, builder, signature, args):
+        return _int4_as_float(builder, builder.lshr(builder.zext(args[0], _INT32), ir.Constant(_INT32, 4)))
+
+    return types.float32(types.uint8), generate
+
+
+def _int4_as_float(builder, bits):
+    return builder.sitofp(builder.sub(bits, ir.Constant(_INT32, 8)), _FLOAT)
+
+
+def _float8_as_float(builder, bits):
+    """float32 with the value of float8 (e4m3fn) `bits`. Its exponent has another bias: 7 rather than 127."""
+    magnitude = builder.and_(bits, ir.Constant(_INT32, 0x7F))
+    value = builder.bitcast(builder.shl(magnitude, ir.Constant(_INT32, 20)), _FLOAT)
+    value = builder.fmul(value, ir.Constant(_FLOAT, 2.0**120))
+    is_nan = builder.icmp_unsigned("==", magnitude, ir.Constant(_INT32, 0x7F))
+    value = builder.bitcast(builder.select(is_nan, ir.Constant(_FLOAT, float("nan")), value), _INT32)
+    sign = builder.shl(builder.and_(bits, ir.Constant(_INT32, 0x80)), ir.Constant(_INT32, 24))
+    return builder.bitcast(builder.or_(value, sign), _FLOAT)
+
+
+@intrinsic
 def widen(typing_context, value):
-    """A table's value as float32. bfloat16 is passed as its bits in uint16, a type that NumPy has."""
+    """A table's value as float32; of two int4 values in a byte, the one in the low half.
+
+    bfloat16 is passed as its bits in uint16, a type that NumPy has, and float8 as a structure of its bits.
+    """
     if value == types.float32:
         return types.float32(value), lambda context, builder, signature, args: args[0]
+    if value == types.int8:
+        return types.float32(value), lambda context, builder, signature, args: builder.sitofp(args[0], _FLOAT)
+    if value == types.uint8:
+
+        def generate_int4(context, builder, signature, args):
+            return _int4_as_float(builder, builder.and_(builder.zext(args[0], _INT32), ir.Constant(_INT32, 15)))
+
+        return types.float32(value), generate_int4
+    if isinstance(value, types.Record):  # passed by its address
+
+        def generate_float8(context, builder, signature, args):
+            return _float8_as_float(builder, builder.zext(builder.load(builder.bitcast(args[0], _BYTES)), _INT32))
+
+        return types.float32(value), generate_float8
 
     def generate(context, builder, signature, args):
         bits = builder.shl(builder.zext(args[0], _INT32), ir.Constant(_INT32, 16))

@@ -12,6 +12,9 @@ multiplied by the width in int64: 1024**2 rows of width 2048 are 2**31 elements.
 limits the other axes to 65535. Width and active experts are compile-time constants: a model has one of each, and most
 divisions and masks vanish.
 
+Quantised tables (`row_formats`) are read as bytes. Their numbers are widened to float32 in registers by integer
+operations, so that float8 needs no GPU that has it.
+
 Tensors in, tensors out, all dense in memory. The operators that call these functions check shapes (`checks`). A row
 with an invalid id is not read. Its result is NaN, because an error would make the host wait for the GPU. Its gradient
 is dropped. For row-sparse gradients the host waits anyway, and an error is raised.
@@ -22,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..checks import check_ids_exist
+from ..row_formats import row_width
 
 # Elements of table rows that a program of 4 warps loads at a time. That is 64 per thread: in bfloat16, eight loads of
 # 16 bytes in flight. Reads use long pieces of few rows, so that there are few sums over the width; writes do the
@@ -45,7 +49,31 @@ MAX_WINDOW = 16
 FUSED = {"enable_fp_fusion": True}
 
 
+# How kernels read a row: as floats or integers of one number an element, or as bytes of int4 or float8.
+PLAIN, INT4, FLOAT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
 # ------------------------------------------------------------------------------------------------- forward
+
+
+@triton.jit
+def load_numbers(table_ptr, expert_ids, d, mask, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
+    """Numbers `d` of the rows `expert_ids`, in float32; 0 outside `mask`. The last two have one shape."""
+    if FORMAT == INT4:
+        HALF: tl.constexpr = WIDTH // 2
+        is_high = d >= HALF
+        places = expert_ids * HALF + tl.where(is_high, d - HALF, d)
+        bits = tl.load(table_ptr + places, mask=mask, other=136).to(tl.int32)
+        return (tl.where(is_high, bits >> 4, bits & 15) - 8).to(tl.float32)
+    rows = tl.load(table_ptr + expert_ids * WIDTH + d, mask=mask, other=0)
+    if FORMAT == FLOAT8:
+        # e4m3fn: the exponent's bias is 7, and 127 in float32. The largest magnitude is NaN.
+        bits = rows.to(tl.int32)
+        magnitude = bits & 0x7F
+        values = (magnitude << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+        values = tl.where(magnitude == 0x7F, float("nan"), values)
+        return tl.where(bits >= 128, -values, values)
+    return rows.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_experts"])  # one compilation for tables of many sizes
@@ -57,6 +85,7 @@ def read_experts_kernel(
     num_experts,
     NUM_ACTIVE: tl.constexpr,
     WIDTH: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -67,14 +96,13 @@ def read_experts_kernel(
     is_active = a < NUM_ACTIVE
     expert_ids = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64)
     exists = (expert_ids >= 0) & (expert_ids < num_experts)
-    row_starts = expert_ids * WIDTH
 
     products = tl.zeros((BLOCK_A, BLOCK_D), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         token = tl.load(tokens_ptr + t * WIDTH + d, mask=d < WIDTH, other=0.0).to(tl.float32)
         mask = (is_active & exists)[:, None] & (d < WIDTH)[None, :]
-        rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = load_numbers(table_ptr, expert_ids[:, None], d[None, :], mask, WIDTH, FORMAT)
         products += rows * token[None, :]
     pre = tl.where(exists, tl.sum(products, axis=1), float("nan"))
     tl.store(pre_ptr + t * NUM_ACTIVE + a, pre, mask=is_active)
@@ -89,6 +117,7 @@ def write_experts_kernel(
     num_experts,
     NUM_ACTIVE: tl.constexpr,
     WIDTH: tl.constexpr,
+    FORMAT: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -105,11 +134,17 @@ def write_experts_kernel(
         expert_ids = tl.load(expert_ids_ptr + t * NUM_ACTIVE + a, mask=is_active, other=0).to(tl.int64)
         exists = (expert_ids >= 0) & (expert_ids < num_experts)
         weights = tl.where(exists | (a >= NUM_ACTIVE), weights, float("nan"))
-        row_starts = expert_ids * WIDTH
         mask = (is_active & exists)[:, None] & (d < WIDTH)[None, :]
-        rows = tl.load(table_ptr + row_starts[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        rows = load_numbers(table_ptr, expert_ids[:, None], d[None, :], mask, WIDTH, FORMAT)
         total += tl.sum(weights[:, None] * rows, axis=0)
     tl.store(out_ptr + t * WIDTH + d, total, mask=d < WIDTH)
+
+
+def _format_and_bytes(table: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """The constant of the kernels for a table, and the table as they get it."""
+    if table.dtype == torch.float8_e4m3fn:
+        return FLOAT8.value, table.view(torch.uint8)
+    return (INT4 if table.dtype == torch.uint8 else PLAIN).value, table
 
 
 def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -118,13 +153,14 @@ def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Te
     Args:
         tokens: `(num_tokens, width)`, float32 or half precision.
         expert_ids: `(num_tokens, num_active)`, int64; repeats allowed.
-        table: `(num_experts, width)`, float32 or half precision.
+        table: `(num_experts, width)`, float32, half precision or quantised.
 
     Returns:
         `(num_tokens, num_active)`, float32.
     """
     num_tokens, num_active = expert_ids.shape
     width = tokens.shape[1]
+    table_format, table = _format_and_bytes(table)
     pre = torch.empty(num_tokens, num_active, dtype=torch.float32, device=tokens.device)
     block_d = min(READ_BLOCK_D, triton.next_power_of_2(width))
     block_a = min(READ_BLOCK_A, TILE_ELEMENTS // block_d, triton.next_power_of_2(num_active))
@@ -139,6 +175,7 @@ def read_experts(tokens: torch.Tensor, expert_ids: torch.Tensor, table: torch.Te
                 table.shape[0],
                 num_active,
                 width,
+                table_format,
                 BLOCK_A=block_a,
                 BLOCK_D=block_d,
                 **FUSED,
@@ -152,13 +189,14 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
     Args:
         weights: `(num_tokens, num_active)`, float32.
         expert_ids: same shape, int64; repeats allowed.
-        table: `(num_experts, width)`, float32 or half precision.
+        table: `(num_experts, width)`, float32, half precision or quantised.
 
     Returns:
         `(num_tokens, width)`, float32.
     """
     num_tokens, num_active = expert_ids.shape
-    width = table.shape[1]
+    width = row_width(table)
+    table_format, table = _format_and_bytes(table)
     out = torch.empty(num_tokens, width, dtype=torch.float32, device=weights.device)
     block_d = min(WRITE_BLOCK_D, triton.next_power_of_2(width))
     block_a = min(WRITE_BLOCK_A, triton.next_power_of_2(num_active))
@@ -173,6 +211,7 @@ def write_experts(weights: torch.Tensor, expert_ids: torch.Tensor, table: torch.
                 table.shape[0],
                 num_active,
                 width,
+                table_format,
                 BLOCK_A=block_a,
                 BLOCK_D=block_d,
                 **FUSED,

@@ -1,0 +1,124 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Quantise the expert tables of a checkpoint, for `peer quantise`."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+import modeling_peer
+from modeling_peer.console.errors import SettingsError, nearest
+from modeling_peer.console.names import locate_model
+from modeling_peer.console.tables import as_markdown
+from modeling_peer.hub.loading import LOADING_ERRORS, cause_of
+from modeling_peer.row_formats_peer import TABLE_FORMATS
+
+
+@dataclass
+class QuantisationArguments:
+    """Which checkpoint, which format, and where to save."""
+
+    model: str | None = field(default=None, metadata={"help": "PEER checkpoint: a folder or a Hub id."})
+    format: str = field(
+        default="int8",
+        metadata={"help": "How rows of the expert tables are stored: int8, int4 or float8_e4m3, with a scale each."},
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the quantised checkpoint and its tokenizer; not that of the model."},
+    )
+
+    def __post_init__(self):
+        if self.format not in TABLE_FORMATS:
+            known = ", ".join(TABLE_FORMATS)
+            raise SettingsError(f"--format {self.format!r} is none of {known}.{nearest(self.format, TABLE_FORMATS)}")
+
+
+def quantise_checkpoint(arguments: QuantisationArguments) -> dict[str, Any]:
+    """Load a checkpoint, quantise its tables one by one, and save it with its tokenizer, all or nothing.
+
+    Raises:
+        SettingsError: there is no such checkpoint, it has no expert tables or quantised ones, or the output folder is
+            missing or that of the model.
+    """
+    started = time.perf_counter()
+    for name in ("model", "output_dir"):
+        if not getattr(arguments, name):
+            raise SettingsError(f"--{name} is missing.")
+    source, output_dir = locate_model(arguments.model, trained=True), Path(arguments.output_dir).expanduser()
+    if Path(source).is_dir() and output_dir.resolve() == Path(source).resolve():
+        raise SettingsError(
+            f"--output_dir {arguments.output_dir} is the folder of the model. Give another one: the float tables "
+            "cannot be restored from quantised ones."
+        )
+    model = _load(source, arguments.model)
+    before = _sizes(model)
+    try:
+        modeling_peer.quantise_expert_tables(model, arguments.format)
+    except ValueError as error:
+        raise SettingsError(f"cannot quantise {arguments.model!r}: {error}") from error
+    after = _sizes(model)
+    try:
+        model.save_pretrained(output_dir)
+        _copy_tokenizer(source, output_dir)
+    except OSError as error:
+        raise SettingsError(f"cannot save to --output_dir {output_dir}: {error}") from error
+    rows = [
+        {"MiB": part, "before": f"{before[part] / 2**20:,.1f}", "after": f"{after[part] / 2**20:,.1f}"}
+        for part in before
+    ]
+    print(as_markdown(rows))
+    return {
+        "model": arguments.model,
+        "output_dir": str(output_dir),
+        "format": arguments.format,
+        "bytes_before": before,
+        "bytes_after": after,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _load(source: str, name: str) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise SettingsError(f"cannot load {name!r}: {cause_of(error)}") from error
+    if config.model_type != "peer":
+        raise SettingsError(f"{name!r} has model_type {config.model_type!r}: only PEER models have expert tables.")
+    if config.expert_table_format is not None:
+        raise SettingsError(
+            f"{name!r} is quantised already ({config.expert_table_format}). Quantise the float model: another "
+            "rounding would add its error to the first."
+        )
+    class_name = (config.architectures or ["PeerForCausalLM"])[0]
+    model_class = getattr(modeling_peer, class_name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise SettingsError(
+            f"{name!r} is a {class_name}, which modeling_peer does not have. Load it, and call "
+            "quantise_expert_tables(model, ...) and save_pretrained."
+        )
+    try:
+        return model_class.from_pretrained(source, config=config)
+    except LOADING_ERRORS as error:
+        raise SettingsError(f"cannot load {name!r}: {cause_of(error)}") from error
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the expert tables with their scales, and of all weights. What is shared counts once."""
+    sizes = {"expert tables": 0, "all weights": 0}
+    for name, parameter in model.named_parameters():
+        sizes["all weights"] += parameter.nbytes
+        if ".experts." in name and name.endswith(("_embed", "_scale")):
+            sizes["expert tables"] += parameter.nbytes
+    return sizes
+
+
+def _copy_tokenizer(source: str, output_dir: Path) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the tokenizers library has no error class of its own
+        print(f"no tokenizer was copied: {source!r} has none that can be loaded ({type(error).__name__}).")
+        return
+    tokenizer.save_pretrained(output_dir)
