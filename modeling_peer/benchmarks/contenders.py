@@ -76,7 +76,7 @@ def why_missing(name: str, settings: BenchmarkArguments) -> str | None:
 
 
 def weights_owner(name: str) -> str:
-    """Name of the contender whose weights this one uses. PEER's implementations share those of eager; int8 is a copy."""
+    """Name of the contender whose weights this one uses. PEER's own share those of eager; int8 ones are copies."""
     others = (PEER_PYTORCH, DENSE_ACTIVE, DENSE_WIDE, *map(quantised, FAST))
     return name if name in others else EAGER
 
