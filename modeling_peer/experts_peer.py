@@ -281,9 +281,11 @@ class PeerExperts(QuantisableTables):
         """
         if self.up_embed.shape[0] < self.num_peer_experts:
             expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
-        mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
         if self.mapped_tables is not None:
             self._use_mapped_tables(expert_ids)
+            if self.up_embed.device != hidden_states.device:
+                return self._mix_fetched_rows(hidden_states, expert_ids, gates)
+        mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
         if self.config.expert_table_format is not None:
             self.check_quantised_tables()
@@ -308,6 +310,19 @@ class PeerExperts(QuantisableTables):
             )
         if not torch.compiler.is_compiling() and self.mapped_tables.waits_for_disk():
             self.mapped_tables.request(expert_ids)
+
+    def _mix_fetched_rows(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor):
+        """`forward` for tables on another device than the tokens: only the retrieved rows are moved."""
+        device, outputs = hidden_states.device, []
+        size = max(1, MAX_TILE_ELEMENTS_ACCELERATOR // (expert_ids.shape[1] * row_width(self.up_embed)))
+        for tile in torch.arange(len(hidden_states), device=device).split(size):
+            ids, places = expert_ids[tile].unique(return_inverse=True)
+            ids = ids.to(self.up_embed.device)
+            rows = [None if table is None else table.detach()[ids].to(device) for table in self.tables()]
+            scales = {name: scale[ids.to(scale.device)].to(device) for name, scale in self.scales().items()}
+            mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, rows[1])
+            outputs.append(mixture(hidden_states[tile], places, gates[tile], *rows, self.activation, **scales))
+        return torch.cat(outputs) if outputs else hidden_states.clone()
 
     def _apply(self, fn, recurse=True):
         """Move or cast the module; tables that are only mapped stay where they are and keep their dtype."""

@@ -156,6 +156,24 @@ def test_casting_and_moving_a_model_leave_mapped_tables_where_they_are(folder):
         assert torch.isfinite(model(TOKENS).logits).all()
 
 
+@pytest.mark.parametrize("table_format", [None, "int8", "int4"])
+@pytest.mark.parametrize("implementation", ["eager", "cpu"])
+def test_moving_only_the_retrieved_rows_gives_the_same_bits(
+    tiny_config, tmp_path, monkeypatch, implementation, table_format
+):
+    """As for a model on an accelerator, which this test does without."""
+    config = tiny_config(gated_experts=True, expert_table_format=table_format)
+    PeerForCausalLM(config).save_pretrained(tmp_path)
+    model = PeerForCausalLM.from_pretrained(tmp_path, table_placement="mapped", experts_implementation=implementation)
+    experts, width = experts_of(model), config.hidden_size
+    hidden, gates = torch.randn(5, width), torch.rand(5, 6)
+    ids = torch.randint(config.num_peer_experts, (5, 6))
+    monkeypatch.setattr("modeling_peer.experts_peer.MAX_TILE_ELEMENTS_ACCELERATOR", 2 * 6 * width)  # two tokens
+    with torch.no_grad():
+        assert torch.equal(experts._mix_fetched_rows(hidden, ids, gates), experts(hidden, ids, gates))
+        assert experts._mix_fetched_rows(hidden[:0], ids[:0], gates[:0]).shape == (0, width)
+
+
 def test_a_copy_of_a_model_has_its_tables_in_memory_and_trains(folder):
     model = copy.deepcopy(PeerForCausalLM.from_pretrained(folder, table_placement="mapped")).train()
     assert experts_of(model).mapped_tables is None
