@@ -62,11 +62,12 @@ def run_layer(
         *(None if tensor is None else borrowed(tensor) for tensor in query_network.norm),
         np.float32(query_network.eps),
     )
-    codebooks = borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half)
-    scales = tuple(None if scale is None else borrowed(scale) for scale in scales)
+    # other names than the tensors', which must live as long as their borrowed arrays
+    keys = borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half)
+    row_scales = tuple(None if scale is None else borrowed(scale) for scale in scales)
     num_threads = threads.num_threads_for(num_bytes)
-    experts = (down, up, gate, ACTIVATIONS[activation], scales, borrowed(output), num_threads)
-    arguments = (borrowed(tokens), network, codebooks, top_k, GATES[gate_activation])
+    experts = (down, up, gate, ACTIVATIONS[activation], row_scales, borrowed(output), num_threads)
+    arguments = (borrowed(tokens), network, keys, top_k, GATES[gate_activation])
     if before_reading is None:
         _run_layer(*arguments, *experts)
     else:
