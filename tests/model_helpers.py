@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 # Where torch's grouped products do not take the sizes, Transformers computes them one by one, and before 5.23 the
 # compiler could not trace that gradient.
@@ -22,6 +22,13 @@ SAVED_FILES = {"config.json", "generation_config.json", DENSE_WEIGHTS, TABLES_OF
 def load_weights(folder):
     """All tensors of the safetensors files in `folder`."""
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def write_single_file(folder, tensors):
+    """Replace the weights in `folder` by one file, as another program would write it: no checksum, no index."""
+    for path in (*folder.glob("*.safetensors"), *folder.glob(INDEX)):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def assert_equals_oracle(layer, hidden, output, expected_output):

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import constants
-from model_helpers import DENSE_WEIGHTS, TABLES_OF_LAYER_1, load_weights
+from model_helpers import DENSE_WEIGHTS, load_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from modeling_peer import PeerConfig, PeerForCausalLM, checkpoint_peer, checksums_peer
 from modeling_peer.checksums_peer import find_safetensors_damage, stored_checksum, verify_checkpoint
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES, find_damage, staged_checkpoint
+
+TABLES_OF_LAYER_0 = "model-layer-000-experts.safetensors"
 
 
 def flip(path, place, bit=6):
@@ -40,14 +42,14 @@ def folder(saved, tmp_path):
 
 
 def test_a_saved_file_has_its_checksum_and_the_tensors_it_would_have_without(saved, tmp_path, monkeypatch):
-    assert verify_checkpoint(saved) == {DENSE_WEIGHTS: True, TABLES_OF_LAYER_1: True}
+    assert verify_checkpoint(saved) == {DENSE_WEIGHTS: True, TABLES_OF_LAYER_0: True}
     loaded = PeerForCausalLM.from_pretrained(saved)
     assert load_weights(saved).keys() == loaded.state_dict().keys()
     with safe_open(saved / DENSE_WEIGHTS, framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     monkeypatch.setattr(checksums_peer, "BLOCK", 64)  # tensors are copied in many blocks
     loaded.save_pretrained(tmp_path / "again")
-    for name in (DENSE_WEIGHTS, TABLES_OF_LAYER_1):
+    for name in (DENSE_WEIGHTS, TABLES_OF_LAYER_0):
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
 
@@ -97,7 +99,7 @@ def test_a_program_that_writes_other_tensors_with_the_same_metadata_makes_no_fal
         save_file(tensors, file, metadata=metadata)
         assert stored_checksum(file) is None
     AutoModelForCausalLM.from_pretrained(folder)
-    assert verify_checkpoint(folder) == {DENSE_WEIGHTS: False, TABLES_OF_LAYER_1: True}
+    assert verify_checkpoint(folder) == {DENSE_WEIGHTS: False, TABLES_OF_LAYER_0: True}
 
 
 class TestTheFileThatWasLoadedIsNamed:

@@ -55,7 +55,7 @@ def model(tiny_config):
     return PeerForCausalLM(tiny_config()).eval()
 
 
-def test_public_names_are_the_designs_and_those_for_masked_tokens_and_checksums():
+def test_public_names_are_the_designs_and_those_for_masked_tokens_checksums_and_quantisation():
     assert set(modeling_peer.__all__) == {
         "PeerConfig",
         "PeerForCausalLM",
@@ -66,6 +66,7 @@ def test_public_names_are_the_designs_and_those_for_masked_tokens_and_checksums(
         "PeerLayer",
         "PeerModel",
         "PeerPreTrainedModel",
+        "quantise_expert_tables",
         "verify_checkpoint",
     }
 

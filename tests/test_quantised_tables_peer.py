@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file, save_file
+from model_helpers import load_weights, write_single_file
 from training_helpers import last_json, run_script, train, write_inputs
 from transformers import AutoModelForCausalLM
 
@@ -90,7 +90,7 @@ def test_a_quantised_model_computes_what_its_tables_values_do_and_loads_bit_by_b
     if options.get("share_expert_tables"):
         for one in (model, loaded):
             assert experts_of(one, 0).up_scale is experts_of(one, 2).up_scale
-        assert sum(name.endswith("up_scale") for name in load_file(tmp_path / "model.safetensors")) == 1
+        assert sum(name.endswith("up_scale") for name in load_weights(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("table_format", FORMATS)
@@ -225,13 +225,13 @@ def test_a_checkpoint_of_another_format_is_refused(tiny_config, tmp_path):
     for folder, table_format in (("float", "int8"), ("int8", None), ("int8", "float8_e4m3")):
         with pytest.raises(ValueError, match=r"stored with expert_table_format=|loaded without the scales"):
             PeerForCausalLM.from_pretrained(tmp_path / folder, expert_table_format=table_format)
-    state = load_file(tmp_path / "int8" / "model.safetensors")
+    state = load_weights(tmp_path / "int8")
     del state["model.layers.1.mlp.experts.up_scale"]
-    save_file(state, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    write_single_file(tmp_path / "int8", state)
     with pytest.raises(ValueError, match="up_embed was loaded without the scales of its rows"):
         PeerForCausalLM.from_pretrained(tmp_path / "int8")
     del state["model.layers.1.mlp.experts.up_embed"]
-    save_file(state, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    write_single_file(tmp_path / "int8", state)
     loaded, info = PeerForCausalLM.from_pretrained(tmp_path / "int8", output_loading_info=True)
     assert {name.rpartition(".")[2] for name in info["missing_keys"]} == {"up_embed", "up_scale"}
     assert experts_of(loaded).up_embed.any()

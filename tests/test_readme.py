@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import modeling_peer
+from modeling_peer import PeerForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TRAINING = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
 SCALING = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
 SPEED = (REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8")
-TABLES = (REPOSITORY / "docs" / "tables.md").read_text(encoding="utf-8")
+TABLES_PAGE = (REPOSITORY / "docs" / "tables.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMPARING = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
@@ -46,8 +47,12 @@ def test_the_python_of_the_page_on_speed_runs(tmp_path, monkeypatch):
     assert type(run_python(SPEED, least=1)["optimizer"]).__name__ == "RowSparseAdamW"
 
 
-def test_the_python_of_the_page_on_tables_runs():
-    assert run_python(TABLES, least=1)["layer"].experts.down_embed.dtype == torch.int8
+def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
+    monkeypatch.chdir(tmp_path)
+    PeerForCausalLM(tiny_config()).save_pretrained("my-peer")
+    left = run_python(TABLES_PAGE)
+    assert left["model"].model.layers[1].mlp.experts.mapped_tables is not None
+    assert left["layer"].experts.down_embed.dtype == torch.int8
 
 
 def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, monkeypatch):

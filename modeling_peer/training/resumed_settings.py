@@ -51,6 +51,8 @@ TREATMENTS = {
         *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "trust_remote_code"),
         *("restore_callback_states_from_checkpoint", "run_name", "project"),
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        # the model card
+        *("license", "language"),
         # logging
         *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_on_each_node"),
         *("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to"),

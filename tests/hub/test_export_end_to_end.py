@@ -11,6 +11,7 @@ import torch
 import yaml
 from hub_server import USER, Hub
 from huggingface_hub import ModelCard
+from model_helpers import SAVED_FILES
 from test_checkpoint_peer import TRAVELLING_FILES
 from training_helpers import REPOSITORY, last_json
 
@@ -113,10 +114,11 @@ def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config
     (folder / "README.md").write_text(CARD)
     (folder / "training_args.bin").write_bytes(b"\x80\x04 a pickle")
     one = last_json(export(hub, cache, folder, "--language", "en", "--private"))
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = SAVED_FILES | {"tokenizer.json", "tokenizer_config.json"}
     names |= {"README.md", ".eval_results/wikitext.yaml", ".gitattributes", *TRAVELLING_FILES}
     assert set(hub.files(REPO)) == names
-    assert hub.files(REPO)["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    for path in folder.glob("*.safetensors"):
+        assert hub.files(REPO)[path.name] == path.read_bytes()
     assert hub.repositories[REPO].private
     assert one["left_out"] == ["training_args.bin"]
     assert one["commit"] == hub.repositories[REPO].commits[-1][0]
@@ -136,11 +138,13 @@ def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config
     assert results[0]["dataset"] == {"id": "Salesforce/wikitext", "task_id": "bits_per_byte"}
     assert results[0]["value"] == 1.98
 
-    # another model in parts: the file of the first must not stay beside them, since it would be loaded
+    # another model in parts: the files of the first must not stay beside them
+    before = {path.name for path in folder.glob("*.safetensors")}
     second.save_pretrained(folder, max_shard_size="50KB")
     two = last_json(export(hub, cache, folder))
-    assert two["deleted"] == ["model.safetensors"]
-    assert sum(name.endswith(".safetensors") for name in hub.files(REPO)) > 1
+    after = {path.name for path in folder.glob("*.safetensors")}
+    assert two["deleted"] == sorted(before - after)
+    assert {name for name in hub.files(REPO) if name.endswith(".safetensors")} == after != before
     assert len(hub.stored) == len(set(hub.stored))  # no large file was sent twice
 
     process = run(hub, cache, "-c", LOAD, REPO, one["commit"], two["commit"], tmp_path / "out.pt", package=False)

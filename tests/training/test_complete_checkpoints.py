@@ -184,7 +184,7 @@ def test_every_file_of_a_checkpoint_is_missed(new_trainer, out):
     trainer.train()
     checkpoint = out / "checkpoint-2"
     files = set(names(checkpoint))
-    assert {"scaler.pt", "rng_state.pth", "optimizer.pt", "scheduler.pt", DENSE_WEIGHTS} < files
+    assert {"scaler.pt", "rng_state.pth", "optimizer.pt", "scheduler.pt", "model.safetensors"} < files
     for name in files - {"checkpoint_files.json"}:
         (checkpoint / name).rename(out / name)
         assert find_damage(checkpoint) == f"it has no {name}"
@@ -211,7 +211,7 @@ def test_a_final_save_that_fails_leaves_model_tokenizer_and_state_as_they_were(n
     trainer.save_model()
     trainer.save_state()
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    assert {DENSE_WEIGHTS, "training_args.bin", "trainer_state.json"} <= before.keys()
+    assert {"model.safetensors", "training_args.bin", "trainer_state.json"} <= before.keys()
     with torch.no_grad():
         trainer.model.line.weight += 1
     trainer.state.global_step = 9
