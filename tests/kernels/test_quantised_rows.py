@@ -143,7 +143,7 @@ def test_what_does_not_fit_a_quantised_table_is_refused(table_format):
     with pytest.raises(ValueError, match="quantised: it has no gradient"):
         gradients.write_experts_gradients(tokens, weights, ids, order, table, False, "cpu")
     sub_keys = torch.zeros(2, 4, 3, dtype=table.dtype)
-    with pytest.raises(ValueError, match=r"sub_keys is of .* must be real floating-point"):
+    with pytest.raises(ValueError, match=r"sub_keys has dtype .* must be a floating-point"):
         gradients.product_key_top_k(torch.randn(2, 1, 6), sub_keys, 2, "cpu")
 
 
