@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""The layout of a checkpoint: expert tables in safetensors files of their own, one layer a file, beside the rest.
+"""The layout of a checkpoint: large expert tables in safetensors files of their own, one layer a file.
 
     model-00001-of-00001.safetensors        everything that every token reads: dense weights and retrieval
     model-layer-007-experts.safetensors     the expert tables of layer 7
@@ -21,6 +21,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from .checksums_peer import StoredTensor, read_header, stored_checksum, stored_tensors, weight_index, write_tensors
 from .file_names_peer import expert_tables_stem, index_name, is_weight_file, weights_stem
 
+# Smaller tables, all together, stay in the one file that Transformers writes: a save then replaces it in one step.
+MIN_BYTES = 2**20
 TABLE = re.compile(r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts)\.\w+_(?:embed|scale)")
 
 
@@ -28,7 +30,7 @@ def lay_out_weights(folder: Path, variant: str | None = None, max_shard_size: in
     """Rewrite the safetensors files in `folder`: weights in this layout, and each file with its checksum.
 
     Data is copied block by block, so its size does not matter for memory. A source is deleted once it is copied. A
-    model without expert tables keeps its files, as an adapter does.
+    model without large expert tables (`MIN_BYTES`) keeps its files, as an adapter does.
 
     Args:
         variant: name of the weight variant, as in `save_pretrained`.
@@ -67,10 +69,13 @@ def lay_out_weights(folder: Path, variant: str | None = None, max_shard_size: in
 
 def _plan(tensors: dict[str, StoredTensor], variant: str | None, max_shard_size: int | str) -> dict[str, list[str]]:
     """Names of the tensors of each file."""
+    tables = {name: table for name in tensors if (table := TABLE.fullmatch(name))}
+    if sum(tensors[name].num_bytes for name in tables) < MIN_BYTES:
+        tables = {}
     layers: dict[int | None, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        table = TABLE.fullmatch(name)
-        layers.setdefault(table and int(table["layer"]), {})[name] = tensor
+        layer = int(tables[name]["layer"]) if name in tables else None
+        layers.setdefault(layer, {})[name] = tensor
     plan = {}
     for layer, members in layers.items():
         stem = weights_stem(variant) if layer is None else expert_tables_stem(layer, variant)

@@ -13,11 +13,6 @@ grouped_gradients_compile = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23"
 )
 
-# Of a small PEER model: the file of its dense weights, those of all its weights, and what a save writes beside code.
-DENSE_WEIGHTS, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
-TABLES_OF_LAYER_1 = "model-layer-001-experts.safetensors"
-SAVED_FILES = {"config.json", "generation_config.json", DENSE_WEIGHTS, TABLES_OF_LAYER_1, INDEX}
-
 
 def load_weights(folder):
     """All tensors of the safetensors files in `folder`."""
@@ -26,7 +21,7 @@ def load_weights(folder):
 
 def write_single_file(folder, tensors):
     """Replace the weights in `folder` by one file, as another program would write it: no checksum, no index."""
-    for path in (*folder.glob("*.safetensors"), *folder.glob(INDEX)):
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.index.json")):
         path.unlink()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

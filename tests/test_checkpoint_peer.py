@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from model_helpers import DENSE_WEIGHTS, INDEX, SAVED_FILES, TABLES_OF_LAYER_1
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.utils import logging
@@ -34,8 +33,6 @@ TRAVELLING_FILES = {
     "product_keys_peer.py",
     "retrieval_peer.py",
     "experts_peer.py",
-    "row_formats_peer.py",
-    "quantised_tables_peer.py",
     "layer_peer.py",
     "product_key_memory_peer.py",
     "top_k_moe_peer.py",
@@ -54,6 +51,8 @@ TRAVELLING_FILES = {
     "query_norms_peer.py",
     "balance_loss_peer.py",
     "masks_peer.py",
+    "row_formats_peer.py",
+    "quantised_tables_peer.py",
     "table_shards_peer.py",
     "table_placement_peer.py",
     "file_names_peer.py",
@@ -79,7 +78,7 @@ def assert_same_logits(model, other, tokens):
 def test_a_saved_folder_holds_weights_code_and_every_auto_class(model, tmp_path):
     model.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == SAVED_FILES | TRAVELLING_FILES
+    assert names == {"config.json", "generation_config.json", "model.safetensors"} | TRAVELLING_FILES
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_peer.PeerConfig",
         "AutoModel": "modeling_peer.PeerModel",
@@ -107,7 +106,7 @@ def test_round_trip_keeps_every_value_and_every_tie(tiny_config, tokens, tmp_pat
     model = PeerForCausalLM(tiny_config(**options)).train()
     model(tokens)  # running statistics that are not the initial ones
     model.eval().save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    assert (tmp_path / DENSE_WEIGHTS).exists() == (max_shard_size == "50GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "10KB")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same_logits(model, loaded, tokens)
     for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
@@ -134,13 +133,14 @@ def test_heads_load_from_each_others_checkpoints(tiny_config, model, tokens, tmp
 
 @pytest.mark.parametrize(("first", "second"), [("50GB", "10KB"), ("10KB", "50GB"), ("10KB", "20KB")])
 def test_saving_over_another_model_leaves_nothing_of_it(tiny_config, tokens, tmp_path, first, second):
-    """A stale file of weights that the new index does not name would only take space."""
+    """A stale `model.safetensors` beside new shards would be loaded in their place."""
     PeerForCausalLM(tiny_config(num_hidden_layers=2)).save_pretrained(tmp_path, max_shard_size=first)
     (tmp_path / "tokenizer.json").write_text("not ours")
     new = PeerForCausalLM(tiny_config()).eval()
     new.save_pretrained(tmp_path, max_shard_size=second)
     assert_same_logits(new, AutoModelForCausalLM.from_pretrained(tmp_path), tokens)
-    named = set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values())
+    index = tmp_path / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
     assert {path.name for path in tmp_path.glob("*.safetensors")} == named
     assert (tmp_path / "tokenizer.json").read_text() == "not ours"
 
@@ -239,7 +239,7 @@ def test_pushing_uploads_what_was_saved_and_a_card_and_nothing_else(monkeypatch,
     model.save_pretrained(folder, push_to_hub=True, private=True, token="t", commit_message="first")
     assert calls["create_repo"] == {"repo_id": "my-peer", "private": True, "token": "t", "exist_ok": True}
     commit = calls["create_commit"]
-    saved = SAVED_FILES | {"README.md"} | TRAVELLING_FILES
+    saved = {"config.json", "generation_config.json", "model.safetensors", "README.md"} | TRAVELLING_FILES
     assert commit["files"] == saved
     assert commit["repo_id"] == "someone/my-peer"
     assert commit["commit_message"] == "first"
@@ -280,22 +280,22 @@ class TestDamage:
 
     @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, PeerModel.from_pretrained])
     def test_a_truncated_file_is_named_with_its_sizes(self, folder, load):
-        file = folder / DENSE_WEIGHTS
+        file = folder / "model.safetensors"
         size = file.stat().st_size
         os.truncate(file, size - 100)
-        with pytest.raises(OSError, match=rf"(?s){DENSE_WEIGHTS} is {size - 100} bytes.*announces {size}.*again"):
+        with pytest.raises(OSError, match=rf"(?s)model.safetensors is {size - 100} bytes.*announces {size}.*again"):
             load(folder)
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"", f"{DENSE_WEIGHTS} is 0 bytes long"),
-            (b"\x08\x00\x00\x00\x00\x00\x00\x00not json", f"header of {DENSE_WEIGHTS} is not readable"),
-            (b"<html>404</html>", f"{DENSE_WEIGHTS} is 16 bytes long"),
+            (b"", "model.safetensors is 0 bytes long"),
+            (b"\x08\x00\x00\x00\x00\x00\x00\x00not json", "header of model.safetensors is not readable"),
+            (b"<html>404</html>", "model.safetensors is 16 bytes long"),
         ],
     )
     def test_a_file_that_is_not_safetensors_is_named(self, folder, content, message):
-        (folder / DENSE_WEIGHTS).write_bytes(content)
+        (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(OSError, match=message):
             AutoModelForCausalLM.from_pretrained(folder)
 
@@ -317,13 +317,10 @@ class TestDamage:
         assert re.search(r"experts.up_embed.*\[64, 32\].*\[256, 32\]", report)
 
     def test_missing_expert_tables_are_reported_not_passed_over(self, folder):
-        file = folder / TABLES_OF_LAYER_1
+        file = folder / "model.safetensors"
         tensors = load_file(file)
         del tensors["model.layers.1.mlp.experts.up_embed"]
         save_file(tensors, file, metadata={"format": "pt"})
-        index = json.loads((folder / INDEX).read_text())
-        del index["weight_map"]["model.layers.1.mlp.experts.up_embed"]
-        (folder / INDEX).write_text(json.dumps(index))
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert info["missing_keys"] == {"model.layers.1.mlp.experts.up_embed"}
         assert torch.isfinite(model.model.layers[1].mlp.experts.up_embed).all()

@@ -9,7 +9,6 @@ import zipfile
 import pytest
 import torch
 from huggingface_hub import constants
-from model_helpers import DENSE_WEIGHTS, load_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -17,8 +16,6 @@ from transformers import AutoModelForCausalLM
 from modeling_peer import PeerConfig, PeerForCausalLM, checkpoint_peer, checksums_peer
 from modeling_peer.checksums_peer import find_safetensors_damage, stored_checksum, verify_checkpoint
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES, find_damage, staged_checkpoint
-
-TABLES_OF_LAYER_0 = "model-layer-000-experts.safetensors"
 
 
 def flip(path, place, bit=6):
@@ -42,20 +39,19 @@ def folder(saved, tmp_path):
 
 
 def test_a_saved_file_has_its_checksum_and_the_tensors_it_would_have_without(saved, tmp_path, monkeypatch):
-    assert verify_checkpoint(saved) == {DENSE_WEIGHTS: True, TABLES_OF_LAYER_0: True}
+    assert verify_checkpoint(saved) == {"model.safetensors": True}
     loaded = PeerForCausalLM.from_pretrained(saved)
-    assert load_weights(saved).keys() == loaded.state_dict().keys()
-    with safe_open(saved / DENSE_WEIGHTS, framework="pt") as file:
+    assert load_file(saved / "model.safetensors").keys() == loaded.state_dict().keys()
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
-    monkeypatch.setattr(checksums_peer, "BLOCK", 64)  # tensors are copied in many blocks
+    monkeypatch.setattr(checksums_peer, "BLOCK", 64)  # the tensors move in many blocks, not in one
     loaded.save_pretrained(tmp_path / "again")
-    for name in (DENSE_WEIGHTS, TABLES_OF_LAYER_0):
-        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (saved / "model.safetensors").read_bytes()
 
 
 def test_a_flip_anywhere_is_noticed_by_loading_or_changes_nothing(folder):
     """Of a header, too: there it may make another tensor's name, which Transformers initialises anew."""
-    file, draw = folder / DENSE_WEIGHTS, random.Random(0)
+    file, draw = folder / "model.safetensors", random.Random(0)
     whole, tensors = file.read_bytes(), load_file(file)
     header = int.from_bytes(whole[:8], "little")
     places = [draw.randrange(8 + header, len(whole)) for _ in range(10)]
@@ -69,7 +65,7 @@ def test_a_flip_anywhere_is_noticed_by_loading_or_changes_nothing(folder):
         except OSError as error:
             told = str(error)
         if told:
-            assert DENSE_WEIGHTS in told, (place, bit)
+            assert "model.safetensors" in told, (place, bit)
         else:  # of what stands before the eight digits
             assert 8 <= place < digits, (place, bit)
             assert all(torch.equal(value, tensors[name]) for name, value in load_file(file).items())
@@ -78,20 +74,20 @@ def test_a_flip_anywhere_is_noticed_by_loading_or_changes_nothing(folder):
 
 def test_large_files_are_verified_on_request_only(folder, monkeypatch):
     monkeypatch.setattr(checkpoint_peer, "CHECKED_BYTES", 1000)
-    flip(folder / DENSE_WEIGHTS, -9)
+    flip(folder / "model.safetensors", -9)
     AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(OSError, match=r"model-00001-of-00001\.safetensors was saved with the checksum"):
+    with pytest.raises(OSError, match=r"model\.safetensors was saved with the checksum"):
         AutoModelForCausalLM.from_pretrained(folder, verify_checksums=True)
     monkeypatch.undo()
-    with pytest.raises(OSError, match=r"model-00001-of-00001\.safetensors was saved with the checksum"):
+    with pytest.raises(OSError, match=r"model\.safetensors was saved with the checksum"):
         AutoModelForCausalLM.from_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(folder, verify_checksums=False)
-    with pytest.raises(OSError, match=r"model-00001-of-00001\.safetensors was saved with the checksum"):
+    with pytest.raises(OSError, match=r"model\.safetensors was saved with the checksum"):
         verify_checkpoint(folder)
 
 
 def test_a_program_that_writes_other_tensors_with_the_same_metadata_makes_no_false_alarm(folder):
-    file = folder / DENSE_WEIGHTS
+    file = folder / "model.safetensors"
     tensors = {name: value + 1 for name, value in load_file(file).items()}
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
@@ -99,15 +95,15 @@ def test_a_program_that_writes_other_tensors_with_the_same_metadata_makes_no_fal
         save_file(tensors, file, metadata=metadata)
         assert stored_checksum(file) is None
     AutoModelForCausalLM.from_pretrained(folder)
-    assert verify_checkpoint(folder) == {DENSE_WEIGHTS: False, TABLES_OF_LAYER_0: True}
+    assert verify_checkpoint(folder) == {"model.safetensors": False}
 
 
 class TestTheFileThatWasLoadedIsNamed:
     def test_of_a_variant(self, folder):
         PeerForCausalLM.from_pretrained(folder).save_pretrained(folder, variant="other")
-        flip(folder / "model.other-00001-of-00001.safetensors", -9)
+        flip(folder / "model.other.safetensors", -9)
         AutoModelForCausalLM.from_pretrained(folder)
-        with pytest.raises(OSError, match=r"model\.other-00001-of-00001\.safetensors was saved"):
+        with pytest.raises(OSError, match=r"model\.other\.safetensors was saved"):
             AutoModelForCausalLM.from_pretrained(folder, variant="other")
 
     def test_of_shards(self, folder):
@@ -124,21 +120,21 @@ class TestTheFileThatWasLoadedIsNamed:
     def test_of_a_subfolder(self, folder, tmp_path):
         shutil.copytree(folder, tmp_path / "repo" / "inner")
         shutil.copytree(folder, tmp_path / "repo", dirs_exist_ok=True)
-        inner = tmp_path / "repo" / "inner" / DENSE_WEIGHTS
+        inner = tmp_path / "repo" / "inner" / "model.safetensors"
         inner.write_bytes(inner.read_bytes()[:-100])
         size = inner.stat().st_size
-        with pytest.raises(OSError, match=rf"model-00001-of-00001\.safetensors is {size} bytes long"):
+        with pytest.raises(OSError, match=rf"model\.safetensors is {size} bytes long"):
             PeerForCausalLM.from_pretrained(tmp_path / "repo", subfolder="inner")
         PeerForCausalLM.from_pretrained(tmp_path / "repo")
 
     def test_of_the_hubs_cache(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        flip(folder / DENSE_WEIGHTS, -9)
+        flip(folder / "model.safetensors", -9)
         repo = tmp_path / "cache" / "models--some--peer"
         (repo / "refs").mkdir(parents=True)
         (repo / "refs" / "main").write_text("0" * 40)
         shutil.copytree(folder, repo / "snapshots" / ("0" * 40))
-        with pytest.raises(OSError, match=r"model-00001-of-00001\.safetensors was saved with the checksum"):
+        with pytest.raises(OSError, match=r"model\.safetensors was saved with the checksum"):
             PeerForCausalLM.from_pretrained("some/peer", cache_dir=tmp_path / "cache", local_files_only=True)
 
 
@@ -174,11 +170,11 @@ def header_of(content: bytes) -> bytes:
     ids=lambda content: repr(content[:40]),
 )
 def test_no_header_makes_the_report_itself_fail(folder, content):
-    (folder / DENSE_WEIGHTS).write_bytes(content)
-    damage = find_safetensors_damage(folder / DENSE_WEIGHTS)
+    (folder / "model.safetensors").write_bytes(content)
+    damage = find_safetensors_damage(folder / "model.safetensors")
     assert damage is not None
-    assert DENSE_WEIGHTS in damage
-    with pytest.raises(OSError, match=r"model-00001-of-00001\.safetensors"):
+    assert "model.safetensors" in damage
+    with pytest.raises(OSError, match=r"model\.safetensors"):
         PeerForCausalLM.from_pretrained(folder)
 
 
@@ -215,10 +211,10 @@ class TestTrainingCheckpoints:
 
     def test_without_a_list_every_file_is_asked_for_its_own_checksum(self, unlisted):
         assert find_damage(unlisted) is None
-        for name in (DENSE_WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             whole = (unlisted / name).read_bytes()
             place = len(whole) // 2
-            if name != DENSE_WEIGHTS:
+            if name != "model.safetensors":
                 with zipfile.ZipFile(unlisted / name) as archive:  # beside the tensors a zip has room that is not read
                     place = next(info for info in archive.infolist() if info.filename.endswith("data/0")).header_offset
                     place += 200
@@ -231,8 +227,8 @@ class TestTrainingCheckpoints:
         entries = json.loads((listed / LIST_OF_FILES).read_text())
         (listed / LIST_OF_FILES).write_text(json.dumps({name: entry["bytes"] for name, entry in entries.items()}))
         assert find_damage(listed) is None
-        flip(listed / DENSE_WEIGHTS, -9)
-        assert f"{DENSE_WEIGHTS} was saved with the checksum" in find_damage(listed)
+        flip(listed / "model.safetensors", -9)
+        assert "model.safetensors was saved with the checksum" in find_damage(listed)
 
     @pytest.mark.parametrize("content", ["[]", "3", '{"a": null}', '{"a": {"bytes": 3}}', '{"a": "b"}', "[" * 200_000])
     def test_a_list_of_another_kind_is_damage(self, listed, content):

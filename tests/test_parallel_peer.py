@@ -114,7 +114,7 @@ def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(tmp_path, checkpoi
     start = checkpoint(**SHARED)
     run_ranks(4, tmp_path, partial(train, start, {"tp_size": 4}, steps=1, save_to=tmp_path / "saved"))
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".py", ".safetensors"}
-    with safe_open(tmp_path / "saved" / "model-layer-000-experts.safetensors", "pt") as file:
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         names = [name for name in list(file.keys()) if "experts" in name]
         shapes = {name: file.get_slice(name).get_shape() for name in names}
     # whole, and those that two layers share only once

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-from model_helpers import DENSE_WEIGHTS
 from training_helpers import (
     REPOSITORY,
     TINY_LLAMA,
@@ -114,7 +113,7 @@ def test_what_cannot_be_evaluated_is_refused_before_it_is_scored(tmp_path):
         shutil.copy(tmp_path / "large" / name, tmp_path / "out" / name)
     with pytest.raises(SettingsError, match="tokenizer has 300 tokens, the model 257 embeddings"):
         evaluate_checkpoint(EvaluationArguments(**settings))
-    weights = tmp_path / "out" / DENSE_WEIGHTS
+    weights = tmp_path / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(SettingsError, match=r"cannot load .*out'"):
         evaluate_checkpoint(EvaluationArguments(**settings))

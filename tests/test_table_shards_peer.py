@@ -8,16 +8,23 @@ import shutil
 
 import pytest
 import torch
-from model_helpers import DENSE_WEIGHTS, INDEX, TABLES_OF_LAYER_1, load_weights
+from model_helpers import load_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, verify_checkpoint
+from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, table_shards_peer, verify_checkpoint
 from modeling_peer.checksums_peer import PAGE, stored_checksum, stored_tensors
 from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
 
 TABLES = ("down_embed", "up_embed")
+DENSE_WEIGHTS, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+TABLES_OF_LAYER_1 = "model-layer-001-experts.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def any_table_is_large(monkeypatch):
+    monkeypatch.setattr(table_shards_peer, "MIN_BYTES", 0)
 
 
 @pytest.fixture
@@ -83,6 +90,16 @@ def test_only_layers_with_expert_tables_get_such_files(tiny_config, tmp_path, sp
     assert (tmp_path / INDEX).exists() == bool(tables)
     for name, value in PeerModel.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_small_tables_stay_in_the_one_file(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(table_shards_peer, "MIN_BYTES", 4 * 8192)  # two tables in two layers
+    model.save_pretrained(tmp_path / "large")
+    monkeypatch.setattr(table_shards_peer, "MIN_BYTES", 4 * 8192 + 1)
+    model.save_pretrained(tmp_path / "small")
+    assert (tmp_path / "large" / INDEX).exists()
+    assert [path.name for path in (tmp_path / "small").glob("*.safetensors*")] == ["model.safetensors"]
+    assert verify_checkpoint(tmp_path / "small") == {"model.safetensors": True}
 
 
 def test_a_variant_has_files_and_an_index_of_its_own(model, folder):

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-from model_helpers import DENSE_WEIGHTS
 
 from modeling_peer import PeerForCausalLM, PeerForMaskedLM, PeerForTokenClassification
 from modeling_peer.console.errors import SettingsError
@@ -42,10 +41,10 @@ def test_every_class_loads_and_computes_what_the_package_computes(tiny_config, t
 
 def test_a_damaged_file_is_named_before_anything_is_loaded(tiny_config, tmp_path):
     PeerForCausalLM(tiny_config()).save_pretrained(tmp_path)
-    content = bytearray((tmp_path / DENSE_WEIGHTS).read_bytes())
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
     content[-100] ^= 1
-    (tmp_path / DENSE_WEIGHTS).write_bytes(content)
-    with pytest.raises(SettingsError, match=r"model-00001-of-00001\.safetensors was saved with the checksum"):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"model\.safetensors was saved with the checksum"):
         check_model(tmp_path)
 
 

@@ -11,7 +11,6 @@ import torch
 import yaml
 from hub_server import USER, Hub
 from huggingface_hub import ModelCard
-from model_helpers import SAVED_FILES
 from test_checkpoint_peer import TRAVELLING_FILES
 from training_helpers import REPOSITORY, last_json
 
@@ -114,7 +113,7 @@ def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config
     (folder / "README.md").write_text(CARD)
     (folder / "training_args.bin").write_bytes(b"\x80\x04 a pickle")
     one = last_json(export(hub, cache, folder, "--language", "en", "--private"))
-    names = SAVED_FILES | {"tokenizer.json", "tokenizer_config.json"}
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     names |= {"README.md", ".eval_results/wikitext.yaml", ".gitattributes", *TRAVELLING_FILES}
     assert set(hub.files(REPO)) == names
     for path in folder.glob("*.safetensors"):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import DENSE_WEIGHTS
 from training_helpers import (
     private_cache,  # noqa: F401  a fixture
     some_text,
@@ -54,7 +53,7 @@ def test_a_resumed_run_sees_the_examples_and_logs_the_losses_it_would_have(tmp_p
         **settings,
     )
     assert history(tmp_path / "resumed") == history(tmp_path / "whole")
-    weights = [Path(tmp_path, name, DENSE_WEIGHTS).read_bytes() for name in ("whole", "resumed")]
+    weights = [Path(tmp_path, name, "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert weights[0] == weights[1]
 
 

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import pytest
-from model_helpers import DENSE_WEIGHTS
 from training_helpers import (
     private_cache,  # noqa: F401  a fixture
     train,
@@ -71,8 +70,8 @@ def test_an_overwriting_run_that_dies_leaves_no_weights_beside_its_tokenizer(run
         ("trainer_state.json", 20, "trainer_state.json is damaged or cut short"),
         ("config.json", None, "it has no config.json"),
         ("tokenizer.json", None, "it has no tokenizer.json"),
-        (DENSE_WEIGHTS, None, f"it has no {DENSE_WEIGHTS}"),
-        (DENSE_WEIGHTS, 5000, f"{DENSE_WEIGHTS} is damaged or cut short"),
+        ("model.safetensors", None, "it has no model.safetensors"),
+        ("model.safetensors", 5000, "model.safetensors is damaged or cut short"),
         ("optimizer.pt", None, "it has no optimizer.pt"),
         ("optimizer.pt", 1000, "optimizer.pt is damaged or cut short"),
         ("scheduler.pt", 0, "scheduler.pt is damaged or cut short"),

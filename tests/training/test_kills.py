@@ -20,7 +20,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from model_helpers import DENSE_WEIGHTS, TABLES_OF_LAYER_1
 from training_helpers import as_command_line, path_of_tests, some_text, train, write_inputs
 from transformers import TrainerCallback
 
@@ -41,7 +40,7 @@ SETTINGS = {
     "log_expert_usage": False,  # counted anew by every process
 }
 LAST = f"checkpoint-{SETTINGS['max_steps']}"
-EQUAL = (DENSE_WEIGHTS, TABLES_OF_LAYER_1, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+EQUAL = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 class Watched(LanguageModelTrainer):

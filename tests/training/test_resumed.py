@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from model_helpers import load_weights
+from safetensors.torch import load_file
 from training_helpers import (
     as_command_line,
     last_json,
@@ -52,8 +52,8 @@ def logged(folder, name):
 
 
 def assert_same_weights(folder, other):
-    for name, value in load_weights(folder).items():
-        assert torch.equal(value, load_weights(other)[name]), name
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value, load_file(other / "model.safetensors")[name]), name
 
 
 def arguments(folder, kind=PeerTrainingArguments, **settings):

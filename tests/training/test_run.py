@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers.trainer
 from huggingface_hub import ModelCard, RepoUrl
-from model_helpers import DENSE_WEIGHTS
 from training_helpers import (
     TINY_LLAMA,
     TINY_PEER,
@@ -156,7 +155,7 @@ def test_expert_usage_is_logged_in_training_and_evaluation_unless_told(tmp_path,
 def test_training_stops_at_the_time_limit_and_still_saves(tmp_path, inputs):
     result = train(inputs, output_dir=tmp_path / "out", max_steps=10_000, max_train_minutes=0.01)
     assert 0 < result.summary["steps"] < 10_000
-    assert (tmp_path / "out" / DENSE_WEIGHTS).is_file()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_card_of_a_rival_does_not_say_that_it_is_peer(tmp_path, inputs):
@@ -191,7 +190,7 @@ def test_pushing_goes_through_the_trainer_and_carries_our_card(tmp_path, inputs,
     train(words, output_dir=tmp_path / "out", max_steps=2)
     repo_id, files = uploads[-1]
     assert repo_id == "someone/tiny-peer"
-    assert {"README.md", DENSE_WEIGHTS, "config.json", "tokenizer.json", "modeling_peer.py"} <= set(files)
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json", "modeling_peer.py"} <= set(files)
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("someone/tiny-peer"' in card
     assert "bits per byte" in card
@@ -296,7 +295,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_keeps_what_was_saved(tmp_pat
     out = tmp_path / "out"
     with pytest.raises(SettingsError, match=r"training diverged: .*Lower --learning_rate"):
         train(inputs, output_dir=out, max_steps=5, **settings)
-    assert not list(out.glob("*.safetensors"))
+    assert not (out / "model.safetensors").exists()
     for folder in out.glob("checkpoint-*"):
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert all(torch.isfinite(value).all() for value in model.state_dict().values())

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_as_device import take_cpus_for_devices
-from model_helpers import DENSE_WEIGHTS
 from rank_groups import run_ranks
 from torch.distributed.checkpoint import FileSystemWriter
 from training_helpers import logged_losses
@@ -92,7 +91,7 @@ def test_a_resumed_run_of_two_processes_is_the_undisturbed_one(tmp_path, start, 
     whole, resumed = (tmp_path / name / "checkpoint-6" for name in ("whole", "resumed"))
     files = sorted(path.relative_to(whole) for path in whole.rglob("*.distcp"))
     assert len(files) == 2, "each process writes its part of the optimizer's state"
-    for name in (DENSE_WEIGHTS, "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", *files):
+    for name in ("model.safetensors", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth", *files):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
