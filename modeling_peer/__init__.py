@@ -4,8 +4,8 @@
 import transformers
 
 from .auto_classes_peer import AUTO_MAP, class_name
-from .checksums_peer import verify_checkpoint
 from .configuration_peer import PeerConfig
+from .damage_peer import verify_checkpoint
 from .layer_peer import PeerLayer
 from .modeling_peer import (
     PeerForCausalLM,

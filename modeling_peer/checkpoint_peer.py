@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import create_and_tag_model_card
 
 from .auto_classes_peer import AUTO_MAP
-from .checksums_peer import refuse_damage, weight_files
+from .damage_peer import refuse_damage, weight_files, weight_indexes
 from .exchange_peer import staged_save, staging_folders
 from .file_names_peer import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .files_peer import write_text
@@ -18,7 +18,7 @@ from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .quantised_tables_peer import refuse_other_format
 from .query_norms_peer import freeze_running_statistics
 from .table_placement_peer import check_placement, place_tables
-from .table_shards_peer import lay_out_weights, refuse_index_damage
+from .table_shards_peer import lay_out_weights
 
 # Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
 CHECKED_BYTES = 256 << 20
@@ -56,10 +56,8 @@ class PeerCheckpoints:
         others = pretrained_model_name_or_path is None or kwargs.get("state_dict")
         others = others or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False
 
-        is_local = pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path)
-
-        def find_files():
-            return [] if others else weight_files(pretrained_model_name_or_path, **options)
+        def find(files):
+            return [] if others else files(pretrained_model_name_or_path, **options)
 
         # A configuration that is passed in belongs to the files as they were, so it cannot be read again.
         attempts = ATTEMPTS_TO_READ if kwargs.get("config") is None else 1
@@ -67,11 +65,9 @@ class PeerCheckpoints:
             before = _identities(pretrained_model_name_or_path, options.get("subfolder"))
             failure = None
             try:
-                if is_local and not others:
-                    refuse_index_damage(pretrained_model_name_or_path, **options)
+                if before:  # a local folder, whose index may name files outside of it
+                    refuse_damage(pretrained_model_name_or_path, indexes=find(weight_indexes))
                 loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-                if not is_local and not others:  # downloaded now
-                    refuse_index_damage(pretrained_model_name_or_path, **options)
             except Exception as error:  # raised again below, once it is known whether the files were replaced
                 failure = error
             after = _identities(pretrained_model_name_or_path, options.get("subfolder"))
@@ -84,15 +80,15 @@ class PeerCheckpoints:
                     "two models. Load it again."
                 ) from failure
         # A flipped bit in a header gives a tensor another name or shape. Report the cause before this effect.
-        files = find_files()
+        files = find(weight_files)
         small = sum(file.stat().st_size for file in files) <= CHECKED_BYTES
         verify = small if verify_checksums is None else verify_checksums
-        if failure is not None or verify:
-            refuse_damage(pretrained_model_name_or_path, files, verify, failure)
+        checked = files if failure is not None or verify else ()
+        refuse_damage(pretrained_model_name_or_path, checked, find(weight_indexes), verify, failure)
         if failure is None:
-            refuse_other_format(files, (loaded[0] if isinstance(loaded, tuple) else loaded).config.expert_table_format)
-            # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             model = loaded[0] if isinstance(loaded, tuple) else loaded
+            refuse_other_format(files, model.config.expert_table_format)
+            # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             freeze_running_statistics(model, only_learned=True)
             place_tables(model, table_placement)
             return loaded

@@ -7,15 +7,15 @@ registration, integers would be loaded as weights. And its registration raises w
 package and a checkpoint's own code are both imported. Quantisers of others stay free for the dense part of the model.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.utils import logging
 
+from .checksums_peer import read_header
 from .parallel_peer import draw_rows_
 from .row_formats_peer import TABLE_FORMATS, format_of, quantise_rows, row_chunks, row_width, stored_width
 
@@ -160,6 +160,15 @@ class QuantisableTables(nn.Module):
         )
 
 
+def expert_pools(model: nn.Module) -> dict[str, QuantisableTables]:
+    """The modules of `model` that hold expert tables, by name.
+
+    By a method, because modules of a checkpoint's own code are of another class. On the type, because a wrapper (PEFT)
+    forwards attributes.
+    """
+    return {name: module for name, module in model.named_modules() if hasattr(type(module), "quantise_tables")}
+
+
 @torch.no_grad()
 def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     """Quantise the expert tables of a model in place, one after the other.
@@ -180,8 +189,7 @@ def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     """
     if table_format not in TABLE_FORMATS:
         raise ValueError(f"expert_table_format={table_format!r} is unknown. Known: {', '.join(TABLE_FORMATS)}.")
-    # By a method, because modules of a checkpoint's own code are of another class.
-    pools = {name: one for name, one in model.named_modules() if hasattr(type(one), "quantise_tables")}
+    pools = expert_pools(model)
     if not pools:
         raise ValueError(
             f"{type(model).__name__} has no expert tables to quantise: only sparse layers with product keys have them "
@@ -247,7 +255,7 @@ def _renew_ties(model: nn.Module) -> None:
             module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def refuse_other_format(files: Iterable[str | os.PathLike], table_format: str | None) -> None:
+def refuse_other_format(files: Iterable[Path], table_format: str | None) -> None:
     """Raise ValueError if weight files hold expert tables of another format than the configuration says.
 
     Transformers would cast one to the other: integers to weights, or weights to zeros.
@@ -256,14 +264,12 @@ def refuse_other_format(files: Iterable[str | os.PathLike], table_format: str | 
         files: safetensors files.
     """
     for file in files:
-        with open(file, "rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for name, entry in header.items():
+        for name, tensor in read_header(file)[0].items():
             if ".experts." in f".{name}" and name.endswith("_embed"):
-                stored = _STORED_AS.get(entry["dtype"])
+                stored = _STORED_AS.get(tensor.dtype)
                 if stored != table_format:
                     raise ValueError(
-                        f"{name} in {os.path.basename(file)} is stored with expert_table_format={stored!r}, and the "
+                        f"{name} in {file.name} is stored with expert_table_format={stored!r}, and the "
                         f"configuration has {table_format!r}. Load the checkpoint with its own "
                         "configuration. To quantise the tables of a float one: `peer quantise`, or "
                         "quantise_expert_tables(model, ...)."

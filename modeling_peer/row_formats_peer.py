@@ -44,6 +44,11 @@ def format_of(table: torch.Tensor) -> str | None:
     return _FORMAT_OF_DTYPE.get(table.dtype)
 
 
+def is_quantised(dtype: torch.dtype) -> bool:
+    """Whether tables of this dtype are quantised, rather than floats."""
+    return dtype in _FORMAT_OF_DTYPE
+
+
 def stored_width(hidden_size: int, table_format: str | None) -> int:
     """Elements in which a row of `hidden_size` numbers is stored."""
     return hidden_size if table_format is None else hidden_size // TABLE_FORMATS[table_format].numbers_per_element

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from .mapped_memory_peer import PAGE, RANDOM, WILL_NEED, advise, is_mapped_file
+from .quantised_tables_peer import expert_pools
 
 try:
     from resource import RUSAGE_SELF, getrusage
@@ -78,14 +79,11 @@ class MappedTables:
 
         Ids that do not exist are left to the function that reads the rows.
         """
+        ids = expert_ids.unique().cpu()
         for address, num_rows, row_bytes in self.tables:
-            ids = expert_ids.flatten().cpu()
-            starts = address + ids[(ids >= 0) & (ids < num_rows)] * row_bytes
-            firsts, lasts = starts // PAGE, (starts + row_bytes - 1) // PAGE
-            widest = int((lasts - firsts).max()) if len(starts) else 0
-            pages = torch.cat([(firsts + i)[firsts + i <= lasts] for i in range(widest + 1)]).unique()
-            for first, length in _runs(pages):
-                advise(first * PAGE, length * PAGE, WILL_NEED)
+            for first, length in _runs(ids[(ids >= 0) & (ids < num_rows)]):
+                start = (address + first * row_bytes) // PAGE * PAGE
+                advise(start, address + (first + length) * row_bytes - start, WILL_NEED)
 
 
 def _runs(numbers: torch.Tensor) -> list[tuple[int, int]]:
@@ -115,8 +113,7 @@ def place_tables(model: torch.nn.Module, placement: str | None) -> None:
         ValueError: `"mapped"`, and a table is not a view of a file.
     """
     check_placement(placement)
-    pools = {name: module for name, module in model.named_modules() if hasattr(type(module), "mapped_tables")}
-    for name, pool in pools.items():
+    for name, pool in expert_pools(model).items():
         tables = [table for table in pool.tables() or () if table is not None]
         mapped = [table for table in tables if table.is_cpu and is_mapped_file(table.data_ptr())]
         if placement == "memory":

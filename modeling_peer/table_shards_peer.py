@@ -12,13 +12,14 @@ starts at a multiple of 4 KiB in the file, so a row of at most 4 KiB whose size 
 import json
 import os
 import re
+from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .checksums_peer import StoredTensor, read_header, stored_checksum, stored_tensors, weight_index, write_tensors
+from .checksums_peer import StoredTensor, read_header, stored_checksum, write_tensors
 from .file_names_peer import expert_tables_stem, index_name, is_weight_file, weights_stem
 
 # Smaller tables, all together, stay in the one file that Transformers writes: a save then replaces it in one step.
@@ -36,26 +37,23 @@ def lay_out_weights(folder: Path, variant: str | None = None, max_shard_size: in
         variant: name of the weight variant, as in `save_pretrained`.
         max_shard_size: bytes, or a number with a unit, that a file may have. A larger tensor has a file of its own.
     """
-    sources = sorted(folder.glob("*.safetensors"))
-    weights = [file for file in sources if is_weight_file(variant)(file.name)]
-    tensors = {name: tensor for file in weights for name, tensor in stored_tensors(file).items()}
+    headers = {file: read_header(file) for file in sorted(folder.glob("*.safetensors"))}
+    weights = {file: tensors for file, (tensors, _) in headers.items() if is_weight_file(variant)(file.name)}
+    tensors = {name: tensor for found in weights.values() for name, tensor in found.items()}
     plan = _plan(tensors, variant, max_shard_size)
     finished = folder / "laid_out"
     finished.mkdir()
-    remaining = {file: len(stored_tensors(file)) for file in weights}
-    metadata = {file: read_header(file).get("__metadata__", {}) for file in sources}
+    remaining = {file: len(found) for file, found in weights.items()}
     for name, members in plan.items():
         contents = {member: tensors[member] for member in members}
-        files = {tensor.file for tensor in contents.values()}
-        write_tensors(finished / name, contents, metadata[min(files)] | _description(contents))
-        for tensor in contents.values():
-            remaining[tensor.file] -= 1
-        for file in files:
+        sources = Counter(tensor.file for tensor in contents.values())
+        write_tensors(finished / name, contents, headers[min(sources)][1] | _description(contents))
+        for file, count in sources.items():
+            remaining[file] -= count
             if not remaining[file]:
                 file.unlink()
-    for file in sources:
-        if file not in weights:
-            write_tensors(finished / file.name, stored_tensors(file), metadata[file])
+    for file in headers.keys() - weights.keys():
+        write_tensors(finished / file.name, *headers[file])
     for file in finished.iterdir():
         os.replace(file, folder / file.name)
     finished.rmdir()
@@ -111,51 +109,3 @@ def _index(folder: Path, plan: dict[str, list[str]], tensors: dict[str, StoredTe
         },
         "weight_map": {member: name for name, members in plan.items() for member in members},
     }
-
-
-def refuse_index_damage(path: str | os.PathLike, variant: str | None = None, **where) -> None:
-    """Raise OSError if the index of a checkpoint and its files do not fit. Arguments: see `weight_files`."""
-    index = weight_index(path, variant, **where)
-    if index is not None and (damages := find_index_damage(index)):
-        raise OSError(
-            f"Cannot read the weights of {path}. {' '.join(damages)} Copy or save the checkpoint again, or "
-            "download it again with force_download=True."
-        )
-
-
-def find_index_damage(index: Path) -> list[str]:
-    """Sentences that say where an index and its files do not fit each other. Reads headers only.
-
-    An index may name only files beside it. A file that it gives a checksum for must have that checksum in its header,
-    so files of two saves, and files that were swapped, are found. Each tensor must be in the file that it names.
-    """
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
-        checksums = content.get("metadata", {}).get("checksums", {})
-        names = sorted(map(os.fspath, {*weight_map.values(), *checksums}))
-        expected = {name: {tensor for tensor, file in weight_map.items() if file == name} for name in names}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return [f"{index.name} is not readable as an index."]
-    damages = []
-    for name in names:
-        file = index.parent / name
-        if Path(name).name != name or name in ("", ".", ".."):
-            damages.append(f"{index.name} names {name!r}, which is not a file beside it.")
-        elif not file.is_file():
-            damages.append(f"{name} is missing; {index.name} names it.")
-        else:
-            damages += _file_damage(file, index.name, expected[name], checksums.get(name))
-    return damages
-
-
-def _file_damage(file: Path, index: str, expected: set[str], checksum: str | None) -> list[str]:
-    try:
-        stored, tensors = stored_checksum(file), stored_tensors(file).keys()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return []  # `find_safetensors_damage` says what is wrong with it
-    if checksum is not None and stored is not None and stored != checksum:
-        return [f"{file.name} was saved with the checksum {stored}, and {index} names a file with {checksum}."]
-    if missing := sorted(expected - tensors):
-        return [f"{file.name} lacks {missing[0]!r} ({len(missing)} tensors in all), which {index} looks for there."]
-    return []

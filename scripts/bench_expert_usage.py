@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What watching the use of experts, and evening it out, costs of a training step of a whole model.
+"""Measure the cost of expert usage figures and balance losses, as a part of a training step of a whole model.
 
 python scripts/bench_expert_usage.py cpu
 python scripts/bench_expert_usage.py cpu --model_overrides num_sub_keys=1024

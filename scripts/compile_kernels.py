@@ -1,5 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Compile the Triton kernels for GPUs that are not at hand: registers, spills, shared memory, loads, tensor cores.
+"""Compile the Triton kernels for GPUs that this machine does not have.
+
+It reports registers, spills, shared memory, loads and tensor cores.
 
 python scripts/compile_kernels.py
 python scripts/compile_kernels.py --architectures 89 90 --output_file compilation.json

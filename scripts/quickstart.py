@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Train a small PEER model in a few minutes on two CPU cores, with nothing to download, and see that it learned.
+"""Train a small PEER model in a few minutes on two CPU cores, without a download, and check that it learned.
 
 python scripts/quickstart.py
 python scripts/quickstart.py --max_steps 200 --output_dir runs/shorter

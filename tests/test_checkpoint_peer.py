@@ -46,6 +46,7 @@ TRAVELLING_FILES = {
     "checkpoint_peer.py",
     "exchange_peer.py",
     "checksums_peer.py",
+    "damage_peer.py",
     "files_peer.py",
     "one_call_peer.py",
     "query_norms_peer.py",

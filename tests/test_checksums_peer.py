@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM, checkpoint_peer, checksums_peer
-from modeling_peer.checksums_peer import find_safetensors_damage, stored_checksum, verify_checkpoint
+from modeling_peer.checksums_peer import stored_checksum
+from modeling_peer.damage_peer import find_safetensors_damage, verify_checkpoint
 from modeling_peer.training.checkpoint_folders import LIST_OF_FILES, find_damage, staged_checkpoint
 
 

@@ -290,7 +290,7 @@ def test_the_command_quantises_a_checkpoint_with_its_tokenizer(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             quantise_checkpoint(QuantisationArguments(**arguments))
-    with pytest.raises(SettingsError, match=r"--format 'int' is none of int8, int4, float8_e4m3. Did you mean"):
+    with pytest.raises(SettingsError, match=r"--format must be one of int8, int4, float8_e4m3; got 'int'. Did you"):
         QuantisationArguments(format="int")
     shutil.rmtree(tmp_path / "int4")
     fields = model.config.to_dict() | {"mlp_layer_types": ["dense"] * 2, "expert_table_format": None}

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
 from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, table_shards_peer, verify_checkpoint
-from modeling_peer.checksums_peer import PAGE, stored_checksum, stored_tensors
+from modeling_peer.checksums_peer import read_header, stored_checksum
+from modeling_peer.mapped_memory_peer import PAGE
 from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
 
 TABLES = ("down_embed", "up_embed")
@@ -77,7 +78,7 @@ def test_a_file_of_tables_says_what_it_is_without_the_configuration(model, folde
 
 def test_the_data_of_each_file_starts_at_a_page(folder):
     for path in folder.glob("*.safetensors"):
-        assert min(tensor.start for tensor in stored_tensors(path).values()) % PAGE == 0
+        assert min(tensor.start for tensor in read_header(path)[0].values()) % PAGE == 0
 
 
 @pytest.mark.parametrize("sparse_mlp", SPARSE_MLP_CLASSES)
@@ -121,7 +122,7 @@ def test_tables_larger_than_a_shard_may_be_are_files_each(model, tmp_path):
     files = sorted(path.name for path in tmp_path.glob("model-layer-001-experts*"))
     assert files == [f"model-layer-001-experts-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for path in tmp_path.glob("*.safetensors"):
-        tensors = stored_tensors(path).values()
+        tensors = read_header(path)[0].values()
         assert len(tensors) == 1 or sum(tensor.num_bytes for tensor in tensors) <= 9000
     for name, value in load_weights(tmp_path).items():
         assert torch.equal(value, model.state_dict()[name])
@@ -151,6 +152,8 @@ class TestAnIndexThatDoesNotFit:
         for load in (AutoModelForCausalLM.from_pretrained, PeerModel.from_pretrained):
             with pytest.raises(OSError, match=message):
                 load(folder)
+        with pytest.raises(OSError, match=message):
+            verify_checkpoint(folder)
 
     def test_swapped_files_of_two_layers(self, folder):
         first, second = (folder / f"model-layer-00{i}-experts.safetensors" for i in (1, 2))

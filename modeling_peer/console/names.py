@@ -15,6 +15,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import RESOURCES
+from modeling_peer.console.hub_errors import HUB_ERRORS, hub_cause
 from modeling_peer.console.run_files import SETTINGS_FILE, list_checkpoints
 
 PRESETS_FOLDER = "configuration/models"
@@ -220,11 +221,10 @@ def _ask_hub(name: str, kind: str) -> str:
         raise SettingsError(
             f"no such folder, and the Hub has no such {what}, or it is private (set HF_TOKEN)."
         ) from error
-    except Exception as error:  # from the HTTP library, which changes from one release to the next
+    except HUB_ERRORS as error:
         if cached:
             return cached
-        cause = str(error).strip().splitlines()[:1] or [""]
         raise SettingsError(
-            f"no such folder here, and the Hub cannot be reached ({type(error).__name__}: {cause[0]}). Name a local "
-            "folder, or try again with a network."
+            f"no such folder here, and the Hub cannot be reached ({hub_cause(error)}). Name a local folder, or try "
+            "again with a network."
         ) from error

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from modeling_peer.auto_classes_peer import AUTO_MAP, class_name
-from modeling_peer.checksums_peer import verify_checkpoint
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.damage_peer import verify_checkpoint
 from modeling_peer.hub import clean_process
 from modeling_peer.hub.loading import LOADING_ERRORS, cause_of, language_model_class
 

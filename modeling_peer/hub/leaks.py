@@ -4,7 +4,11 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from modeling_peer.checksums_peer import read_header
+from modeling_peer.damage_peer import UNREADABLE
 
 # Files with these names are secrets, whatever they contain.
 SECRET_FILE = re.compile(
@@ -31,7 +35,6 @@ SECRET_TEXTS = {
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz")
 PICKLE_START = re.compile(rb"\x80[\x02-\x05]")  # of protocols 2 to 5
 ZIP_START = b"PK\x03\x04"  # torch.save writes a zip archive with a pickle in it
-LARGEST_HEADER = 100_000_000  # bytes, the safetensors format's limit
 BLOCK, OVERLAP = 1 << 22, 4096  # bytes read at once, and of those, read again with the next
 
 
@@ -61,18 +64,10 @@ def find_pickle(file: Path) -> bool:
 
 def _readable_blocks(file: Path) -> Iterator[bytes]:
     """A file's bytes; of safetensors the metadata alone, since the tensors are numbers."""
+    if file.suffix == ".safetensors":
+        with suppress(*UNREADABLE):  # the check of damage reports it
+            yield json.dumps(read_header(file)[1]).encode()
+        return
     with open(file, "rb") as stream:
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(stream.read(8), "little")
-            if length <= LARGEST_HEADER:  # else damaged, which the checksums tell
-                yield _metadata(stream.read(length))
-            return
         while block := stream.read(BLOCK):
             yield block
-
-
-def _metadata(header: bytes) -> bytes:
-    try:
-        return json.dumps(json.loads(header).get("__metadata__", {})).encode()
-    except (ValueError, AttributeError):
-        return header

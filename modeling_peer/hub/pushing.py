@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from modeling_peer.console.errors import CommandFailed, SettingsError
-from modeling_peer.console.secrets import without_secrets
+from modeling_peer.console.hub_errors import HUB_ERRORS, UPLOAD_ERRORS, hub_cause
 
 WITHOUT = "Or leave --push_to_hub out, and upload the saved model later with `hf upload`."
 
@@ -32,10 +32,10 @@ def require_login(token: str | None, what: str = "--push_to_hub", way_out: str =
         # any other status, such as too many requests, says nothing about the token: creating the repository decides
         if error.response.status_code in (401, 403):
             raise SettingsError(
-                f"{what}: the Hub refused the token ({_cause(error)}). Run `hf auth login` again, or set "
+                f"{what}: the Hub refused the token ({hub_cause(error)}). Run `hf auth login` again, or set "
                 f"HF_TOKEN to a token with write access. {way_out}"
             ) from error
-    except Exception as error:  # from the HTTP library, which changes from one release to the next
+    except HUB_ERRORS as error:
         raise SettingsError(_unreachable(error, what, way_out)) from error
 
 
@@ -45,13 +45,13 @@ def explained_creation(repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise SettingsError(f"--hub_model_id {repo!r} is not a valid name: {_cause(error)}") from error
+        raise SettingsError(f"--hub_model_id {repo!r} is not a valid name: {hub_cause(error)}") from error
     except HfHubHTTPError as error:
         raise SettingsError(
-            f"--push_to_hub: the Hub did not create {repo!r} ({_cause(error)}). Use a token with write access and a "
-            f"--hub_model_id of your own. {WITHOUT}"
+            f"--push_to_hub: the Hub did not create {repo!r} ({hub_cause(error)}). Use a token with write access and "
+            f"a --hub_model_id of your own. {WITHOUT}"
         ) from error
-    except Exception as error:  # as in `require_login`
+    except HUB_ERRORS as error:
         raise SettingsError(_unreachable(error)) from error
 
 
@@ -60,20 +60,15 @@ def explained_upload(repo: str, folder: str) -> Iterator[None]:
     """Turn a failure to upload `folder`, after training, into a CommandFailed that says where the model is."""
     try:
         yield
-    except SettingsError:  # of the save that precedes the upload
+    except SettingsError:  # a ValueError, of the save that precedes the upload
         raise
-    except Exception as error:  # as in `require_login`
+    except UPLOAD_ERRORS as error:
         command = shlex.join(["hf", "upload", repo, folder, ".", "--exclude", "checkpoint-*/*", "--exclude", "_*"])
         raise CommandFailed(
-            f"the model is saved in {folder}, but it was not uploaded to the Hub ({_cause(error)}). Upload it with: "
-            f"{command}"
+            f"the model is saved in {folder}, but it was not uploaded to the Hub ({hub_cause(error)}). Upload it "
+            f"with: {command}"
         ) from error
 
 
 def _unreachable(error: Exception, what: str = "--push_to_hub", way_out: str = WITHOUT) -> str:
-    return f"{what}: the Hub cannot be reached ({_cause(error)}). Try again with a network. {way_out}"
-
-
-def _cause(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return without_secrets(": ".join([type(error).__name__, *lines[:1]]))
+    return f"{what}: the Hub cannot be reached ({hub_cause(error)}). Try again with a network. {way_out}"

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import modeling_peer
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.console.names import locate_model
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.hub.loading import LOADING_ERRORS, cause_of
+from modeling_peer.hub.loading import LOADING_ERRORS, cause_of, open_tokenizer
+from modeling_peer.quantised_tables_peer import expert_pools
 from modeling_peer.row_formats_peer import TABLE_FORMATS
 
 
@@ -33,7 +34,9 @@ class QuantisationArguments:
     def __post_init__(self):
         if self.format not in TABLE_FORMATS:
             known = ", ".join(TABLE_FORMATS)
-            raise SettingsError(f"--format {self.format!r} is none of {known}.{nearest(self.format, TABLE_FORMATS)}")
+            raise SettingsError(
+                f"--format must be one of {known}; got {self.format!r}.{nearest(self.format, TABLE_FORMATS)}"
+            )
 
 
 def quantise_checkpoint(arguments: QuantisationArguments) -> dict[str, Any]:
@@ -107,18 +110,19 @@ def _load(source: str, name: str) -> PreTrainedModel:
 
 def _sizes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of the expert tables with their scales, and of all weights. What is shared counts once."""
-    sizes = {"expert tables": 0, "all weights": 0}
-    for name, parameter in model.named_parameters():
-        sizes["all weights"] += parameter.nbytes
-        if ".experts." in name and name.endswith(("_embed", "_scale")):
-            sizes["expert tables"] += parameter.nbytes
-    return sizes
+    tables = {
+        id(table): table.nbytes
+        for pool in expert_pools(model).values()
+        for table in (*pool.tables(), *pool.scales().values())
+        if table is not None
+    }
+    return {"expert tables": sum(tables.values()), "all weights": sum(one.nbytes for one in model.parameters())}
 
 
 def _copy_tokenizer(source: str, output_dir: Path) -> None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # the tokenizers library has no error class of its own
-        print(f"no tokenizer was copied: {source!r} has none that can be loaded ({type(error).__name__}).")
+        tokenizer = open_tokenizer(source, trust_remote_code=False)
+    except SettingsError as error:
+        print(f"no tokenizer was copied: {error}")
         return
     tokenizer.save_pretrained(output_dir)

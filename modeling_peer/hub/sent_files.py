@@ -1,21 +1,20 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Which files of a folder are a model and are sent to the Hub, which are left out, and which must not be there."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from modeling_peer.checksums_peer import weight_files
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.console.run_files import CHECKPOINT_NAME, RESULTS_FILE, SETTINGS_FILE, UNFINISHED
 from modeling_peer.console.tables import as_markdown
+from modeling_peer.damage_peer import find_index_damage, weight_files, weight_indexes
 from modeling_peer.exchange_peer import STAGING_PREFIX
+from modeling_peer.file_names_peer import index_name
 from modeling_peer.hub.leaks import find_pickle, find_secret
 
-INDEX = "model.safetensors.index.json"
 CODE = "*_peer.py"
 # What a model's repository consists of, beside weights: the names that Transformers and the Hub look for.
 MODEL_FILES = (
@@ -58,7 +57,7 @@ def find_model_files(folder: Path, also: Sequence[str] = ()) -> ModelFiles:
         also: paths in the folder to send although they are not files of a model.
 
     Raises:
-        SettingsError: a file is a secret, has one in it, is a pickle, or is none of a model. The message names every
+        SettingsError: a file is or has a secret, is a pickle, or is no file of a model. The message names every
             such file and what to do.
     """
     weights = _weights(folder)
@@ -97,24 +96,15 @@ def find_model_files(folder: Path, also: Sequence[str] = ()) -> ModelFiles:
 
 def _weights(folder: Path) -> list[str]:
     """Names of the files that `from_pretrained` reads: the index too, where there is one."""
-    names = [path.name for path in weight_files(folder)]
-    if "model.safetensors" in names:
-        return names
-    if not (folder / INDEX).is_file():
+    files, indexes = weight_files(folder), weight_indexes(folder)
+    if damages := [damage for index in indexes for damage in find_index_damage(index)]:
+        raise SettingsError(f"{folder} has damaged weights. {' '.join(damages)}")
+    if not files:
         raise SettingsError(
-            f"{folder} has no weights in safetensors: neither model.safetensors nor {INDEX}. Save the model with "
-            "model.save_pretrained(folder)."
+            f"{folder} has no weights in safetensors: neither model.safetensors nor {index_name()}. Save the model "
+            "with model.save_pretrained(folder)."
         )
-    try:
-        expected = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{folder / INDEX} is damaged: {type(error).__name__}: {error}.") from error
-    if missing := sorted(expected - set(names)):
-        raise SettingsError(
-            f"{folder} lacks {len(missing)} of the {len(expected)} weight files that {INDEX} names: "
-            f"{', '.join(missing[:5])}."
-        )
-    return [*names, INDEX]
+    return [path.name for path in (*files, *indexes)]
 
 
 def _file_names(folder: Path, left_out: list[str], below: str = ""):

@@ -9,12 +9,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
 
 from modeling_peer.console.errors import CommandFailed, SettingsError
-from modeling_peer.console.secrets import without_secrets
+from modeling_peer.console.hub_errors import UPLOAD_ERRORS, hub_cause
 from modeling_peer.hub.sent_files import is_replaced
 
 # The Hub decides which files it stores as large ones: every safetensors file, and whatever exceeds 10 MB.
 LARGE = 10_000_000  # bytes
-MOST_CHARACTERS = 300  # of an error's message
 
 
 @dataclass
@@ -75,21 +74,13 @@ def upload_files(
     except SettingsError:
         raise
     except HFValidationError as error:
-        raise SettingsError(f"--repo_id {repo_id!r} is not a valid name: {_cause(error)}") from error
-    except Exception as error:  # from the HTTP library, which changes from one release to the next
+        raise SettingsError(f"--repo_id {repo_id!r} is not a valid name: {hub_cause(error)}") from error
+    except UPLOAD_ERRORS as error:
         raise CommandFailed(
-            f"the upload to {repo_id} failed ({type(error).__name__}: {_cause(error)}). No file there has changed. "
+            f"the upload to {repo_id} failed ({hub_cause(error)}). No file there has changed. "
             "Run the same command again: large files that have arrived are not sent again."
         ) from error
 
 
 def _is_large(addition: CommitOperationAdd) -> bool:
     return addition.path_in_repo.endswith(".safetensors") or addition.upload_info.size > LARGE
-
-
-def _cause(error: Exception) -> str:
-    """The message of an error, and of the one behind it, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith("For more information"))[:MOST_CHARACTERS]
-    behind = _cause(error.__cause__) if isinstance(error.__cause__, Exception) else ""
-    return without_secrets(text if behind in text else f"{text} {behind}")

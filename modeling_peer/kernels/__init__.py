@@ -23,7 +23,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .row_formats import is_quantised
+from ..row_formats_peer import is_quantised
 
 # The implementation for each device type, and the dtypes of tables and sub-keys it reads. Tables may be quantised too.
 IMPLEMENTATION_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}

@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
+from ..row_formats_peer import is_quantised, row_width
 from . import IMPLEMENTATION_OF_DEVICE, obstacle
-from .row_formats import is_quantised, row_width
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

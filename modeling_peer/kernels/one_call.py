@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..row_formats_peer import is_quantised, row_width
 from .dispatch import are_ordinary, needs_dispatch
-from .row_formats import is_quantised, row_width
 
 _DTYPES = (torch.float32, torch.bfloat16)
 

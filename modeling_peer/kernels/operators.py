@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from ..row_formats_peer import row_width
 from . import flops, record_compiler_failure
 from .checks import (
     check_assigned,
@@ -35,7 +36,6 @@ from .checks import (
 )
 from .dispatch import needs_dispatch
 from .lazy_gradients import LazyRowGradient, OuterProducts, row_sparse_gradient
-from .row_formats import row_width
 from .sub_key_ids import sub_key_ids_of
 
 # The functions of each operator, by name and part: "run" it, "fake" its results and, if it has gradients, "save" the

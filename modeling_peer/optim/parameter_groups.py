@@ -22,7 +22,7 @@ def expert_tables(model: nn.Module) -> list[nn.Parameter]:
 
 
 def expert_pools(model: nn.Module) -> list[nn.Module]:
-    """The modules of `model` that hold expert tables, remote code's classes included."""
+    """The modules of `model` that hold expert tables, by a method, since remote code has classes of its own."""
     return [module for module in model.modules() if hasattr(type(module), "has_row_sparse_gradients")]
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from modeling_peer.checksums_peer import checksum, find_safetensors_damage
+from modeling_peer.checksums_peer import checksum
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
 from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
+from modeling_peer.damage_peer import find_safetensors_damage
 from modeling_peer.files_peer import flush, flush_all, give_default_permissions, write_text
 
 logger = logging.get_logger(__name__)

@@ -80,6 +80,11 @@ def build_model(
     overrides = arguments.model_overrides
     if new and "vocab_size" not in overrides:
         config.vocab_size = len(tokenizer)
+    if new and getattr(config, "expert_table_format", None):
+        raise SettingsError(
+            f"expert_table_format={config.expert_table_format!r}: quantised tables are not trained, and those of a "
+            "new model are random. Train float tables, then use `peer quantise`."
+        )
     if new:
         require_embeddings(tokenizer, config.vocab_size, f"Set --model_overrides vocab_size={len(tokenizer)}.")
         config.bos_token_id = tokenizer.bos_token_id

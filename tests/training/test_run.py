@@ -212,6 +212,7 @@ class NothingMayStart:
         (["--model=./nope"], r"cannot open './nope': no such folder"),
         (["--model_overrides", "num_experts_per_head=9"], r"num_experts_per_head \(9\) exceeds num_sub_keys \(8\)"),
         (["--model_overrides", "num_subkeys=9"], r"no field 'num_subkeys'. Did you mean 'num_sub_keys'"),
+        (["--model_overrides", "expert_table_format=int8"], r"quantised tables are not trained.*`peer quantise`"),
         (["--model_overrides", "vocab_size=100"], "tokenizer has 257 tokens, the model 100 embeddings"),
         (["--tokenizer=./nope"], r"cannot load a tokenizer from './nope': no such folder"),
         (["--tokenizer=train", "--tokenizer_vocab_size=100"], r"tokenizer_vocab_size \(100\) must be at least 257"),

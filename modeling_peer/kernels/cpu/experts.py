@@ -15,9 +15,9 @@ run, whatever the number of threads.
 import numpy as np
 import torch
 
+from ...row_formats_peer import row_width
 from ..checks import check_ids_exist, raise_unsorted
 from ..lazy_gradients import OuterProducts
-from ..row_formats import row_width
 from . import threads
 from .memory import array, borrowed, floats, move_to_huge_pages
 from .simd import compiled, is_packed, narrow, prefetch_row, widen, widen_high

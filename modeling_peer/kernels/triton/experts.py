@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...row_formats_peer import row_width
 from ..checks import check_ids_exist
-from ..row_formats import row_width
 
 # Elements of table rows that a program of 4 warps loads at a time. That is 64 per thread: in bfloat16, eight loads of
 # 16 bytes in flight. Reads use long pieces of few rows, so that there are few sums over the width; writes do the
