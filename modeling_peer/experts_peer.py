@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, dense_optimizer_check, is_traced, lazy_gradients
 from .configuration_peer import PeerConfig
 from .quantised_tables_peer import QuantisableTables
-from .row_formats_peer import numbers_of, row_width
+from .row_formats_peer import numbers_of, row_width, scaled
 from .table_placement_peer import MappedTables
 
 # Gathered rows of one tile of tokens: 2**20 float32 values are 4 MiB. One token's rows may be more.
@@ -82,13 +82,6 @@ def expert_mixture(
             neurons = activation(gate) * neurons
         weights = weights * neurons
     return write(scaled(weights, up_scale, expert_ids), up_embed, expert_ids).to(hidden_states.dtype)
-
-
-def scaled(values: torch.Tensor, scale: torch.Tensor | None, expert_ids: torch.Tensor) -> torch.Tensor:
-    """`values`, one for each retrieved row, times the scales `(num_peer_experts,)` of these rows, if there are any."""
-    if scale is None:
-        return values
-    return values * F.embedding(expert_ids, scale.detach().unsqueeze(1)).squeeze(-1)
 
 
 def _needs_formula() -> bool:
@@ -206,7 +199,7 @@ class _TableGradient:
 def _tiles(expert_ids: torch.Tensor, table: torch.Tensor) -> Iterator[slice]:
     """Slices of tokens whose gathered rows stay within the bound, with at least one token each."""
     num_tokens, num_active = expert_ids.shape
-    bound = MAX_TILE_ELEMENTS.get(table.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
+    bound = MAX_TILE_ELEMENTS.get(expert_ids.device.type, MAX_TILE_ELEMENTS_ACCELERATOR)
     size = max(1, bound // (num_active * row_width(table)))
     return (slice(start, start + size) for start in range(0, num_tokens, size))
 
@@ -287,9 +280,9 @@ class PeerExperts(QuantisableTables):
                 return self._mix_fetched_rows(hidden_states, expert_ids, gates)
         mixture = choose(EXPERT_MIXTURE_FUNCTIONS, self.config._experts_implementation, expert_mixture, self.up_embed)
         inputs = (hidden_states, expert_ids, gates, self.down_embed, self.up_embed, self.gate_embed, self.activation)
-        if self.config.expert_table_format is not None:
+        if scales := self.scales():
             self.check_quantised_tables()
-            return mixture(*inputs, **self.scales())
+            return mixture(*inputs, **scales)
         if is_parametrized(self):
             self._check_adapted_tables()
         if torch.is_grad_enabled() and self.has_row_sparse_gradients():
@@ -314,8 +307,7 @@ class PeerExperts(QuantisableTables):
     def _mix_fetched_rows(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor):
         """`forward` for tables on another device than the tokens: only the retrieved rows are moved."""
         device, outputs = hidden_states.device, []
-        size = max(1, MAX_TILE_ELEMENTS_ACCELERATOR // (expert_ids.shape[1] * row_width(self.up_embed)))
-        for tile in torch.arange(len(hidden_states), device=device).split(size):
+        for tile in _tiles(expert_ids, self.up_embed):
             ids, places = expert_ids[tile].unique(return_inverse=True)
             ids = ids.to(self.up_embed.device)
             rows = [None if table is None else table.detach()[ids].to(device) for table in self.tables()]

@@ -69,6 +69,8 @@ class QuantisableTables(nn.Module):
 
     def scales(self) -> dict[str, torch.Tensor]:
         """The scales of quantised tables by name, as registered; empty if the tables are not quantised."""
+        if self._parameters.get("up_scale") is None:  # which every quantised pool has; this runs for each token
+            return {}
         found = {name: self._parameters.get(name) for name in SCALE_NAMES.values()}
         return {name: scale for name, scale in found.items() if scale is not None}
 

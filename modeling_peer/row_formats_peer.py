@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 # Values of a table that are quantised at a time. Rounding takes about eight float32 copies of them: 128 MiB.
 CHUNK_ELEMENTS = 2**22
@@ -64,6 +65,18 @@ def numbers_of(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if rows.dtype == torch.uint8:
         return torch.cat([rows & 15, rows >> 4], dim=-1).to(dtype) - 8
     return rows.to(dtype)
+
+
+def scaled(values: torch.Tensor, scales: torch.Tensor | None, expert_ids: torch.Tensor) -> torch.Tensor:
+    """`values`, one for each retrieved row, times the scales of these rows; as they are if rows have none.
+
+    Args:
+        values, expert_ids: `(num_tokens, num_active)`.
+        scales: `(num_peer_experts,)`, float32.
+    """
+    if scales is None:
+        return values
+    return values * F.embedding(expert_ids, scales.detach().unsqueeze(1)).squeeze(-1)
 
 
 def dequantise_rows(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

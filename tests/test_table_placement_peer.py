@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from modeling_peer import PeerForCausalLM, table_placement_peer
+from modeling_peer import PeerForCausalLM, experts_peer, table_placement_peer
 from modeling_peer.mapped_memory_peer import PAGE, is_mapped_file
 from modeling_peer.table_placement_peer import MappedTables
 
@@ -171,7 +171,7 @@ def test_moving_only_the_retrieved_rows_gives_the_same_bits(
     experts, width = experts_of(model), config.hidden_size
     hidden, gates = torch.randn(5, width), torch.rand(5, 6)
     ids = torch.randint(config.num_peer_experts, (5, 6))
-    monkeypatch.setattr("modeling_peer.experts_peer.MAX_TILE_ELEMENTS_ACCELERATOR", 2 * 6 * width)  # two tokens
+    monkeypatch.setitem(experts_peer.MAX_TILE_ELEMENTS, "cpu", 2 * 6 * width)  # two tokens
     with torch.no_grad():
         assert torch.equal(experts._mix_fetched_rows(hidden, ids, gates), experts(hidden, ids, gates))
         assert experts._mix_fetched_rows(hidden[:0], ids[:0], gates[:0]).shape == (0, width)

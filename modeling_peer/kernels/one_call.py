@@ -117,9 +117,9 @@ def _fit_together(tokens, weight, bias, norm, sub_keys, num_heads, top_k, tables
 def _fits(table, scale, num_experts, hidden_size) -> bool:
     if table is None:
         return scale is None
-    fits = table.dim() == 2 and table.shape[0] == num_experts and row_width(table) == hidden_size
-    return fits and (
-        scale.shape == (num_experts,)
-        if is_quantised(table.dtype) and scale is not None
-        else scale is None and not is_quantised(table.dtype)
+    return (
+        table.dim() == 2
+        and (table.shape[0], row_width(table)) == (num_experts, hidden_size)
+        and (scale is not None) == is_quantised(table.dtype)
+        and (scale is None or scale.shape == (num_experts,))
     )

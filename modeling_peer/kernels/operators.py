@@ -5,8 +5,8 @@
     modeling_peer::read_experts            pre[t, a] = tokens[t] · table[id]
     modeling_peer::write_experts           out[t]    = Σ_a weights[t, a] · table[id]
 
-Rows of quantised tables (`row_formats`) count as their numbers, without scales. `expert_mixture` multiplies what was
-read, and the weights of what is written, by the scales of the rows.
+Rows of quantised tables (`row_formats_peer`) count as their numbers, without scales. `expert_mixture` multiplies what
+was read, and the weights of what is written, by the scales of the rows.
 
 The steps between reading and writing, activation and gates, are one number per retrieved expert and stay plain
 PyTorch. So any activation works, also a trained one. A backward consists of operators again, so it can be compiled.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ..row_formats_peer import row_width
+from ..row_formats_peer import row_width, scaled
 from . import flops, record_compiler_failure
 from .checks import (
     check_assigned,
@@ -489,18 +489,13 @@ def expert_mixture(
     weights = gates.to(torch.float32)
     if down_embed is not None:
         neurons = _read(hidden_states, expert_ids, down_embed, order, row_sparse_gradients, implementation)
-        neurons = _scaled(neurons, down_scale, expert_ids)
+        neurons = scaled(neurons, down_scale, expert_ids)
         if gate_embed is None:
             neurons = activation(neurons)
         else:
             gate = _read(hidden_states, expert_ids, gate_embed, order, row_sparse_gradients, implementation)
-            neurons = activation(_scaled(gate, gate_scale, expert_ids)) * neurons
+            neurons = activation(scaled(gate, gate_scale, expert_ids)) * neurons
         weights = weights * neurons
-    weights = _scaled(weights, up_scale, expert_ids)
+    weights = scaled(weights, up_scale, expert_ids)
     output = _write(weights, expert_ids, up_embed, order, row_sparse_gradients, implementation)
     return output.to(hidden_states.dtype)
-
-
-def _scaled(values: torch.Tensor, scale: torch.Tensor | None, expert_ids: torch.Tensor) -> torch.Tensor:
-    """`values` (t, a) times the scales of their rows."""
-    return values if scale is None else values * scale.detach().index_select(0, expert_ids.flatten()).view_as(values)

@@ -7,9 +7,9 @@
                                                                   or when an optimizer reads the row (`OuterProducts`)
 
 A row may be anywhere in a table of gigabytes, so the next rows are prefetched while one is used. Rows are not gathered
-into a separate tensor. Sums run in float32; tables are float32, bfloat16 or quantised (`row_formats`), whose numbers
-are widened in registers. One thread computes each element in a fixed order. So results are bit-identical from run to
-run, whatever the number of threads.
+into a separate tensor. Sums run in float32; tables are float32, bfloat16 or quantised (`row_formats_peer`). Numbers of
+quantised rows are widened in registers. One thread computes each element in a fixed order. So results are
+bit-identical from run to run, whatever the number of threads.
 """
 
 import numpy as np
