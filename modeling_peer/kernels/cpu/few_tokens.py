@@ -64,31 +64,52 @@ def run_layer(
     )
     # other names than the tensors', which must live as long as their borrowed arrays
     keys = borrowed(codebooks, codebooks.numel() // (2 * num_sub_keys * half), 2, num_sub_keys, half)
-    row_scales = tuple(None if scale is None else borrowed(scale) for scale in scales)
     num_threads = threads.num_threads_for(num_bytes)
-    experts = (down, up, gate, ACTIVATIONS[activation], row_scales, borrowed(output), num_threads)
-    arguments = (borrowed(tokens), network, keys, top_k, GATES[gate_activation])
+    row_scales = (None if scale is None else borrowed(scale) for scale in scales)
+    # one flat list: Numba takes longer to look at the same arrays in tuples
+    retrieval = (borrowed(tokens), *network, keys, top_k, GATES[gate_activation])
+    experts = (down, up, gate, ACTIVATIONS[activation], *row_scales, borrowed(output), num_threads)
     if before_reading is None:
-        _run_layer(*arguments, *experts)
+        _run_layer(*retrieval, *experts)
     else:
-        ids, gates = _retrieve(*arguments, num_threads)
+        ids, gates = _retrieve(*retrieval, num_threads)
         before_reading(torch.from_numpy(ids))
-        _mix(arguments[0], ids, gates, *experts)
+        _mix(retrieval[0], ids, gates, *experts)
     return output
 
 
 @compiled
 def _run_layer(
-    tokens, network, codebooks, top_k, gate_activation, down, up, gate_rows, activation, scales, output, num_threads
+    tokens,
+    weight,
+    bias,
+    mean,
+    variance,
+    scale,
+    shift,
+    eps,
+    codebooks,
+    top_k,
+    gate_activation,
+    down,
+    up,
+    gate_rows,
+    activation,
+    down_scale,
+    up_scale,
+    gate_scale,
+    output,
+    num_threads,
 ):
-    ids, gates = _retrieve(tokens, network, codebooks, top_k, gate_activation, num_threads)
-    _mix(tokens, ids, gates, down, up, gate_rows, activation, scales, output, num_threads)
+    ids, gates = _retrieve(
+        tokens, weight, bias, mean, variance, scale, shift, eps, codebooks, top_k, gate_activation, num_threads
+    )
+    _mix(tokens, ids, gates, down, up, gate_rows, activation, down_scale, up_scale, gate_scale, output, num_threads)
 
 
 @compiled
-def _retrieve(tokens, network, codebooks, top_k, gate_activation, num_threads):
-    """Experts and gates of each token, `(t, h * k)`; `network` holds the query network's arrays and its eps."""
-    weight, bias, mean, variance, scale, shift, eps = network
+def _retrieve(tokens, weight, bias, mean, variance, scale, shift, eps, codebooks, top_k, gate_activation, num_threads):
+    """Experts and gates of each token, `(t, h * k)`."""
     half = codebooks.shape[3]
     query_dim = 2 * half
     num_heads = len(weight) // query_dim
@@ -230,11 +251,11 @@ def _gates_from_scores(scores, gate):
 
 
 @compiled
-def _mix(tokens, ids, gates, down, up, gate_rows, activation, scales, output, num_threads):
+def _mix(tokens, ids, gates, down, up, gate_rows, activation, down_scale, up_scale, gate_scale, output, num_threads):
     num_tokens, num_active = ids.shape
     num_parts = -(-num_active // ASSIGNMENTS_PER_PART)
     sums = np.zeros((num_tokens, num_parts, tokens.shape[1]), np.float32)
-    arguments = (tokens, ids, gates, down, up, gate_rows, activation, *scales, sums)
+    arguments = (tokens, ids, gates, down, up, gate_rows, activation, down_scale, up_scale, gate_scale, sums)
     in_parallel(_mix_parts, arguments, min(num_tokens * num_parts, CHUNKS_PER_THREAD * num_threads), num_threads)
     output[:] = 0
     for t in range(num_tokens):
