@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 import modeling_peer
 from modeling_peer.auto_classes_peer import AUTO_MAP, class_name
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.names import locate_model
 from modeling_peer.hub.loading import LOADING_ERRORS, cause_of
 from modeling_peer.transformers_names_peer import TESTED_RELEASES
 
@@ -29,12 +31,19 @@ def serve(words: Sequence[str]) -> None:
         words: the arguments of `transformers serve`.
 
     Raises:
-        SettingsError: this release of Transformers has no such server, or the server cannot load the model.
+        SettingsError: this release of Transformers has no such server, the model does not exist, or the server cannot
+            load it.
         ModuleNotFoundError: a package of the extra `serve` is missing.
     """
     for name in REQUIREMENTS:
         import_module(name)
     run = _look_up("transformers.cli.transformers", "app")
+    model = _model_to_serve(run, words)
+    if model is not None and not model.endswith(".gguf"):
+        try:
+            locate_model(model if Path(model).exists() else model.partition("@")[0], trained=True)  # name@revision
+        except SettingsError as error:
+            raise SettingsError(f"`peer serve` cannot load {model!r}: {error}") from error
     provide_classes(_look_up("transformers.cli.serving.model_manager", "transformers"))
     with _ended_by_signals():
         try:
@@ -52,6 +61,17 @@ def provide_classes(module: ModuleType) -> None:
     for auto_class in AUTO_MAP.keys() - {"AutoConfig"}:
         name = class_name(auto_class)
         setattr(module, name, getattr(modeling_peer, name))
+
+
+def _model_to_serve(app: Any, words: Sequence[str]) -> str | None:
+    """The model that `words` name; None if clients choose one later, or if the words cannot be parsed."""
+    if not hasattr(app, "commands"):  # a typer.Typer, which builds its commands when it is called
+        app = import_module("typer.main").get_command(app)
+    try:
+        with app.commands["serve"].make_context("serve", list(words), resilient_parsing=True) as context:
+            return context.params.get("force_model")
+    except Exception:  # Transformers says what is wrong with the words
+        return None
 
 
 def _look_up(module: str, name: str) -> Any:

@@ -157,9 +157,13 @@ def test_kernel_tests_that_are_absent_are_an_error():
         require_green_tests(["tests/no_such_*.py"])
 
 
-def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
+@pytest.mark.parametrize("here", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["here", "in processes"])
+def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys, monkeypatch, here):
     pytest.importorskip("matplotlib")
     names = [name for name in all_names("cpu") if name != "compiled eager"]
+    if here:  # without the ten seconds in which new processes import
+        functions = {"modeling_peer.benchmarks.layer:measure_cases": layer.measure_cases}
+        monkeypatch.setattr(layer, "in_new_process", lambda name, *arguments: functions[name](*arguments))
     settings = tiny_layer(
         contenders=names,
         cases=[
@@ -167,6 +171,7 @@ def test_a_layer_benchmark_runs_from_end_to_end(tmp_path, test_file, capsys):
             "forward_backward num_tokens=6 num_sub_keys=4",
             "step num_tokens=6 num_sub_keys=4",
         ],
+        memory_cases=[],
         output_file=str(tmp_path / "layer.json"),
         plot_file=str(tmp_path / "layer.png"),
     )

@@ -25,6 +25,7 @@ from modeling_peer.data.tokenizers import byte_tokenizer
 from modeling_peer.hub import serving
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+SHIPPED = os.path.join(REPOSITORY, "examples", "checkpoints", "peer_bytes")
 QUESTION, ANSWER = "What is PEER?", "A million tiny experts."
 MESSAGES = [{"role": "user", "content": QUESTION}]
 CHAT_TEMPLATE = (
@@ -237,14 +238,14 @@ def test_a_signal_ends_the_server(folder, number, words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["no-such-folder"], "`peer serve no-such-folder --device cpu` did not start: We couldn't connect"),
-        (["peer", "--dtype", "float99"], "did not start: Unsupported dtype: 'float99'"),
+        (["no-such-folder"], "cannot load 'no-such-folder': no such folder"),
+        (["no-such-folder@main"], "cannot load 'no-such-folder@main': no such folder"),
+        ([SHIPPED, "--dtype", "float99"], "did not start: Unsupported dtype: 'float99'"),
     ],
 )
-def test_what_the_server_cannot_load_is_one_sentence(words, message, monkeypatch):
+def test_what_the_server_cannot_load_is_one_sentence(words, message):
     for name in serving.REQUIREMENTS:
         pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SettingsError, match=message):
         serving.serve([*words, "--device", "cpu"])

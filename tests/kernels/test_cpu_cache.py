@@ -70,6 +70,7 @@ def test_kernels_are_kept_until_any_file_of_theirs_changes(package, folder):
     assert run(package, **chosen)[0] == ["as ever", "0 kept"]
 
 
+@pytest.mark.slow
 def test_the_first_compilation_is_announced_once_and_before_it_begins(package):
     """One kernel, because the others take long."""
     code = """
