@@ -19,6 +19,7 @@ from .quantised_tables_peer import refuse_other_format
 from .query_norms_peer import freeze_running_statistics
 from .table_placement_peer import check_placement, place_tables
 from .table_shards_peer import lay_out_weights
+from .travelling_code_peer import MODELS, keep_own_layers
 
 # Measured on one core of a cloud machine: 1.06 GiB/s of CRC-32 (SHA-256: 0.71), so this takes a quarter of a second.
 CHECKED_BYTES = 256 << 20
@@ -142,9 +143,10 @@ class PeerCheckpoints:
             as_adapter = getattr(self, "_hf_peft_config_loaded", False)
             size = max_shard_size or (MAX_SHARD_SIZE if as_adapter else COPIED_SHARD_SIZE)
             super().save_pretrained(staging, is_main_process, state_dict, max_shard_size=size, **kwargs)
-            if not (staging / "modeling_peer.py").exists():  # a subclass elsewhere: its file was copied, or none
+            if not (staging / MODELS).exists():  # a subclass elsewhere: its file was copied, or none
                 own = (base for base in type(self).__mro__ if base.__module__.rpartition(".")[2] == "modeling_peer")
                 custom_object_save(next(own), staging)
+            keep_own_layers(staging, self.config.sparse_mlp)
             lay_out_weights(staging, kwargs.get("variant"), max_shard_size or MAX_SHARD_SIZE)
             saved = {path.name for path in staging.iterdir()}
         if push_to_hub:  # as Transformers does after its own save

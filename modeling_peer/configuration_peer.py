@@ -4,6 +4,7 @@
 import difflib
 import json
 import math
+import os
 from importlib.resources import files
 from typing import TYPE_CHECKING, Literal
 
@@ -14,20 +15,15 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
+from .travelling_code_peer import SPARSE_MLP_CLASSES, keep_own_layers
+
 if TYPE_CHECKING:
     # Never imported. Transformers copies the files that a source text imports, so a configuration saved by itself
     # comes with the code that its `auto_map` names.
     from .modeling_peer import PeerForCausalLM  # noqa: F401
 
 # The layers available where the `mlp_layer_types` entry is "sparse".
-SPARSE_MLPS = (
-    "peer",
-    "product_key_memory",
-    "top_k_moe",
-    "expert_choice_moe",
-    "soft_moe",
-    "multilinear_moe",
-)
+SPARSE_MLPS = tuple(SPARSE_MLP_CLASSES)
 # Those that retrieve by product keys.
 PRODUCT_KEY_MLPS = ("peer", "product_key_memory")
 
@@ -318,6 +314,21 @@ class PeerConfig(PreTrainedConfig):
                 "sizes of the weights."
             )
         return fields, others
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """Like `PreTrainedConfig.save_pretrained`, with the code of the layers that this configuration has.
+
+        Raises:
+            ValueError: this is the code of a checkpoint, and lacks the layer that `sparse_mlp` names.
+        """
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        if self._auto_class is not None:  # the code was saved too
+            keep_own_layers(save_directory, self.sparse_mlp)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        if self._auto_class is not None:
+            keep_own_layers(working_dir, self.sparse_mlp)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "PeerConfig":

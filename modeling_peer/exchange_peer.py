@@ -19,6 +19,7 @@ from .file_names_peer import (
     is_weight_file,
 )
 from .files_peer import flush, flush_all, give_default_permissions
+from .travelling_code_peer import LAYER_FILES, MODELS
 
 try:
     import fcntl
@@ -140,10 +141,11 @@ def _replace_files(staging: Path, directory: Path, variant: str | None):
     source = staging / NEW_FILES
     # relative paths, because an adapter may have a folder of its own
     new = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    stale = set()
+    # Code of the layers of an earlier model, which the new one does not have.
+    stale = {name for name in LAYER_FILES if MODELS in new and (directory / name).is_file()}
     if any(map(is_weights, new)):
         # Transformers prefers `model.safetensors` to an index, so a stale one beside new shards would be loaded.
-        stale = {path.name for path in directory.iterdir() if is_weights(path.name) or path.name == index}
+        stale |= {path.name for path in directory.iterdir() if is_weights(path.name) or path.name == index}
         if variant is None and CONFIG_NAME in new and (directory / GENERATION_CONFIG_NAME).exists():
             stale.add(GENERATION_CONFIG_NAME)  # left by a model that generates; the new one does not
     stale -= new

@@ -11,7 +11,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
-from .moe_experts_peer import PeerMoeExperts
+from .moe_experts_peer import PeerMoeExperts, check_moe_experts_implementation
 from .query_norms_peer import RunningStatistics, is_recomputation
 from .retrieval_peer import real_tokens
 
@@ -71,6 +71,8 @@ class PeerExpertChoiceMoe(nn.Module):
         the best two experts                      1.569
         the best one                              1.597
     """
+
+    check_experts_implementation = staticmethod(check_moe_experts_implementation)
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .auxiliary_losses_peer import AuxiliaryLosses
+from .backends_peer import check_experts_implementation
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .one_call_peer import run_in_one_call
@@ -23,6 +24,7 @@ class PeerLayer(nn.Module):
     """
 
     experts_class = PeerExperts
+    check_experts_implementation = staticmethod(check_experts_implementation)
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()

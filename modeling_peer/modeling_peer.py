@@ -12,7 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 
 import torch
@@ -46,12 +46,10 @@ if __name__ == "modeling_peer":
 
 from .auto_classes_peer import import_package, register_names
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
-from .backends_peer import check_experts_implementation
 from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
 from .experts_peer import PeerExperts
 from .masks_peer import current_token_mask, fit_attention_mask, num_cached
-from .moe_experts_peer import check_moe_experts_implementation
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
     PeerMaskedLMOutput,
@@ -68,7 +66,7 @@ from .query_norms_peer import (
     statistics_as_in_evaluation,
 )
 from .retrieval_peer import PeerRetrieval
-from .sparse_mlps_peer import SPARSE_MLP_CLASSES, WITH_OWN_INITIALIZATION
+from .sparse_mlps_peer import has_own_initialization, sparse_mlp_class
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 
 # Activations whose tensors Transformers would leave uninitialised if the checkpoint lacks them.
@@ -84,8 +82,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = LlamaAttention(config, layer_idx)
         self.self_attn.is_causal = config.is_causal  # SDPA reads it when there is no mask
-        sparse_mlp = SPARSE_MLP_CLASSES[config.sparse_mlp]
-        self.mlp = sparse_mlp(config, initialize=False) if self.is_sparse else LlamaMLP(config)
+        build = partial(sparse_mlp_class(config.sparse_mlp), initialize=False) if self.is_sparse else LlamaMLP
+        self.mlp = build(config)
         self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -148,7 +146,7 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, WITH_OWN_INITIALIZATION):
+        if has_own_initialization(type(module)):
             module.reset_parameters()
         elif isinstance(module, ACTIVATIONS_WITH_TENSORS):
             for name, tensor in type(module)().state_dict().items():
@@ -168,9 +166,7 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
         # Transformers knows only the names for its coarse mixtures. `None` stays: PEER chooses at each call.
-        if self.config.sparse_mlp in PRODUCT_KEY_MLPS:
-            return check_experts_implementation(requested_experts)
-        return check_moe_experts_implementation(requested_experts)
+        return sparse_mlp_class(self.config.sparse_mlp).check_experts_implementation(requested_experts)
 
     def set_experts_implementation(self, experts_implementation: str | dict[str, str | None] | None):
         """Choose the implementation of the sparse layers from now on; `None` lets PEER choose."""

@@ -16,6 +16,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
+from .moe_experts_peer import check_moe_experts_implementation
 
 
 class _Entmax15(torch.autograd.Function):
@@ -122,6 +123,8 @@ class PeerMultilinearMoe(nn.Module):
     `moe_intermediate_size`. The decoder normalises the input of experts and gate. The authors normalise it for the
     experts only.
     """
+
+    check_experts_implementation = staticmethod(check_moe_experts_implementation)
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()

@@ -8,7 +8,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
-from .moe_experts_peer import PeerMoeExperts
+from .moe_experts_peer import PeerMoeExperts, check_moe_experts_implementation
 from .retrieval_peer import real_tokens
 
 
@@ -25,6 +25,8 @@ class PeerSoftMoe(nn.Module):
     Φ starts LeCun normal and the scale, a learned number, starts at 1. They have as many slots as tokens; here the
     number is a setting.
     """
+
+    check_experts_implementation = staticmethod(check_moe_experts_implementation)
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()

@@ -9,7 +9,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .configuration_peer import PeerConfig
-from .moe_experts_peer import PeerMoeExperts
+from .moe_experts_peer import PeerMoeExperts, check_moe_experts_implementation
 from .retrieval_peer import real_tokens
 
 # Least standard deviation of the noise, and the term that keeps CV² finite if all is 0. Both are the values of the
@@ -28,6 +28,8 @@ class PeerTopKMoe(nn.Module):
     `moe_router` selects the router: [`PeerNoisyTopKRouter`] or [`PeerSwitchRouter`]. In both sources an expert has one
     ReLU layer. Ours are gated MLPs, like the dense ones of this decoder, so that only the routing is compared.
     """
+
+    check_experts_implementation = staticmethod(check_moe_experts_implementation)
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()

@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from modeling_peer import PeerForCausalLM, PeerForMaskedLM
-from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
+from modeling_peer.configuration_peer import SPARSE_MLPS
 
 MIXTURE = {"num_moe_experts": 4, "moe_intermediate_size": 16}
-LAYERS = {name: {"sparse_mlp": name, **MIXTURE} for name in SPARSE_MLP_CLASSES} | {
+LAYERS = {name: {"sparse_mlp": name, **MIXTURE} for name in SPARSE_MLPS} | {
     "balance loss": {"balance_loss": "switch"},
     "switch": {"sparse_mlp": "top_k_moe", "moe_router": "switch", **MIXTURE},
 }

@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from transformers import DynamicCache
 
 from modeling_peer import PeerForCausalLM, PeerForTokenClassification
+from modeling_peer.configuration_peer import SPARSE_MLPS
 from modeling_peer.query_norms_peer import PeerBatchNorm, RunningStatistics
-from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
+from modeling_peer.sparse_mlps_peer import sparse_mlp_class
 
 # Every kind of statistics that a layer may have.
 WITH_STATISTICS = {
@@ -218,13 +219,13 @@ def test_a_converted_sync_batch_norm_is_refused_by_name(tiny_config):
         model(texts())
 
 
-@pytest.mark.parametrize("sparse_mlp", SPARSE_MLP_CLASSES)
+@pytest.mark.parametrize("sparse_mlp", SPARSE_MLPS)
 def test_every_buffer_of_a_sparse_layer_is_of_running_statistics(tiny_config, sparse_mlp):
     """Else freezing, generation and loading would pass over it."""
     config = tiny_config(sparse_mlp=sparse_mlp, is_causal=sparse_mlp != "soft_moe")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        layer = SPARSE_MLP_CLASSES[sparse_mlp](config)
+        layer = sparse_mlp_class(sparse_mlp)(config)
     for name, module in layer.named_modules():
         if list(module.buffers(recurse=False)):
             assert isinstance(module, RunningStatistics), name

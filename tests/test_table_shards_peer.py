@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClass
 
 from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, table_shards_peer, verify_checkpoint
 from modeling_peer.checksums_peer import read_header, stored_checksum
+from modeling_peer.configuration_peer import SPARSE_MLPS
 from modeling_peer.mapped_memory_peer import PAGE
-from modeling_peer.sparse_mlps_peer import SPARSE_MLP_CLASSES
 
 TABLES = ("down_embed", "up_embed")
 DENSE_WEIGHTS, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
@@ -81,7 +81,7 @@ def test_the_data_of_each_file_starts_at_a_page(folder):
         assert min(tensor.start for tensor in read_header(path)[0].values()) % PAGE == 0
 
 
-@pytest.mark.parametrize("sparse_mlp", SPARSE_MLP_CLASSES)
+@pytest.mark.parametrize("sparse_mlp", SPARSE_MLPS)
 def test_only_layers_with_expert_tables_get_such_files(tiny_config, tmp_path, sparse_mlp):
     mixture = {"num_moe_experts": 4, "moe_intermediate_size": 16, "is_causal": sparse_mlp != "soft_moe"}
     model = PeerModel(tiny_config(sparse_mlp=sparse_mlp, **mixture))

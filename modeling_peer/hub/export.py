@@ -25,6 +25,7 @@ from modeling_peer.hub.exported_card import CardFields, fill_card, open_card, re
 from modeling_peer.hub.pushing import require_login
 from modeling_peer.hub.sent_files import ModelFiles, find_model_files
 from modeling_peer.hub.uploading import upload_files
+from modeling_peer.travelling_code_peer import keep_own_layers
 
 CARD = "README.md"
 SOURCES_OF_CODE = ("folder", "package")
@@ -182,6 +183,7 @@ def _stage(folder: Path, files: ModelFiles, staging: Path, code: str) -> ModelFi
         staged.sent[name] = staging / name
     if from_package:
         custom_object_save(modeling_peer.PeerForCausalLM, staging)
+        keep_own_layers(staging, config.get("sparse_mlp", modeling_peer.PeerConfig.sparse_mlp))
         for path in sorted(staging.glob("*_peer.py")):
             staged.sent[path.name] = path
         _write(staged, staging, "config.json", json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n")
