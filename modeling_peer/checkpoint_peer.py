@@ -17,7 +17,7 @@ from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
 from .quantised_tables_peer import refuse_other_format
 from .query_norms_peer import freeze_running_statistics
-from .table_placement_peer import check_placement, place_tables
+from .table_placement_peer import check_placement, device_beside_mapped_tables, place_tables
 from .table_shards_peer import lay_out_weights
 from .travelling_code_peer import MODELS, keep_own_layers
 
@@ -44,15 +44,22 @@ class PeerCheckpoints:
             verify_checksums: read every weight file whole and compare it with its checksum. The default does so for
                 up to 256 MiB of weights; larger files are mapped and not read. False never does.
             table_placement: where expert tables are. `"mapped"`: in their files, read-only, whatever the device of
-                the model; a ValueError says why that is not possible. `"memory"`: in the memory of the process. By
-                default as Transformers loads them: mapped, on a CPU and in the saved dtype.
+                the model; a ValueError says why that is not possible. `"memory"`: in the memory of the process, or
+                of the device that `device_map` gives. By default as Transformers loads them: mapped, on a CPU and in
+                the saved dtype.
+            device_map: as in Transformers. With `"mapped"` tables it gives the device of everything else.
 
         Raises:
             OSError: a weight file is damaged, or the files were replaced during loading. The message names a damaged
                 file, its size and the size in its header.
             RuntimeError: tensors do not have the configuration's shapes.
+            ValueError: config.json names a quantisation method that Transformers does not know, or expert tables have
+                another format than it says.
         """
         check_placement(table_placement)
+        device = device_beside_mapped_tables(kwargs.get("device_map")) if table_placement == "mapped" else None
+        if device is not None:  # Accelerate would move whole tables there; see below
+            del kwargs["device_map"]
         options = {name: kwargs[name] for name in ("variant", "subfolder", "cache_dir", "revision") if name in kwargs}
         others = pretrained_model_name_or_path is None or kwargs.get("state_dict")
         others = others or kwargs.get("gguf_file") or kwargs.get("use_safetensors") is False
@@ -89,9 +96,12 @@ class PeerCheckpoints:
         if failure is None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             refuse_other_format(files, model.config.expert_table_format)
+            _refuse_skipped_quantisation(model)
             # Statistics that are still new (missing in the checkpoint, or saved untrained) must stay unfrozen.
             freeze_running_statistics(model, only_learned=True)
             place_tables(model, table_placement)
+            if device is not None:
+                model.to(device)
             return loaded
         if isinstance(failure, RuntimeError) and "ignore_mismatched_sizes" in str(failure):
             raise RuntimeError(
@@ -157,6 +167,19 @@ class PeerCheckpoints:
             earlier = {name: time for name, time in earlier.items() if name not in saved}
             earlier |= dict.fromkeys((path.name for path in staging_folders(save_directory)), float("inf"))
             self._upload_modified_files(os.fspath(save_directory), repo_id, earlier, token=token, **commit)
+
+
+def _refuse_skipped_quantisation(model: torch.nn.Module) -> None:
+    """Raise ValueError if Transformers skipped the `quantization_config` of a checkpoint. It only warns of that."""
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is not None and getattr(model, "hf_quantizer", None) is None:
+        method = settings.get("quant_method") if isinstance(settings, dict) else type(settings).__name__
+        raise ValueError(
+            f"config.json has a quantization_config of the method {method!r}, which this release of Transformers does "
+            "not know, so the weights were not loaded as it says. Install what provides the method. If the weights "
+            "are plain, delete quantization_config from config.json. Formats of expert tables are set by "
+            "expert_table_format."
+        )
 
 
 def _identities(path: str | os.PathLike, subfolder: str | None) -> dict[str, tuple[int, int, int]]:

@@ -99,7 +99,8 @@ def find_index_damage(index: Path) -> list[str]:
     """Sentences that say where an index and its files do not fit each other. Reads headers only.
 
     An index may name only files beside it. A file that it gives a checksum for must have that checksum in its header,
-    so files of two saves, and files that were swapped, are found. Each tensor must be in the file that it names.
+    so files of two saves, and files that were swapped, are found. Each tensor must be in the file that it names, and
+    an index with checksums must name every tensor of its files.
     """
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -132,6 +133,9 @@ def _file_damage(file: Path, index: str, expected: set[str], checksum: str | Non
         return [f"{file.name} was saved with the checksum {stored}, and {index} names a file with {checksum}."]
     if missing := sorted(expected - tensors):
         return [f"{file.name} lacks {missing[0]!r} ({len(missing)} tensors in all), which {index} looks for there."]
+    # An index with checksums was written with its files, so it names all of their tensors.
+    if checksum is not None and (unnamed := sorted(tensors - expected)):
+        return [f"{file.name} has {unnamed[0]!r} ({len(unnamed)} tensors in all), which {index} does not name there."]
     return []
 
 

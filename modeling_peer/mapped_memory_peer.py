@@ -2,6 +2,7 @@
 """Memory that is a mapped file, and advice to the operating system on memory. Linux; elsewhere nothing is known."""
 
 import ctypes
+import os
 import sys
 from functools import cache
 
@@ -11,18 +12,26 @@ RANDOM, WILL_NEED, HUGE_PAGE, COLLAPSE = 1, 3, 14, 25  # <sys/mman.h>; COLLAPSE 
 
 def is_mapped_file(address: int) -> bool:
     """Whether the memory at `address` shows a file: its pages are read when they are used, and can be dropped."""
+    return mapped_file(address) is not None
+
+
+def mapped_file(address: int) -> str | None:
+    """Path of the file that the memory at `address` shows; None if it shows none.
+
+    A path ends in ` (deleted)` if the file was removed, or another was moved to its place.
+    """
     if sys.platform != "linux":
-        return False
+        return None
     try:
         with open("/proc/self/maps", "rb") as mappings:
             for line in mappings:  # start-end permissions offset device inode path
                 fields = line.split(None, 5)
                 start, end = (int(bound, 16) for bound in fields[0].split(b"-"))
                 if start <= address < end:
-                    return fields[4] != b"0"
+                    return os.fsdecode(fields[5].rstrip(b"\n")) if fields[4] != b"0" else None
     except OSError:
         pass
-    return False
+    return None
 
 
 def advise(address: int, num_bytes: int, advice: int) -> None:

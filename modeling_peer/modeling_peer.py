@@ -66,6 +66,7 @@ from .query_norms_peer import (
     statistics_as_in_evaluation,
 )
 from .retrieval_peer import PeerRetrieval
+from .row_formats_peer import row_width
 from .sparse_mlps_peer import has_own_initialization, sparse_mlp_class
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 
@@ -183,6 +184,19 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
         return self
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Like `PreTrainedModel.num_parameters`. It is the same for all formats of expert tables.
+
+        Two numbers of int4 in a byte count as two, and the scales of rows do not count.
+        """
+        counted = super().num_parameters(only_trainable, exclude_embeddings)
+        if only_trainable:  # quantised tables are frozen
+            return counted
+        pools = (module for module in self.modules() if isinstance(module, PeerExperts))
+        stored = {id(one): one for pool in pools for one in pool.frozen_tables()}.values()
+        numbers = sum(len(one) * row_width(one) for one in stored if one.dim() == 2)
+        return counted - sum(one.numel() for one in stored) + numbers
 
     def _collect_aux_losses(self, has_labels: bool, weight: float | None = None) -> AuxiliaryLosses | None:
         """Collector of the layers' auxiliary losses; None in generation and in evaluation without labels.

@@ -23,6 +23,7 @@ SCALE_NAMES = {"down_embed": "down_scale", "up_embed": "up_scale", "gate_embed":
 _NAMES = (*SCALE_NAMES, *SCALE_NAMES.values())
 # Names of dtypes in the header of a safetensors file.
 _STORED_AS = {"I8": "int8", "U8": "int4", "F8_E4M3": "float8_e4m3"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class QuantisableTables(nn.Module):
@@ -260,14 +261,24 @@ def _renew_ties(model: nn.Module) -> None:
 def refuse_other_format(files: Iterable[Path], table_format: str | None) -> None:
     """Raise ValueError if weight files hold expert tables of another format than the configuration says.
 
-    Transformers would cast one to the other: integers to weights, or weights to zeros.
+    Transformers would cast one to the other: integers to weights, or weights to zeros. Other dtypes than those that a
+    table or its scales can have are refused too.
 
     Args:
         files: safetensors files.
     """
     for file in files:
         for name, tensor in read_header(file)[0].items():
-            if ".experts." in f".{name}" and name.endswith("_embed"):
+            if ".experts." not in f".{name}":
+                continue
+            kind = name.rpartition("_")[2]
+            allowed = {"embed": (*_FLOATS, *_STORED_AS), "scale": ("F32",)}.get(kind, (tensor.dtype,))
+            if tensor.dtype not in allowed:
+                raise ValueError(
+                    f"{name} in {file.name} has the dtype {tensor.dtype}, which must be one of {', '.join(allowed)}. "
+                    "Save or copy the checkpoint again."
+                )
+            if kind == "embed":
                 stored = _STORED_AS.get(tensor.dtype)
                 if stored != table_format:
                     raise ValueError(

@@ -10,11 +10,16 @@ While everything is in the page cache, requests would only cost time. They are m
 the disk, and for some calls after it.
 """
 
+import os
+import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from .mapped_memory_peer import PAGE, RANDOM, WILL_NEED, advise, is_mapped_file
+from .checksums_peer import checksum_without_its_digits, stored_checksum
+from .mapped_memory_peer import PAGE, RANDOM, WILL_NEED, advise, is_mapped_file, mapped_file
 from .quantised_tables_peer import expert_pools
 
 try:
@@ -27,6 +32,9 @@ PLACEMENTS = (None, "mapped", "memory")
 CALLS_WITH_REQUESTS = 64
 # Smaller tables are soon in the page cache, so looking costs more than it saves.
 MIN_BYTES = 2**25
+SECONDS_BETWEEN_CHECKS = 1.0
+
+logger = logging.get_logger(__name__)
 
 
 class _Disk:
@@ -48,6 +56,37 @@ class _Disk:
 _disk = _Disk()
 
 
+class _MappedFile:
+    """A file that tables are mapped from. Whether it is still what it was: by its size and time, then by checksum."""
+
+    def __init__(self, path: str):
+        self.path, self.checksum = path, stored_checksum(path)
+        self.number, self.state = self._look()
+
+    def _look(self) -> tuple[int, tuple[int, int]]:
+        status = os.stat(self.path)
+        return status.st_ino, (status.st_size, status.st_mtime_ns)
+
+    def find_change(self) -> str | None:
+        """What changed in the file that is mapped; None if nothing did.
+
+        A file that was moved to its place changes nothing: the mapped one exists as long as it is mapped.
+        """
+        try:
+            number, state = self._look()
+        except OSError:
+            return None
+        if number != self.number or state == self.state:
+            return None
+        if state[0] != self.state[0]:
+            return f"it has {state[0]} bytes, and had {self.state[0]}"
+        same = self.checksum is not None and self.checksum == stored_checksum(self.path)
+        if not same or self.checksum != checksum_without_its_digits(self.path):
+            return "its content is another"
+        self.state = state  # only its time changed
+        return None
+
+
 class MappedTables:
     """The mapped tables of one layer.
 
@@ -59,6 +98,9 @@ class MappedTables:
     def __init__(self, tables: Iterable[torch.Tensor], only_mapped: bool):
         self.tables = [(table.data_ptr(), table.shape[0], table.stride(0) * table.element_size()) for table in tables]
         self.only_mapped = only_mapped
+        paths = {mapped_file(address) for address, *_ in self.tables}
+        self.files = [_MappedFile(path) for path in paths if path is not None and os.path.exists(path)]
+        self.next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
         for address, num_rows, row_bytes in self.tables:
             first = address // PAGE * PAGE
             advise(first, address + num_rows * row_bytes - first, RANDOM)
@@ -71,8 +113,23 @@ class MappedTables:
         return any(table.data_ptr() == address for address, *_ in self.tables)
 
     def waits_for_disk(self) -> bool:
-        """Whether a call now should request its rows before it reads them."""
+        """Whether a call now should request its rows before it reads them.
+
+        Raises:
+            OSError: a file of the tables was changed in place. That is looked for once a second.
+        """
+        if time.monotonic() >= self.next_check:
+            self._refuse_changed_files()
         return _disk.is_in_use()
+
+    def _refuse_changed_files(self):
+        for file in self.files:
+            if (change := file.find_change()) is not None:  # and at each later call
+                raise OSError(
+                    f"{file.path} was changed while its expert tables were in use: {change}. Load the model again. To "
+                    "replace a file under a running model, move a new one to its place, as save_pretrained does."
+                )
+        self.next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
 
     def request(self, expert_ids: torch.Tensor) -> None:
         """Ask the system for the pages of the rows of these experts. Returns before they are read.
@@ -102,6 +159,24 @@ def check_placement(name: str | None) -> None:
         raise ValueError(f"table_placement must be one of {', '.join(map(str, PLACEMENTS))}; got {name!r}.")
 
 
+def device_beside_mapped_tables(device_map: Any) -> Any:
+    """The one device that a `device_map` gives to everything except expert tables.
+
+    None if it has several, or gives tables another one than `"cpu"`, or is a strategy ("auto"), which Transformers
+    resolves.
+    """
+    if not isinstance(device_map, dict):
+        return None if device_map is None or device_map in _STRATEGIES else device_map
+    tables = {name: device for name, device in device_map.items() if name.endswith(_POOL)}
+    others = {str(device): device for name, device in device_map.items() if name not in tables}
+    if len(others) != 1 or "disk" in others or any(str(device) != "cpu" for device in tables.values()):
+        return None
+    return next(iter(others.values()))
+
+
+_STRATEGIES, _POOL = ("auto", "balanced", "balanced_low_0", "sequential"), ".mlp.experts"
+
+
 def place_tables(model: torch.nn.Module, placement: str | None) -> None:
     """Set where the expert tables of a loaded model are.
 
@@ -110,25 +185,39 @@ def place_tables(model: torch.nn.Module, placement: str | None) -> None:
             `"memory"` copies mapped tables to the memory of the process.
 
     Raises:
-        ValueError: `"mapped"`, and a table is not a view of a file.
+        ValueError: `"mapped"`, and a table is not a view of a file; `"memory"`, and a table is offloaded.
     """
     check_placement(placement)
+    offloaded = []
     for name, pool in expert_pools(model).items():
         tables = [table for table in pool.tables() or () if table is not None]
         mapped = [table for table in tables if table.is_cpu and is_mapped_file(table.data_ptr())]
+        if any(table.is_meta for table in tables):
+            offloaded.append(name)
         if placement == "memory":
+            if name in offloaded:
+                raise ValueError(
+                    f'table_placement="memory": device_map offloads {name}, so its tables are not kept in memory. '
+                    'Leave device_map unset, or use table_placement="mapped".'
+                )
             for table in mapped:
                 table.data = table.data.clone()
         elif placement == "mapped" and (len(mapped) < len(tables) or not tables):
             raise ValueError(_why_not_mapped(name, tables))
         elif mapped and (placement == "mapped" or sum(table.nbytes for table in mapped) > MIN_BYTES):
             pool.mapped_tables = MappedTables(mapped, only_mapped=placement == "mapped")
+    if offloaded and getattr(model, "hf_device_map", None):
+        logger.warning(
+            f"device_map offloads the expert tables of {', '.join(offloaded)}: Accelerate copies whole tables at each "
+            'call. With table_placement="mapped" and one device for the rest (device_map={"": 0}), only the rows that '
+            "a call retrieves are copied."
+        )
 
 
 def _why_not_mapped(name: str, tables: list[torch.Tensor]) -> str:
     found = ", ".join(sorted({f"{table.dtype} on {table.device}" for table in tables})) or "no table"
     return (
         f'table_placement="mapped": {name} has {found}, which is not a view of a file. Mapping needs Linux, a '
-        "safetensors checkpoint and the dtype that it was saved in: leave dtype unset, and device_map too (move the "
-        'model with .to(device) afterwards; its tables stay). Or use table_placement="memory".'
+        "safetensors checkpoint and the dtype that it was saved in: leave dtype unset. In device_map give one device "
+        'for everything else, as {"": 0}. Or use table_placement="memory".'
     )

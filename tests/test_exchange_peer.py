@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
-from modeling_peer import PeerConfig, PeerForCausalLM
+from modeling_peer import PeerConfig, PeerForCausalLM, quantise_expert_tables
 from modeling_peer.exchange_peer import STAGING_PREFIX, restore_old_files, staged_save
 from modeling_peer.files_peer import write_text
 
@@ -235,13 +235,19 @@ def test_only_staging_folders_that_nobody_holds_are_cleared(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
-def test_files_get_the_permissions_that_the_umask_leaves(tiny_config, tmp_path, umask):
+@pytest.mark.parametrize("kind", ["one file", "files of tables", "quantised"])
+def test_files_get_the_permissions_that_the_umask_leaves(tiny_config, tmp_path, monkeypatch, umask, kind):
+    monkeypatch.setattr("modeling_peer.table_shards_peer.MIN_BYTES", 2**20 if kind == "one file" else 0)
+    model = PeerForCausalLM(tiny_config(num_hidden_layers=1))
+    if kind == "quantised":
+        quantise_expert_tables(model, "int4")
     before = os.umask(umask)
     try:
-        PeerForCausalLM(tiny_config()).save_pretrained(tmp_path / "model")
+        model.save_pretrained(tmp_path / "model")
     finally:
         os.umask(before)
     files = list((tmp_path / "model").iterdir())
+    assert ("model-layer-000-experts.safetensors" in {path.name for path in files}) == (kind != "one file")
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
     assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import modeling_peer
 from modeling_peer import PeerConfig, PeerForCausalLM, PeerForSequenceClassification, PeerLayer, quantise_expert_tables
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.costs.counting import model_parts, sum_of_parts
 from modeling_peer.hub.quantise_checkpoint import QuantisationArguments, quantise_checkpoint
 from modeling_peer.optim import RowSparseAdamW
 from modeling_peer.row_formats_peer import TABLE_FORMATS
@@ -307,3 +308,33 @@ def test_the_command_keeps_the_head_of_a_classifier(tiny_config, tmp_path):
     loaded = modeling_peer.PeerForSequenceClassification.from_pretrained(tmp_path / "int8")
     assert loaded.score.weight.shape == (5, 32)
     assert experts_of(loaded).up_embed.dtype == torch.int8
+
+
+@pytest.mark.parametrize("options", [{}, {"share_expert_tables": True, "gated_experts": True}], ids=str)
+def test_a_model_has_as_many_parameters_in_every_format(tiny_config, options):
+    """By `num_parameters`, which model cards and summaries print, and by `peer costs`."""
+    config = tiny_config(mlp_layer_types=["sparse"] * 3, **options)
+    model = PeerForCausalLM(config)
+    expected = model.num_parameters()
+    without = model.num_parameters(exclude_embeddings=True)
+    tables = {id(p): p.numel() for i in range(3) for p in experts_of(model, i).tables() if p is not None}
+    assert sum_of_parts(model_parts(config, 8)).parameters == expected
+    for table_format in FORMATS:
+        quantised = quantise_expert_tables(copy.deepcopy(model), table_format)
+        assert quantised.num_parameters() == expected
+        assert quantised.num_parameters(exclude_embeddings=True) == without
+        assert quantised.num_parameters(only_trainable=True) == expected - sum(tables.values())
+        assert sum_of_parts(model_parts(quantised.config, 8)).parameters == expected
+
+
+@pytest.mark.parametrize(
+    "settings", [{"quant_method": "rows_of_another"}, {"quant_method": "rows", "bits": 3}], ids=str
+)
+def test_a_quantisation_method_that_transformers_skips_is_refused(tiny_config, tmp_path, settings):
+    PeerForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "quantization_config": settings}))
+    for load in (PeerForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=rf"of the method '{settings['quant_method']}', which this release"):
+            load(tmp_path)

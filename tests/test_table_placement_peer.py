@@ -9,10 +9,12 @@ import textwrap
 
 import pytest
 import torch
+from transformers.utils import logging
 
-from modeling_peer import PeerForCausalLM, experts_peer, table_placement_peer
+from modeling_peer import PeerForCausalLM, experts_peer, quantise_expert_tables, table_placement_peer
 from modeling_peer.mapped_memory_peer import PAGE, is_mapped_file
-from modeling_peer.table_placement_peer import MappedTables
+from modeling_peer.row_formats_peer import TABLE_FORMATS
+from modeling_peer.table_placement_peer import MappedTables, device_beside_mapped_tables
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tables are mapped on Linux only")
 TOKENS = torch.arange(1, 19).view(2, 9)
@@ -228,3 +230,169 @@ def test_a_mapped_table_takes_no_memory_of_the_process(tiny_config, tmp_path):
     )
     assert process.returncode == 0, process.stderr
     assert int(process.stdout.splitlines()[-1]) < 2**24
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+class TestQuantisedTables:
+    @pytest.fixture(params=TABLE_FORMATS)
+    def model(self, request, tiny_config):
+        model = PeerForCausalLM(tiny_config(gated_experts=True)).eval()
+        return quantise_expert_tables(model, request.param)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("implementation", ["eager", "cpu"])
+    def test_every_placement_gives_the_bits_of_the_model_in_memory(self, model, tmp_path, implementation):
+        model.set_experts_implementation(implementation)
+        model.save_pretrained(tmp_path)
+        for placement in PLACEMENTS:
+            loaded = PeerForCausalLM.from_pretrained(
+                tmp_path, table_placement=placement, experts_implementation=implementation
+            )
+            for table, saved in zip(experts_of(loaded).tables(), experts_of(model).tables(), strict=True):
+                assert table.dtype == saved.dtype
+                assert is_mapped_file(table.data_ptr()) == (placement != "memory")
+            for num_tokens in (1, 9):
+                tokens = TOKENS[:1, :num_tokens]
+                assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+    def test_the_rest_trains_and_the_tables_refuse_with_the_way_out(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        before = bytes_of(tmp_path)
+        mapped = PeerForCausalLM.from_pretrained(tmp_path, table_placement="mapped").train()
+        twin = PeerForCausalLM.from_pretrained(tmp_path, table_placement="memory").train()
+        for one in (mapped, twin):
+            one(TOKENS, labels=TOKENS).loss.backward()
+        for (name, mine), (_, other) in zip(mapped.named_parameters(), twin.named_parameters(), strict=True):
+            if mine.requires_grad:
+                assert torch.equal(mine.grad, other.grad), name
+        with pytest.raises(ValueError, match=r"quantised expert tables do not train\. Train the other parameters"):
+            experts_of(mapped).requires_grad_(True)
+        assert bytes_of(tmp_path) == before
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("target", ["its own folder", "another"])
+    def test_a_mapped_model_is_saved_into(self, model, tmp_path, target):
+        model.save_pretrained(tmp_path / "model")
+        mapped = PeerForCausalLM.from_pretrained(tmp_path / "model", table_placement="mapped")
+        mapped.lm_head.weight.mul_(2)
+        logits = mapped(TOKENS).logits
+        folder = tmp_path / ("model" if target == "its own folder" else "another")
+        mapped.save_pretrained(folder)
+        again = PeerForCausalLM.from_pretrained(folder, table_placement="mapped")
+        assert torch.equal(again(TOKENS).logits, logits)
+        assert torch.equal(mapped(TOKENS).logits, logits)  # whose file has no name any more
+
+
+class TestAFileThatChangesWhileItIsMapped:
+    """Without reading a row: that of a truncated file would end the process with SIGBUS."""
+
+    @pytest.fixture
+    def tables(self, folder):
+        model = PeerForCausalLM.from_pretrained(folder, table_placement="mapped")
+        tables = experts_of(model).mapped_tables
+        tables.next_check = 0
+        self.model = model
+        return tables
+
+    def test_a_truncated_one_is_refused_and_stays_refused(self, folder, tables):
+        file = folder / "model.safetensors"
+        size = file.stat().st_size
+        os.truncate(file, size - 4096)
+        message = (
+            rf"model\.safetensors was changed while .* has {size - 4096} bytes, and had {size}\. Load the model again"
+        )
+        for _ in range(2):
+            with pytest.raises(OSError, match=message):
+                tables.waits_for_disk()
+
+    def test_one_that_is_written_in_place_is_refused_by_a_forward(self, folder, tables):
+        with open(folder / "model.safetensors", "r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"12345678")
+        with pytest.raises(OSError, match=r"its content is another\. Load the model again"), torch.no_grad():
+            self.model(TOKENS)
+
+    def test_one_that_another_replaces_is_read_on(self, folder, tables):
+        with torch.no_grad():
+            logits = self.model(TOKENS).logits
+            PeerForCausalLM(self.model.config).save_pretrained(folder)
+            tables.next_check = 0
+            assert torch.equal(self.model(TOKENS).logits, logits)
+            (folder / "model.safetensors").unlink()
+            tables.next_check = 0
+            assert torch.equal(self.model(TOKENS).logits, logits)
+
+    def test_a_time_alone_is_no_change(self, folder, tables):
+        os.utime(folder / "model.safetensors", (0, 0))
+        tables.waits_for_disk()
+        assert tables.next_check > 0
+        tables.next_check = 0
+        tables.waits_for_disk()
+
+
+class TestDeviceMap:
+    @pytest.mark.parametrize(
+        ("device_map", "device"),
+        [
+            (None, None),
+            ("auto", None),  # Transformers decides
+            ("cuda", "cuda"),
+            (0, 0),
+            ({"": 0}, 0),
+            ({"": 0, "model.layers.1.mlp.experts": "cpu"}, 0),  # what users of Accelerate write
+            ({"model.embed_tokens": 1, "model.layers": 1, "model.norm": 1, "lm_head": 1}, 1),
+            ({"": 0, "model.layers.1.mlp.experts": "disk"}, None),
+            ({"": 0, "model.layers.1.mlp.experts": 0}, None),
+            ({"model.layers.0": 0, "model.layers.1": 1}, None),
+            ({"": "disk"}, None),
+        ],
+        ids=str,
+    )
+    def test_the_device_of_everything_but_the_tables(self, device_map, device):
+        assert device_beside_mapped_tables(device_map) == device
+
+    @pytest.mark.parametrize(
+        "device_map", ["meta", {"": "meta"}, {"": torch.device("meta"), "model.layers.1.mlp.experts": "cpu"}], ids=str
+    )
+    def test_mapped_tables_stay_and_the_rest_goes_to_the_device(self, folder, device_map):
+        """Meta stands for an accelerator: it shows where tensors are, and computes nothing."""
+        model = PeerForCausalLM.from_pretrained(folder, table_placement="mapped", device_map=device_map)
+        tables = [table for table in experts_of(model).tables() if table is not None]
+        assert all(is_mapped_file(table.data_ptr()) for table in tables)
+        others = [one for one in model.parameters() if all(one is not table for table in tables)]
+        assert {one.device.type for one in others} == {"meta"}
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}], ids=str)
+    @pytest.mark.skipif(torch.accelerator.is_available(), reason="auto would choose the accelerator")
+    def test_maps_that_end_on_the_cpu_give_the_same_bits_in_every_placement(self, folder, device_map):
+        expected = PeerForCausalLM.from_pretrained(folder)(TOKENS).logits
+        for placement in PLACEMENTS:
+            model = PeerForCausalLM.from_pretrained(folder, device_map=device_map, table_placement=placement)
+            assert torch.equal(model(TOKENS).logits, expected)
+            assert is_mapped_file(experts_of(model).up_embed.data_ptr()) == (placement != "memory")
+
+    @torch.no_grad()
+    def test_layers_on_disk_work_as_accelerate_does_it_and_a_warning_names_the_better_way(
+        self, folder, tmp_path, caplog
+    ):
+        devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
+        devices |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+        options = {"device_map": devices, "offload_folder": tmp_path / "offload"}
+        logging.enable_propagation()
+        try:
+            model = PeerForCausalLM.from_pretrained(folder, **options)
+        finally:
+            logging.disable_propagation()
+        assert "offloads the expert tables of model.layers.1.mlp.experts" in caplog.text
+        assert 'table_placement="mapped"' in caplog.text
+        torch.testing.assert_close(model(TOKENS).logits, PeerForCausalLM.from_pretrained(folder)(TOKENS).logits)
+        with pytest.raises(ValueError, match=r"on meta, which is not a view of a file.*In device_map give one device"):
+            PeerForCausalLM.from_pretrained(folder, table_placement="mapped", **options)
+        with pytest.raises(
+            ValueError, match=r"device_map offloads model\.layers\.1\.mlp\.experts.*Leave device_map unset"
+        ):
+            PeerForCausalLM.from_pretrained(folder, table_placement="memory", **options)

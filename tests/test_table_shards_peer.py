@@ -3,6 +3,7 @@
 refused."""
 
 import json
+import os
 import re
 import shutil
 
@@ -13,7 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 
-from modeling_peer import PeerForCausalLM, PeerModel, checksums_peer, table_shards_peer, verify_checkpoint
+from modeling_peer import (
+    PeerForCausalLM,
+    PeerModel,
+    checksums_peer,
+    quantise_expert_tables,
+    table_shards_peer,
+    verify_checkpoint,
+)
 from modeling_peer.checksums_peer import read_header, stored_checksum
 from modeling_peer.configuration_peer import SPARSE_MLPS
 from modeling_peer.mapped_memory_peer import PAGE
@@ -192,6 +200,27 @@ class TestAnIndexThatDoesNotFit:
         change_index(folder, leave)
         self.refused(folder, r"which is not a file beside it")
 
+    def test_a_tensor_that_the_index_does_not_name(self, folder):
+        """It would be initialised at random, or loaded in spite of the index."""
+        change_index(folder, lambda index: index["weight_map"].pop("model.layers.1.mlp.experts.up_embed"))
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + r" has 'model\.layers\.1\.mlp\.experts\.up_embed' \(1 ")
+
+    def test_a_checksum_that_is_not_the_files(self, folder):
+        change_index(folder, lambda index: index["metadata"]["checksums"].update({TABLES_OF_LAYER_1: "0" * 8}))
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + r" was saved with the checksum \w{8}, and .*00000000")
+
+    def test_a_link_is_followed_and_what_it_points_to_is_compared(self, folder, tmp_path):
+        """The cache of the Hub consists of links, so a link out of the folder is no damage by itself."""
+        file = folder / TABLES_OF_LAYER_1
+        file.rename(tmp_path / "blob")
+        file.symlink_to(tmp_path / "blob")
+        AutoModelForCausalLM.from_pretrained(folder)
+        assert verify_checkpoint(folder)[TABLES_OF_LAYER_1]
+        shutil.copy(folder / "model-layer-002-experts.safetensors", tmp_path / "blob")
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + " was saved with the checksum")
+        (tmp_path / "blob").unlink()
+        self.refused(folder, re.escape(TABLES_OF_LAYER_1) + " is missing")
+
     @pytest.mark.parametrize("content", ["", "[]", "3", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 9999])
     def test_an_index_that_is_none(self, folder, content):
         (folder / INDEX).write_text(content)
@@ -204,3 +233,62 @@ class TestAnIndexThatDoesNotFit:
         experts = (one.model.layers[1].mlp.experts.up_embed for one in (model, loaded))
         torch.testing.assert_close(next(experts) + 1, next(experts))
         assert verify_checkpoint(folder)[TABLES_OF_LAYER_1] is False
+
+
+class TestADamagedTableFile:
+    def rewritten(self, folder, change):
+        """As by another program: with a header that fits, and without a checksum."""
+        file = folder / TABLES_OF_LAYER_1
+        tensors = load_file(file)
+        name = "model.layers.1.mlp.experts.up_embed"
+        tensors[name] = change(tensors[name]).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    @pytest.mark.parametrize(
+        "load", [AutoModelForCausalLM.from_pretrained, PeerModel.from_pretrained, verify_checkpoint]
+    )
+    @pytest.mark.parametrize("kept", [0, 7, 500, -1])  # nothing, less than a size, part of the header, all but a byte
+    def test_a_truncated_one_is_named_with_its_size(self, folder, load, kept):
+        file = folder / TABLES_OF_LAYER_1
+        os.truncate(file, kept % file.stat().st_size)
+        with pytest.raises(OSError, match=re.escape(f"{TABLES_OF_LAYER_1} is {file.stat().st_size} bytes long")):
+            load(folder)
+
+    @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, verify_checkpoint])
+    def test_a_flipped_bit_is_found_by_the_checksum(self, folder, load):
+        file = folder / TABLES_OF_LAYER_1
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(OSError, match=re.escape(TABLES_OF_LAYER_1) + r" was saved .*its content changed"):
+            load(folder)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool], ids=str)
+    def test_a_dtype_that_no_table_has_is_refused(self, folder, dtype):
+        self.rewritten(folder, lambda table: table.to(dtype))
+        with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.up_embed in model-layer-001.* has the dtype"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    def test_integers_where_the_configuration_has_floats_are_refused(self, folder):
+        self.rewritten(folder, lambda table: table.to(torch.int8))
+        with pytest.raises(
+            ValueError, match=r"stored with expert_table_format='int8', and the configuration has None"
+        ):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    @pytest.mark.parametrize("change", [lambda table: table[:-1], lambda table: table.T], ids=["rows", "transposed"])
+    def test_another_shape_is_refused(self, folder, change):
+        self.rewritten(folder, change)
+        with pytest.raises(RuntimeError, match=r"do not fit the configuration.*gives both shapes"):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+    def test_scales_of_another_dtype_are_refused(self, model, tmp_path):
+        quantise_expert_tables(model, "int8").save_pretrained(tmp_path)
+        file = tmp_path / TABLES_OF_LAYER_1
+        tensors = load_file(file)
+        scales = "model.layers.1.mlp.experts.up_scale"
+        save_file({**tensors, scales: tensors[scales].to(torch.int32)}, file, metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=r"up_scale in model-layer-001.* has the dtype I32, which must be one of F32"
+        ):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
