@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from transformers import TorchAoConfig
 
-from modeling_peer import PeerLayer
+from modeling_peer import PeerForCausalLM, PeerLayer
 
 NUM_TOKENS = [1, 300]  # through a layer in one call, and part by part
 
@@ -73,3 +74,30 @@ def test_int8_tables_of_torchao_compute_what_their_values_do(tiny_config, num_to
 def _values(layer):
     names = ("down_embed", "up_embed")
     return {f"experts.{name}": getattr(layer.experts, name).dequantize() for name in names}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("table_format", [None, "int8"])
+def test_a_torchao_config_quantises_the_dense_part_and_leaves_tables_alone(tiny_config, tmp_path, table_format):
+    """Saved and loaded again too. Tables are parameters of their own, and it replaces weights of `nn.Linear`."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config = tiny_config(mlp_layer_types=["dense", "sparse", "dense"], expert_table_format=table_format)
+    plain = PeerForCausalLM(config).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    settings = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = PeerForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    model.save_pretrained(tmp_path / "quantised")
+    again = PeerForCausalLM.from_pretrained(tmp_path / "quantised")
+    for one in (model, again):
+        layer = one.model.layers[1].mlp
+        for table, saved in zip(layer.experts.tables(), plain.model.layers[1].mlp.experts.tables(), strict=True):
+            assert type(table) in (nn.Parameter, type(None))
+            assert table is None or torch.equal(table, saved)
+        dense = (one.model.layers[0].mlp.up_proj, one.model.layers[1].self_attn.q_proj, layer.retrieval.query_proj)
+        assert all(type(linear.weight) is not nn.Parameter for linear in dense)
+        for num_tokens in NUM_TOKENS:
+            tokens = torch.arange(num_tokens).remainder(98).add(1).view(1, -1)
+            logits, expected = one(tokens).logits, plain(tokens).logits
+            assert torch.isfinite(logits).all()
+            assert (logits - expected).norm() < 0.2 * expected.norm()
+            assert torch.equal(logits, model(tokens).logits)
