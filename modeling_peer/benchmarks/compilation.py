@@ -22,6 +22,7 @@ from modeling_peer.benchmarks.circumstances import announce
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.costs.provenance import describe_versions
+from modeling_peer.row_formats_peer import TABLE_FORMATS, stored_width
 
 # Limits of one multiprocessor (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability").
 REGISTERS_OF_QUARTER = 16384
@@ -137,7 +138,8 @@ class _AbsentGpu:
 def _recorded(architecture: int) -> Iterator[list]:
     """Within this context, launches compile and do not run.
 
-    It yields the compiled kernels, each one once, with the constants compiled into them.
+    It yields the compiled kernels, each one once, with the constants compiled into them and the dtype of the expert
+    table, None without one.
     """
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -146,10 +148,11 @@ def _recorded(architecture: int) -> Iterator[list]:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if all(kernel is not known for known, _ in kernels):
+        if all(kernel is not known for known, *_ in kernels):
             names = {name: value for name, value in kwargs.items() if name in self.signature.parameters}
             arguments = self.signature.bind(*args, **names).arguments
-            kernels.append((kernel, {name: value for name, value in arguments.items() if name.isupper()}))
+            constants = {name: value for name, value in arguments.items() if name.isupper()}
+            kernels.append((kernel, constants, getattr(arguments.get("table_ptr"), "dtype", None)))
         return kernel
 
     driver.set_active(_AbsentGpu(architecture))
@@ -176,6 +179,10 @@ def _launch_all(shape: Shape) -> None:
     order = triton_experts.group_by_expert(expert_ids)
     triton_experts.row_gradients(weights, tokens, expert_ids, order, len(table), shape.dtype, True)
     triton_experts.write_experts_gradients(tokens, weights, expert_ids, order, table, True)
+    for table_format, (dtype, *_) in TABLE_FORMATS.items():  # without gradients
+        quantised = torch.zeros(2, stored_width(shape.width, table_format), dtype=dtype)
+        triton_experts.read_experts(tokens, expert_ids, quantised)
+        triton_experts.write_experts(weights, expert_ids, quantised)
 
     codebooks = (2, shape.num_sub_keys, shape.half)
     sub_keys = torch.zeros(codebooks if shape.share_sub_keys else (shape.num_heads, *codebooks), dtype=shape.dtype)
@@ -184,7 +191,9 @@ def _launch_all(shape: Shape) -> None:
     triton_retrieval.product_key_top_k_backward(scores.zero_(), expert_ids.zero_(), query, sub_keys)
 
 
-def _describe(kernel, constants: dict[str, Any], architecture: int, shape: Shape) -> dict[str, Any]:
+def _describe(
+    kernel, constants: dict[str, Any], table: torch.dtype | None, architecture: int, shape: Shape
+) -> dict[str, Any]:
     """Resources and instructions of a compiled kernel."""
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", _dump(kernel, "--dump-resource-usage"))}
     opcodes = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?([A-Z][\w.]*)", _dump(kernel, "--dump-sass")))
@@ -193,6 +202,7 @@ def _describe(kernel, constants: dict[str, Any], architecture: int, shape: Shape
         "kernel": kernel.metadata.name,
         "architecture": architecture,
         "shape": str(shape),
+        "table": None if table is None else str(table).removeprefix("torch."),
         "constants": constants,
         "registers": usage["REG"],
         "spilled_bytes_per_thread": usage["STACK"] + usage["LOCAL"],
@@ -219,7 +229,9 @@ def _load_bits(opcode: str) -> int:
     """Bits that a thread loads from the GPU's memory at once; 0 if the instruction is not a load."""
     if not opcode.startswith("LDG"):
         return 0
-    widths = [int(part) for part in opcode.split(".") if part in ("64", "128", "256")]
+    widths = [
+        int(part.lstrip("US")) for part in opcode.split(".") if part.lstrip("US") in ("8", "16", "64", "128", "256")
+    ]
     return max(widths, default=32)
 
 

@@ -37,6 +37,13 @@ def test_every_kernel_compiles_for_an_h200_without_spills_and_loads_16_bytes_at_
         "kernels": len(result["kernels"]),
     }
     assert {kernel["kernel"] for kernel in result["kernels"]} == KERNELS
+    for name in ("read_experts_kernel", "write_experts_kernel"):
+        tables = {
+            (kernel["table"], kernel["constants"]["FORMAT"])
+            for kernel in result["kernels"]
+            if kernel["kernel"] == name
+        }
+        assert tables >= {("bfloat16", 0), ("float32", 0), ("int8", 0), ("uint8", 1), ("uint8", 2)}, name
     for kernel in result["kernels"]:
         assert kernel["architecture"] == 90
         assert kernel["spilled_bytes_per_thread"] == 0, kernel
