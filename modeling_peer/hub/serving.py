@@ -1,8 +1,12 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Transformers' own OpenAI-compatible server with PEER models, for `peer serve`."""
 
+import argparse
+import errno
+import inspect
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +33,14 @@ def serve(words: Sequence[str]) -> None:
         words: the arguments of `transformers serve`.
 
     Raises:
-        SettingsError: this release of Transformers has no such server, or the server cannot load the model.
+        SettingsError: this release of Transformers has no such server, its port is taken, or it cannot load the model.
         ModuleNotFoundError: a package of the extra `serve` is missing.
     """
     for name in REQUIREMENTS:
         import_module(name)
     run = _look_up("transformers.cli.transformers", "app")
     provide_classes(_look_up("transformers.cli.serving.model_manager", "transformers"))
+    _require_free_port(words)
     with _ended_by_signals():
         try:
             run(["serve", *words], prog_name="peer")
@@ -52,6 +57,36 @@ def provide_classes(module: ModuleType) -> None:
     for auto_class in AUTO_MAP.keys() - {"AutoConfig"}:
         name = class_name(auto_class)
         setattr(module, name, getattr(modeling_peer, name))
+
+
+def _require_free_port(words: Sequence[str]) -> None:
+    """Refuse an address that the server cannot listen on. The server itself finds out after it loaded the model."""
+    parameters = inspect.signature(_look_up("transformers.cli.serve", "Serve")).parameters
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, kind in (("host", str), ("port", int)):
+        default = parameters[name].default if name in parameters else None
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    try:
+        given, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:  # the server's own command line names it
+        return
+    if not isinstance(given.host, str) or not isinstance(given.port, int):  # of a release that declares them otherwise
+        return
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(given.host, given.port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as listener:
+                if os.name == "posix":  # as the server does: a port that was in use a moment ago is free
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        code = getattr(error, "errno", None)
+        is_final = code in (errno.EADDRINUSE, errno.EACCES) or isinstance(error, (socket.gaierror, OverflowError))
+        if is_final:
+            raise SettingsError(
+                f"`peer serve` cannot listen on {given.host}, port {given.port} ({reason}). Give another --port or "
+                "--host, or end the program that listens there."
+            ) from error
 
 
 def _look_up(module: str, name: str) -> Any:
