@@ -59,6 +59,7 @@ from .outputs_peer import (
     PeerTokenClassifierOutput,
 )
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
+from .quantised_tables_peer import extra_numbers
 from .query_norms_peer import (
     Float32Module,
     freeze_running_statistics,
@@ -143,6 +144,11 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         "expert_ids": OutputRecorder(PeerRetrieval, index=1),
         "expert_gates": OutputRecorder(PeerRetrieval, index=0),
     }
+
+    def num_parameters(self, only_trainable: bool = False, *args, **kwargs) -> int:
+        """As Transformers counts; for quantised tables, the parameters of the float model that they stand for."""
+        count = super().num_parameters(only_trainable, *args, **kwargs)
+        return count if only_trainable else count + extra_numbers(self)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -291,6 +297,8 @@ class PeerModel(PeerPreTrainedModel):
             names.discard("layers.*.mlp.experts")
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
+        if self.config._attn_implementation == "sglang":  # it refuses a plan with a style that it does not know
+            self._tp_plan = {name: style for name, style in self._tp_plan.items() if style != EXPERT_ROWS}
 
     def _shared_tables(self) -> dict[str, str]:
         """Map each expert table of the later sparse layers to the first sparse layer's table it shares."""

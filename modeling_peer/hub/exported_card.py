@@ -181,6 +181,8 @@ def _description(title: str, model) -> str:
     if sparse:
         layers = f"{sparse['num_sparse_layers']} of its {sparse['num_layers']} layers"
         words = f" In {layers} the feed-forward is {sparse['words']}."
+        if table_format := getattr(model.config, "expert_table_format", None):
+            words += f" The expert tables are stored as {table_format}, with a scale for each row."
     return (
         f"# {title}\n\nA {kind} language model of {model.num_parameters():,} parameters.{words}\n\n"
         "## Data and training\n\nThe folder it was exported from had no card, so that nothing is recorded here."

@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Transformers' own OpenAI-compatible server with PEER models, for `peer serve`."""
 
+import errno
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,19 +33,16 @@ def serve(words: Sequence[str]) -> None:
         words: the arguments of `transformers serve`.
 
     Raises:
-        SettingsError: this release of Transformers has no such server, the model does not exist, or the server cannot
-            load it.
+        SettingsError: this release of Transformers has no such server, the model does not exist, the port is taken, or
+            the server cannot load the model.
         ModuleNotFoundError: a package of the extra `serve` is missing.
     """
     for name in REQUIREMENTS:
         import_module(name)
     run = _look_up("transformers.cli.transformers", "app")
-    model = _model_to_serve(run, words)
-    if model is not None and not model.endswith(".gguf"):
-        try:
-            locate_model(model if Path(model).exists() else model.partition("@")[0], trained=True)  # name@revision
-        except SettingsError as error:
-            raise SettingsError(f"`peer serve` cannot load {model!r}: {error}") from error
+    arguments = _parse(run, words)
+    _require_model(arguments.get("force_model"))
+    _require_free_port(arguments.get("host"), arguments.get("port"))
     provide_classes(_look_up("transformers.cli.serving.model_manager", "transformers"))
     with _ended_by_signals():
         try:
@@ -63,15 +62,46 @@ def provide_classes(module: ModuleType) -> None:
         setattr(module, name, getattr(modeling_peer, name))
 
 
-def _model_to_serve(app: Any, words: Sequence[str]) -> str | None:
-    """The model that `words` name; None if clients choose one later, or if the words cannot be parsed."""
+def _parse(app: Any, words: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `transformers serve` by name, defaults included; empty if the words cannot be parsed."""
     if not hasattr(app, "commands"):  # a typer.Typer, which builds its commands when it is called
         app = import_module("typer.main").get_command(app)
     try:
         with app.commands["serve"].make_context("serve", list(words), resilient_parsing=True) as context:
-            return context.params.get("force_model")
+            return dict(context.params)
     except Exception:  # Transformers says what is wrong with the words
-        return None
+        return {}
+
+
+def _require_model(name: str | None) -> None:
+    """Refuse a model that does not exist. The server asks the Hub for minutes."""
+    if name is None or name.endswith(".gguf"):
+        return  # clients choose one, or it is not PEER's
+    try:
+        locate_model(name if Path(name).exists() else name.partition("@")[0], trained=True)  # name@revision
+    except SettingsError as error:
+        raise SettingsError(f"`peer serve` cannot load {name!r}: {error}") from error
+
+
+def _require_free_port(host: Any, port: Any) -> None:
+    """Refuse an address that the server cannot listen on. The server itself finds out after it loaded the model."""
+    if not isinstance(host, str) or not isinstance(port, int):  # of a release that declares them otherwise
+        return
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as listener:
+                if os.name == "posix":  # as the server does: a port that was in use a moment ago is free
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        code = getattr(error, "errno", None)
+        is_final = code in (errno.EADDRINUSE, errno.EACCES) or isinstance(error, (socket.gaierror, OverflowError))
+        if is_final:
+            raise SettingsError(
+                f"`peer serve` cannot listen on {host}, port {port} ({reason}). Give another --port or --host, or end "
+                "the program that listens there."
+            ) from error
 
 
 def _look_up(module: str, name: str) -> Any:

@@ -78,8 +78,15 @@ def upload_files(
     except UPLOAD_ERRORS as error:
         raise CommandFailed(
             f"the upload to {repo_id} failed ({hub_cause(error)}). No file there has changed. "
-            "Run the same command again: large files that have arrived are not sent again."
+            f"Run the same command again: large files that have arrived are not sent again.{_hint(api, error)}"
         ) from error
+
+
+def _hint(api: HfApi, error: Exception) -> str:
+    """What to do about a server that does not have what the client asks for by default."""
+    # with hf_xet, the client asks for a token of the chunks' storage, and does not go on without one
+    is_without_xet = "404" in str(error) and "/xet-write-token/" in str(error)
+    return f" If {api.endpoint} has no Xet storage, set HF_HUB_DISABLE_XET=1." if is_without_xet else ""
 
 
 def _is_large(addition: CommitOperationAdd) -> bool:

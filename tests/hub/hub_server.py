@@ -2,8 +2,9 @@
 """A server on this machine that speaks the Hub's protocol, for the real client: HF_ENDPOINT is its address.
 
 Repositories, commits and large files are kept in memory. It checks what the Hub checks, as far as the tests need it:
-tokens, metadata of cards, sizes and hashes of large files, parents of commits. Storage of chunks (Xet) is not spoken:
-set HF_HUB_DISABLE_XET=1.
+tokens, metadata of cards, sizes and hashes of large files, parents of commits. `Hub(xet=True)` also takes uploads in
+chunks (Xet), as the client makes them by default; files that come that way are sent back whole, over HTTP. Without it
+the client has to have HF_HUB_DISABLE_XET=1.
 """
 
 import base64
@@ -11,14 +12,17 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from xet_store import XetStore
 
 TOKEN = "hf_" + "a1" * 17  # in two parts, so that no scanner takes this file for a leak
 USER = "someone"
+XET_TOKEN = "xet_of_the_storage"
 LICENCES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "unknown", "other"}
 PIPELINE_TAGS = {
     *("text-generation", "fill-mask", "text-classification", "token-classification", "question-answering"),
@@ -51,15 +55,19 @@ class Hub:
         stored: ids of large files in the order in which they were received whole.
         before_large: called with the number of large files that were received, before the next is read. What it
             returns, if not None, is the status that is answered; "drop" closes the connection.
+        xet: its storage of chunks, or None.
+        xorbs_sent: for each upload of a xorb its name and size in bytes.
     """
 
-    def __init__(self):
+    def __init__(self, xet: bool = False):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}  # by git's hash, or SHA-256 of large files
         self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.stored: list[str] = []
         self.before_large = lambda count: None
+        self.xet = XetStore() if xet else None
+        self.xorbs_sent: list[tuple[str, int]] = []
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -79,7 +87,7 @@ class Hub:
         return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": "0" if self.xet else "1",
             "HF_HOME": str(cache),
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -189,10 +197,12 @@ class _Handler(BaseHTTPRequestHandler):
             ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", self._info),
             ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self._resolve),
             ("GET|HEAD", r"/cdn/([0-9a-f]{64})", self._cdn),
+            *self._xet_routes(),
         )
         for methods, pattern, function in routes:
             if self.command in methods.split("|") and (match := re.fullmatch(pattern, path)):
                 return function(*match.groups())
+        self._body()  # or the next request of this connection would begin with it
         return self._json({"error": f"no such page: {self.command} {path}"}, 404)
 
     def _body(self) -> bytes:
@@ -337,6 +347,51 @@ class _Handler(BaseHTTPRequestHandler):
         sent = json.loads(self._body())
         whole = len(self.hub.blobs.get(sent["oid"], b"")) == sent["size"]
         return self._json({} if whole else {"error": "size differs"}, 200 if whole else 400)
+
+    # storage of chunks; the client goes on to these pages when /v2/shards and /v1/xorb-grants do not exist
+
+    def _xet_routes(self):
+        if self.hub.xet is None:
+            return ()
+        return (
+            ("GET", r"/api/models/([^/]+/[^/]+)/xet-write-token/(.+)", self._xet_token),
+            ("POST", r"/v1/xorbs/default/([0-9a-f]{64})", self._store_xorb),
+            ("POST", r"/v1/shards", self._store_shard),
+        )
+
+    def _xet_token(self, name: str, revision: str):
+        if self._writable(name) is None:
+            return None
+        expires = int(time.time()) + 3600
+        return self._json({"accessToken": XET_TOKEN, "exp": expires, "casUrl": self.hub.url})
+
+    def _is_xet_writer(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {XET_TOKEN}"
+
+    def _store_xorb(self, xorb: str):
+        if (status := self.hub.before_large(len(self.hub.stored))) is not None:
+            self.close_connection = True
+            return self._json({"error": "no"}, status) if status != "drop" else self.connection.close()
+        content = self._body()
+        if not self._is_xet_writer():
+            return self._json({"error": "no token of the storage"}, 401)
+        with self.hub.lock:
+            is_new = self.hub.xet.add_xorb(xorb, content)
+            self.hub.xorbs_sent.append((xorb, len(content)))
+        return self._json({"was_inserted": is_new})
+
+    def _store_shard(self):
+        content = self._body()
+        if not self._is_xet_writer():
+            return self._json({"error": "no token of the storage"}, 401)
+        try:
+            files = self.hub.xet.files_of_shard(content)
+        except ValueError as error:
+            return self._json({"error": str(error)}, 400)
+        for oid, file in files.items():
+            if oid not in self.hub.blobs:
+                self._keep(oid, file)
+        return self._json({"result": 1})
 
     def _commit(self, name: str, revision: str):
         lines = [json.loads(line) for line in self._body().splitlines() if line.strip()]

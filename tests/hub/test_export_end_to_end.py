@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A model goes to a Hub on this machine with the real client, and comes back where the package is absent."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard
 from test_checkpoint_peer import TRAVELLING_FILES
 from training_helpers import REPOSITORY, last_json
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, quantise_expert_tables, table_shards_peer
 from modeling_peer.data.tokenizers import byte_tokenizer
 
 REPO = f"{USER}/tiny-peer"
@@ -35,7 +36,7 @@ model-index:
 My own words.
 """
 # Someone who has Transformers, and never heard of this package.
-LOAD = """
+WITHOUT_PACKAGE = """
 import sys
 
 class Hidden:
@@ -44,6 +45,18 @@ class Hidden:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Hidden())
+"""
+LOAD_ONE = (
+    WITHOUT_PACKAGE
+    + """
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+torch.save(model(torch.arange(1, 13).view(2, 6)).logits.detach(), sys.argv[2])
+"""
+)
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import torch, transformers
 name, first, second, results = sys.argv[1:]
 options = {"trust_remote_code": True}
@@ -60,6 +73,7 @@ assert all(type(model).__module__.startswith("transformers_modules.") for model 
 assert len(computed["newest"].generate(tokens, max_new_tokens=3, eos_token_id=None)[0]) == 9
 torch.save({name: model.eval()(tokens)[0].detach() for name, model in computed.items()}, results)
 """
+)
 # Two large files are stored; the next never arrives, and the process is killed while it waits.
 SEND = """
 import sys
@@ -71,9 +85,14 @@ print(upload_files(files, sys.argv[2]).commit)
 """
 
 
-@pytest.fixture
-def hub():
-    with Hub() as server:
+@pytest.fixture(params=[False, True], ids=["whole files", "chunks"])
+def hub(request):
+    """Without storage of chunks, and with it, which is what the client asks for by default."""
+    if request.param:
+        pytest.importorskip(
+            "hf_xet", reason="hf_xet is not installed; huggingface_hub needs it on x86-64 and ARM only"
+        )
+    with Hub(xet=request.param) as server:
         yield server
 
 
@@ -104,6 +123,7 @@ def build(tiny_config, seed, **overrides):
     return PeerForCausalLM(tiny_config(vocab_size=257, **overrides)).eval()
 
 
+@pytest.mark.slow_but_first
 def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config, tmp_path):
     first, second = build(tiny_config, 1), build(tiny_config, 2)
     folder, cache = tmp_path / "model", tmp_path / "cache"
@@ -158,6 +178,34 @@ def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("table_format", ["int8", "int4"])
+def test_quantised_tables_in_files_of_their_own_are_sent_and_come_back(
+    hub, tiny_config, tmp_path, table_format, monkeypatch
+):
+    monkeypatch.setattr(table_shards_peer, "MIN_BYTES", 0)  # any table is large
+    model = build(tiny_config, 1, mlp_layer_types=["sparse", "dense", "sparse"])
+    num_parameters = model.num_parameters()
+    quantise_expert_tables(model, table_format).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    last_json(export(hub, cache, tmp_path / "model", "--license", "mit", "--language", "en"))
+    sent = hub.files(REPO)
+    weights = {path.name: path.read_bytes() for path in (tmp_path / "model").glob("*.safetensors")}
+    assert {"model-layer-000-experts.safetensors", "model-layer-002-experts.safetensors"} < weights.keys()
+    assert {name: content for name, content in sent.items() if name.endswith(".safetensors")} == weights
+    index = json.loads(sent["model.safetensors.index.json"])
+    assert set(index["weight_map"].values()) == weights.keys()
+    assert "model.layers.2.mlp.experts.up_scale" in index["weight_map"]
+    card = sent["README.md"].decode()
+    assert f"A causal language model of {num_parameters:,} parameters. In 2 of its 3 layers" in card
+    assert f"are stored as {table_format}, with a scale for each row" in card
+    process = run(hub, cache, "-c", LOAD_ONE, REPO, tmp_path / "out.pt", package=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), model(torch.arange(1, 13).view(2, 6)).logits)
+
+
+@pytest.mark.slow
 def test_an_upload_that_was_killed_goes_on_and_sends_no_large_file_again(hub, tiny_config, tmp_path):
     model = build(tiny_config, 1)
     model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
@@ -167,7 +215,8 @@ def test_an_upload_that_was_killed_goes_on_and_sends_no_large_file_again(hub, ti
     cache = tmp_path / "cache"
     cache.mkdir()
     process = start(hub, cache, "-c", SEND, tmp_path / "model", REPO)
-    while not (len(hub.stored) == 2 and sum(method == "PUT" for method, _ in hub.requests) > 2):
+    page = "/storage/" if hub.xet is None else "/v1/xorbs/"
+    while not (len(hub.stored) == 2 and sum(path.startswith(page) for _, path in hub.requests) > 2):
         assert process.poll() is None, process.stderr.read()[-3000:]
         time.sleep(0.1)
     process.kill()
@@ -179,6 +228,8 @@ def test_an_upload_that_was_killed_goes_on_and_sends_no_large_file_again(hub, ti
     assert done.returncode == 0, done.stderr[-3000:]
     assert hub.stored[:2] == sent
     assert len(hub.stored) == len(set(hub.stored)) == len(shards)
+    assert len(hub.xorbs_sent) == len(set(hub.xorbs_sent))  # no chunk was sent twice
+    assert bool(hub.xorbs_sent) == (hub.xet is not None)
     assert {path.name for path in (tmp_path / "model").iterdir()} < set(hub.files(REPO))
     assert len(hub.repositories[REPO].commits) == 2  # the one that made it, and one for all files
     # and once more: nothing is new, so that there is no empty commit

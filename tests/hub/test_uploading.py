@@ -5,8 +5,10 @@ import os
 
 import huggingface_hub
 import pytest
+import torch
 from hub_server import TOKEN, USER, Hub
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
 
 from modeling_peer.console.errors import CommandFailed, SettingsError
 from modeling_peer.hub.exported_card import validate_card
@@ -17,15 +19,23 @@ REPO = f"{USER}/model"
 CARD = "---\nlicense: mit\npipeline_tag: text-generation\n---\n\n# A card\n"
 
 
+WITHOUT_XET = "hf_xet is not installed; huggingface_hub needs it on x86-64 and ARM only"
+
+
+def connect(server, monkeypatch):
+    """Make it the Hub of this process: what the library reads from the environment at its import is set."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", server.xet is None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that this process talks to: what the library reads from the environment at its import is set."""
+    """A Hub that this process talks to, without storage of chunks."""
     with Hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        connect(server, monkeypatch)
         yield server
 
 
@@ -136,3 +146,35 @@ def test_the_hub_is_asked_whether_it_takes_the_card(hub):
     ):
         validate_card(wrong)
     assert hub.requests == [("POST", "/api/validate-yaml")] * 2
+
+
+def test_a_server_without_storage_of_chunks_is_named_with_the_way_out(hub, files, monkeypatch):
+    """The client does not go back to whole files by itself where hf_xet is installed."""
+    pytest.importorskip("hf_xet", reason=WITHOUT_XET)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(CommandFailed, match="has no Xet storage, set HF_HUB_DISABLE_XET=1"):
+        upload_files(files, REPO)
+    assert set(hub.files(REPO)) == {".gitattributes"}
+
+
+def test_chunks_are_sent_once_and_become_the_same_files(files, monkeypatch, tmp_path):
+    """As the client uploads by default; the second large file is refused at first."""
+    pytest.importorskip("hf_xet", reason=WITHOUT_XET)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet"))
+    weights = {"zeros": torch.zeros(50_000), "noise": torch.randn(300, 300)}  # runs, and words with bytes alike
+    save_file(weights, files["model-layer-001-experts.safetensors"])
+    with Hub(xet=True) as server:
+        connect(server, monkeypatch)
+        server.before_large = lambda count: 400 if count == 1 else None
+        with pytest.raises(CommandFailed, match="large files that have arrived are not sent again"):
+            upload_files(files, REPO)
+        assert set(server.files(REPO)) == {".gitattributes"}
+        server.before_large = lambda count: None
+        upload_files(files, REPO)
+        assert {name: server.files(REPO)[name] for name in files} == {
+            name: path.read_bytes() for name, path in files.items()
+        }
+        names = [name for name, _ in server.xorbs_sent]
+        assert len(names) == len(set(names)) == 2
+        # and they are compressed on their way
+        assert sum(size for _, size in server.xorbs_sent) < sum(path.stat().st_size for path in files.values())

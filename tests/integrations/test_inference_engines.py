@@ -2,13 +2,16 @@
 """What the Transformers backends of vLLM and SGLang ask of a model, as far as it shows without them.
 
 Neither engine is run here. The requirements are those of their documentation (vLLM 0.32: "Supported Models", "Writing
-custom models"; SGLang: "Transformers fallback") and of vLLM's `model_executor/models/`.
+custom models"; SGLang: "Transformers fallback") and of their code: vLLM's `model_executor/models/transformers/`, and
+SGLang's `srt/models/transformers.py`.
 """
 
+import copy
 import json
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from model_helpers import load_weights
 from torch import nn
 from transformers import AutoModel
@@ -29,6 +32,56 @@ ENGINES = {
     "sglang": {"attention_instances": {i: object() for i in range(3)}, "forward_batch": object()},
 }
 SPARSE_MLPS = ("peer", "product_key_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
+
+# The styles of a tensor-parallel plan that SGLang knows. It refuses a plan with any other.
+STYLES_OF_SGLANG = {"colwise", "colwise_rep", "rowwise", "rowwise_rep", "replicate"}
+
+
+class EngineLinear(nn.Module):
+    """In place of a linear layer. Its weight has another name: an engine may pack or split it, so only calls count."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = nn.Parameter(torch.empty_like(linear.weight))
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
+
+    def forward(self, values):
+        return nn.functional.linear(values, self.packed, self.bias)
+
+
+class Missing(nn.Module):
+    """In place of what another stage of a pipeline has."""
+
+    def forward(self, *args, **kwargs):
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+@torch.no_grad()
+def build_as_engines_do(config, weights, dtype):
+    """The base model without memory for its parameters, then with other linear layers, then filled by name.
+
+    Both engines make parameters on the meta device and buffers on a real one, as accelerate does.
+    """
+    config.dtype = dtype
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            decoder = AutoModel.from_config(config, dtype=dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear):
+            decoder.set_submodule(name, EngineLinear(module))
+    decoder.set_input_embeddings(nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype))
+    for module in decoder.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype, device="cpu")))
+    places = {**dict(decoder.named_parameters()), **dict(decoder.named_buffers())}
+    for name, value in weights.items():
+        linear = name.removesuffix(".weight")
+        places[f"{linear}.packed" if f"{linear}.packed" in places else name].copy_(value)
+    return decoder.eval()
 
 
 @pytest.fixture(params=SPARSE_MLPS)
@@ -113,3 +166,78 @@ def test_the_plans_name_modules_that_are_there(tiny_config):
     assert decoder.config.base_model_pp_plan.keys() == {"embed_tokens", "layers", "norm"}
     lists = [name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)]
     assert lists == ["layers"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_a_decoder_that_is_built_and_filled_as_engines_do_computes_the_same(model, dtype, tolerance):
+    tokens = torch.randint(1, 99, (1, 9))
+    expected = model.model(tokens).last_hidden_state
+    decoder = build_as_engines_do(copy.deepcopy(model.config), model.model.state_dict(), dtype)
+    assert not any(value.is_meta for value in decoder.state_dict().values())
+    hidden_states = decoder(input_ids=tokens, use_cache=False, return_dict=False)[0].float()
+    assert (hidden_states - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.no_grad()
+def test_two_stages_of_a_pipeline_compute_what_one_decoder_does(model):
+    decoder, tokens = model.model, torch.randint(1, 99, (1, 9))
+    assert decoder.supports_pp_plan
+    options = {"position_ids": torch.arange(9)[None], "use_cache": False, "return_dict": False}
+    expected = decoder(tokens, **options)[0]
+    first, last = copy.deepcopy(decoder), copy.deepcopy(decoder)
+    first.layers[2], first.norm = Missing(), Missing()
+    last.layers[0], last.layers[1], last.embed_tokens = Missing(), Missing(), Missing()
+    between = first(tokens, **options)[0]
+    torch.testing.assert_close(last(inputs_embeds=between, **options)[0], expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_attention_says_whether_the_model_is_an_encoder(tiny_config, is_causal):
+    """vLLM takes a model for an encoder if any module has `is_causal=False`."""
+    decoder = AutoModel.from_config(tiny_config(is_causal=is_causal))
+    assert sum(not getattr(module, "is_causal", True) for module in decoder.modules()) == (0 if is_causal else 3)
+
+
+def test_the_configuration_is_that_of_a_text_model_with_full_attention(tiny_config):
+    config = tiny_config()
+    assert config.get_text_config() is config  # or it would be taken for multimodal
+    assert not hasattr(config, "layer_types")  # vLLM would look for sliding windows there
+    assert not hasattr(config, "kv_lora_rank")  # nor is it latent attention
+    assert config.rope_parameters["rope_type"] != "dynamic"  # which vLLM does not compile
+
+
+def test_the_plan_has_no_style_that_sglang_refuses(tiny_config):
+    config = tiny_config()
+    assert not set(AutoModel.from_config(config).tp_plan.values()) <= STYLES_OF_SGLANG
+    config._attn_implementation = "sglang"
+    ALL_ATTENTION_FUNCTIONS.register("sglang", nn.functional.scaled_dot_product_attention)
+    try:
+        plan = AutoModel.from_config(config).tp_plan
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop("sglang")
+    assert set(plan.values()) == {"colwise", "rowwise"}
+    assert "layers.*.self_attn.q_proj" in plan
+
+
+@torch.no_grad()
+def test_norms_may_be_replaced_by_what_their_names_say(tiny_config):
+    """SGLang replaces each module whose class is called `...RMSNorm`, by its weight and epsilon."""
+    decoder = AutoModel.from_config(tiny_config(query_norm="rms_norm", initializer_range=0.3)).eval()
+    tokens = torch.randint(1, 99, (1, 9))
+    expected = decoder(tokens).last_hidden_state
+    for name, module in list(decoder.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+            norm = nn.RMSNorm(module.weight.shape[0], eps)
+            norm.weight = module.weight
+            decoder.set_submodule(name, norm)
+    torch.testing.assert_close(decoder(tokens).last_hidden_state, expected)
+
+
+def test_a_table_that_layers_share_is_saved_once_which_engines_do_not_read(tiny_config, tmp_path):
+    """They give each layer a table of its own, and refuse a checkpoint that has not all."""
+    model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3, share_expert_tables=True))
+    model.save_pretrained(tmp_path)
+    tables = [name for name in load_weights(tmp_path) if name.endswith("_embed")]
+    assert tables == ["model.layers.0.mlp.experts.down_embed", "model.layers.0.mlp.experts.up_embed"]

@@ -1,5 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""EleutherAI's lm-evaluation-harness scores checkpoints as the model itself does, with this package and without it."""
+"""EleutherAI's lm-evaluation-harness scores checkpoints as the model itself and `peer evaluate` do, with this package
+and without it."""
 
 import json
 import math
@@ -9,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from training_helpers import REPOSITORY
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.data.tokenizers import byte_tokenizer
+from modeling_peer.evaluation.checkpoints import EvaluationArguments, evaluate_checkpoint
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not in this package's extras: pip install lm_eval")
 
@@ -20,7 +23,11 @@ WITHOUT_PACKAGE = "import sys; sys.modules['modeling_peer'] = None; "
 HARNESS = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 CHOICES = ["red", "a blue one", "green", "none of these"]
 QUESTIONS = [{"question": f"Which is number {i}?", "choices": CHOICES, "answer": i % 4} for i in range(12)]
-PAGES = [{"page": f"Page {i}: " + "experts of one neuron each, " * i} for i in range(1, 5)]
+SHIPPED = REPOSITORY / "examples" / "checkpoints" / "peer_bytes"
+HELD_OUT = SHIPPED.parent / "held_out.txt"
+# each fits into a window of 256 bytes: the harness and `peer evaluate` then score each byte given the same ones
+PARAGRAPHS = [text for text in HELD_OUT.read_text(encoding="utf-8").split("\n\n") if 100 < len(text.encode()) < 250]
+PAGES = [{"page": text} for text in PARAGRAPHS[:12]]
 # a task of each kind; `{folder}` is where the questions are
 CHOICE_TASK = """
 task: local_choices
@@ -48,12 +55,13 @@ doc_to_text: ""
 doc_to_target: "{{{{page}}}}"
 metric_list:
   - metric: bits_per_byte
+  - metric: byte_perplexity
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Tasks, and the checkpoints of a PEER model and of a Llama of its sizes."""
+    """Tasks, and the checkpoints of a PEER model, of a Llama of its sizes, and of the trained model with its code."""
     folder = tmp_path_factory.mktemp("harness")
     for name, rows in (("questions", QUESTIONS), ("pages", PAGES)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -71,6 +79,8 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "llama")
     for name in ("peer", "llama"):
         tokenizer.save_pretrained(folder / name)
+    PeerForCausalLM.from_pretrained(SHIPPED).save_pretrained(folder / "peer_bytes")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(folder / "peer_bytes")
     return folder
 
 
@@ -84,7 +94,9 @@ def log_likelihood(model, tokenizer, context, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "has_package"), [("llama", True), ("peer", True), ("peer", False)])
+@pytest.mark.parametrize(
+    ("kind", "has_package"), [("llama", True), ("peer", True), ("peer", False), ("peer_bytes", False)]
+)
 def test_scores_are_those_of_the_model(folder, tmp_path, kind, has_package):
     command = [sys.executable, "-c", ("" if has_package else WITHOUT_PACKAGE) + HARNESS]
     command += ["--model", "hf", "--model_args", f"pretrained={folder / kind},trust_remote_code=True,dtype=float32"]
@@ -108,4 +120,9 @@ def test_scores_are_those_of_the_model(folder, tmp_path, kind, has_package):
     total = sum(log_likelihood(model, tokenizer, tokenizer.eos_token, page) for page in pages)
     bits = -total / math.log(2) / sum(len(page.encode()) for page in pages)
     assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
+    arguments = EvaluationArguments(str(folder / kind), file=str(folder / "pages.jsonl"), text_column="page")
+    own = evaluate_checkpoint(arguments)
+    assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(own["bits_per_byte"], rel=1e-4)
+    # a token is a byte
+    assert results["local_perplexity"]["byte_perplexity,none"] == pytest.approx(own["perplexity"], rel=1e-4)
     print(done.stdout)

@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_peer
+import peer_command
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.tokenizers import byte_tokenizer
@@ -250,6 +251,44 @@ def test_what_the_server_cannot_load_is_one_sentence(words, message):
     with pytest.raises(SettingsError, match=message):
         serving.serve([*words, "--device", "cpu"])
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("port_given", ["--port {}", "--port={}"])
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(port_given):
+    for name in serving.REQUIREMENTS:
+        pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        words = ["no-such-folder", "--host", "127.0.0.1", *port_given.format(port).split()]
+        with pytest.raises(
+            SettingsError, match=rf"cannot listen on 127.0.0.1, port {port} \(Address already in use\)"
+        ):
+            serving.serve(words)
+    serving._require_free_port(words)  # free again
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid, port 8000"),
+        (["--host", "127.0.0.1", "--port", "70000"], "cannot listen on 127.0.0.1, port 70000"),
+    ],
+)
+def test_an_address_that_does_not_exist_is_one_sentence(words, message):
+    for name in serving.REQUIREMENTS:
+        pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
+    with pytest.raises(SettingsError, match=message):
+        serving._require_free_port(words)
+
+
+@pytest.mark.parametrize("missing", serving.REQUIREMENTS)
+def test_without_the_extra_the_command_names_it(missing, monkeypatch, capsys):
+    for name in serving.REQUIREMENTS:
+        monkeypatch.setitem(sys.modules, name, None if name == missing else types.ModuleType(name))
+    assert peer_command.main(["serve", "some-model"]) == 2
+    message = capsys.readouterr().err
+    assert f"`serve` needs {missing}, which is not installed" in message
+    assert "extra 'serve'" in message
 
 
 def test_all_heads_are_provided_where_the_server_looks():
