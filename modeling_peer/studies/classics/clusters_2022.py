@@ -85,8 +85,8 @@ class ClusterArguments(ClassicArguments):
     mixtures: list[str] = field(
         default_factory=lambda: ["linear", "cubic"],
         metadata={
-            "help": "Mixtures to train: linear, cubic, and two that the paper does not have: 'cubic, no routing noise' "
-            "and 'cubic, equal start'."
+            "help": "Mixtures to train: linear, cubic, and two that the paper does not have, 'cubic, no routing "
+            "noise' and 'cubic, equal start'."
         },
     )
     num_examples: int = field(default=16000, metadata={"help": "Examples for training, and as many for testing."})

@@ -16,6 +16,7 @@ from modeling_peer.studies.classics.clusters_2022 import (
     SETTINGS,
     ClusterArguments,
     Model,
+    accuracy,
     dispatch_entropy,
     draw_basis,
     draw_examples,
@@ -24,6 +25,7 @@ from modeling_peer.studies.classics.clusters_2022 import (
     route,
     run_clusters,
     train_mixture,
+    train_single,
 )
 
 
@@ -139,3 +141,22 @@ def test_what_cannot_work_is_refused_with_the_known_names():
     for message, wrong in cases.items():
         with pytest.raises(SettingsError, match=message):
             run_clusters(ClusterArguments(**wrong))
+
+
+def test_cubic_experts_find_the_clusters_linear_ones_do_not_and_one_network_errs():
+    """The paper's claims about setting 1, with an eighth of the examples and two runs."""
+    train, test = examples_of(setting=1, num_examples=2000)
+    arguments = ClusterArguments(num_epochs=150)
+    figures = {}
+    for kind in ("linear", "cubic"):
+        runs = [train_mixture(kind, train, arguments, seed, lambda *_: None) for seed in (0, 1)]
+        entropies = [curve[-1] for _, curve, _ in runs]
+        figures[kind] = max(entropies) if kind == "cubic" else min(entropies)
+        if kind == "cubic":
+            assert min(accuracy(model, test, True) for model, _, _ in runs) > 93
+        for _, curve, counts in runs:
+            assert curve[0] > 1.35  # the start is blind: ln 4 = 1.386
+            assert sum(map(sum, counts)) == 2000
+    assert figures["cubic"] < 0.7 < 1.0 < figures["linear"]
+    single = train_single("linear", 16, train, 300, 0, lambda *_: None)
+    assert accuracy(single, test, False) < 87.5  # the paper's bound for one expert
