@@ -22,7 +22,7 @@ class Classic(NamedTuple):
 
     module: str
     arguments: str  # a dataclass, of ClassicArguments
-    run: str  # from its instance to a dict that JSON can hold
+    run: str  # from its instance, and a function that saves what is finished, to a dict that JSON can hold
     plot: str  # from that dict and a path
 
 
@@ -58,20 +58,24 @@ def run_classic(words: Sequence[str]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"cannot write to --output_dir {folder}: {error.strerror}.") from error
-    began, cpu_began = time.monotonic(), time.process_time()
-    run: Callable[[Any], dict[str, Any]] = getattr(module, classic.run)
-    result = {
+    path = folder / f"{name}.json"
+    facts = {
         "classic": name,
         "settings": _of_result(asdict(arguments)),
         "versions": describe_versions(),
         # psutil, which describes the machine, comes with matplotlib in the extra `bench`
         "machine": describe_machine(torch.device("cpu")) if find_spec("psutil") else None,
-        **run(arguments),
-        "seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(time.process_time() - cpu_began, 1),
     }
-    path = folder / f"{name}.json"
-    write_json(path, result)
+    began, cpu_began = time.monotonic(), time.process_time()
+
+    def save(found: dict[str, Any]) -> dict[str, Any]:
+        seconds = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time() - cpu_began}
+        content = {**facts, **{key: round(value, 1) for key, value in seconds.items()}, **found}
+        write_json(path, content)
+        return content
+
+    run: Callable[[Any, Callable], dict[str, Any]] = getattr(module, classic.run)
+    result = save(run(arguments, save))
     plot_path = None
     if arguments.plot:
         plot_path = folder / f"{name}.png"

@@ -333,8 +333,11 @@ def _routing_noise(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
-def run_clusters(arguments: ClusterArguments) -> dict[str, Any]:
+def run_clusters(arguments: ClusterArguments, save: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train single networks and mixtures on each setting; print their table beside the published one.
+
+    Args:
+        save: called after each setting with what would be returned if it were the last one.
 
     Returns:
         `rows`: one per setting and model. `entropies` of each setting and mixture: dispatch entropy by epoch, mean
@@ -362,13 +365,18 @@ def run_clusters(arguments: ClusterArguments) -> dict[str, Any]:
             row, curve, counts = _run_mixtures(setting, kind, train, test, arguments)
             rows.append(row)
             entropies[f"{setting} {kind}"], dispatch[f"{setting} {kind}"] = curve, counts
-        print(as_markdown([_printed(row) for row in rows if row["setting"] == setting]), flush=True)
-    return {"rows": rows, "entropies": entropies, "dispatch": dispatch}
+        print(make_table([row for row in rows if row["setting"] == setting]), flush=True)
+        result = {"rows": rows, "entropies": entropies, "dispatch": dispatch}
+        if save:
+            save(result)
+    return result
 
 
 def _check(arguments: ClusterArguments) -> None:
     arguments.runs(NUM_RUNS)
     require_at_least_one(arguments, "num_epochs", "single_epochs", "num_examples", "filters_per_class")
+    if not arguments.settings:
+        raise SettingsError("--settings needs at least one of 1, 2, 3, 4.")
     if arguments.num_experts < 2:
         raise SettingsError(
             f"--num_experts ({arguments.num_experts}) must be at least 2; single networks train anyway."
@@ -432,6 +440,11 @@ def _run_mixtures(
     }
     curve = [round(sum(values) / len(values), 4) for values in zip(*curves, strict=True)]
     return row, curve, dispatch
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a result as a Markdown table, beside the published ones."""
+    return as_markdown([_printed(row) for row in rows])
 
 
 def _printed(row: dict[str, Any]) -> dict[str, Any]:
