@@ -96,7 +96,9 @@ class ClusterArguments(ClassicArguments):
     single_filters: list[int] = field(
         default_factory=lambda: [128], metadata={"help": "Filters of single networks, one run for each number."}
     )
-    single_epochs: int = field(default=801, metadata={"help": "Most updates of a single network."})
+    single_epochs: int = field(
+        default=801, metadata={"help": "Most updates of a single network. 0: no single networks."}
+    )
     gate: str = field(
         default="logit",
         metadata={
@@ -360,6 +362,7 @@ def run_clusters(arguments: ClusterArguments, save: Callable[[dict[str, Any]], N
             _run_single(setting, kind, number, train, test, arguments)
             for kind in SINGLE_RATE
             for number in arguments.single_filters
+            if arguments.single_epochs > 0
         ]
         for kind in arguments.mixtures:
             row, curve, counts = _run_mixtures(setting, kind, train, test, arguments)
@@ -374,7 +377,7 @@ def run_clusters(arguments: ClusterArguments, save: Callable[[dict[str, Any]], N
 
 def _check(arguments: ClusterArguments) -> None:
     arguments.runs(NUM_RUNS)
-    require_at_least_one(arguments, "num_epochs", "single_epochs", "num_examples", "filters_per_class")
+    require_at_least_one(arguments, "num_epochs", "num_examples", "filters_per_class")
     if not arguments.settings:
         raise SettingsError("--settings needs at least one of 1, 2, 3, 4.")
     if arguments.num_experts < 2:

@@ -56,7 +56,7 @@ PUBLISHED = {
     ("6 hidden units", None): (88, 90, 2209, 83),
     ("12 hidden units", None): (88, 90, 2435, 124),
 }
-# Powers of the square root of 2, from 5.66 to 64.
+# Powers of the square root of 2, from 5.66 to 64, for the gradient of the mean error.
 LEARNING_RATES = tuple(2.0 ** (power / 2) for power in range(5, 13))
 # Student's t with 48 degrees of freedom: what a one-sided test at 95 % and at 99.9 % asks for.
 CRITICAL_T = {"95 %": 1.677, "99.9 %": 3.269}
@@ -364,7 +364,7 @@ def plot_vowels(result: dict[str, Any], path: str | Path) -> None:
         axes.set(title=drawn["system"], xlabel="F1, kHz", ylabel="F2, kHz")
     panels[0].legend(fontsize="x-small", loc="upper right")
     figure.suptitle(
-        f"Training vowels ({result['data']}). Shaded: the output above and below 0.5. Dashed: an expert's output is "
+        f"Training vowels, {result['data']}. Shaded: the output above and below 0.5. Dashed: an expert's output is "
         "0.5. Thin black: the gate changes its first expert.",
         fontsize="small",
     )
