@@ -122,6 +122,13 @@ def run_compare_runs(words: Sequence[str]) -> dict[str, Any]:
     return compare_runs(parse_arguments(ComparisonArguments, words))
 
 
+def run_classic(words: Sequence[str]) -> dict[str, Any]:
+    """Run a published experiment that explains mixtures of experts."""
+    from modeling_peer.studies.classics.classic import run_classic
+
+    return run_classic(words)
+
+
 def run_costs(words: Sequence[str]) -> dict[str, Any]:
     """Count a model's costs."""
     from modeling_peer.console.command_line import parse_arguments
@@ -192,6 +199,11 @@ def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and the validation loss of each group: mean and standard deviation."""
     losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
     return {"path": result["path"], "validation_loss": losses}
+
+
+def summarize_classic(result: dict[str, Any]) -> dict[str, Any]:
+    """Files of an experiment, the number of rows of its table, and how long it ran."""
+    return {name: result[name] for name in ("path", "plot", "seconds")} | {"rows": len(result["rows"])}
 
 
 def summarize_costs(result: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +283,18 @@ COMMANDS = {
         run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
         summarize=summarize_groups,
+    ),
+    "classic": Command(
+        "run a published experiment that explains mixtures of experts, beside its published table",
+        run_classic,
+        "vowels_1991 | clusters_2022 [--field value ...]",
+        (
+            "studies/classics/clusters_2022.py:ClusterArguments",
+            "studies/classics/vowels_1991.py:VowelArguments",
+            "studies/classics/arguments.py:ClassicArguments",
+        ),
+        "docs/mixtures.md explains the results.",
+        summarize=summarize_classic,
     ),
     "costs": Command(
         "costs of a model, by part: parameters, active parameters per token, FLOPs",

@@ -1,0 +1,14 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Run a published experiment that explains mixtures of experts, with a table beside the published one, and a plot.
+
+python scripts/run_classic.py vowels_1991 --vowel_file peterson_barney_1952.csv
+python scripts/run_classic.py vowels_1991    # formants drawn from the means and deviations of each vowel
+python scripts/run_classic.py clusters_2022 --settings 1 2 --num_runs 3
+"""
+
+import sys
+
+from peer_command import main
+
+if __name__ == "__main__":
+    sys.exit(main(["classic", *sys.argv[1:]]))

@@ -1,0 +1,72 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""`peer classic`: files, last line, and what is refused before training."""
+
+import json
+import sys
+
+import pytest
+
+from modeling_peer.studies.classics import classic
+from modeling_peer.studies.classics.classic import CLASSICS, run_classic
+from peer_command import COMMANDS, describe, main
+
+QUICK = {
+    "vowels_1991": ["--num_runs", "2", "--tuning_runs", "1", "--max_epochs", "3"],
+    "clusters_2022": [
+        *("--settings", "3", "--num_examples", "40", "--num_runs", "2", "--num_epochs", "3", "--single_epochs", "2"),
+        *("--single_filters", "4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CLASSICS)
+def test_a_classic_leaves_its_result_and_its_plot_and_a_short_last_line(tmp_path, capsys, name):
+    pytest.importorskip("matplotlib", reason="extra bench")
+    assert main(["classic", name, *QUICK[name], "--output_dir", str(tmp_path / "new")]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["path"] == str(tmp_path / "new" / f"{name}.json")
+    result = json.loads((tmp_path / "new" / f"{name}.json").read_text())
+    assert last["rows"] == len(result["rows"])
+    assert result["classic"] == name
+    assert result["settings"]["num_runs"] == 2
+    assert "output_dir" not in result["settings"]
+    assert (tmp_path / "new" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_result(tmp_path):
+    words = ["clusters_2022", *QUICK["clusters_2022"], "--plot", "false", "--output_dir", str(tmp_path)]
+    first, again, other = (run_classic([*words, "--seed", seed]) for seed in ("0", "0", "1"))
+    assert first["rows"] == again["rows"]
+    assert first["rows"] != other["rows"]
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    cases = {
+        "error: classic 'vowels_1919' must be one of vowels_1991, clusters_2022. Did you mean 'vowels_1991'?": [
+            "vowels_1919"
+        ],
+        "error: classic '' must be one of vowels_1991, clusters_2022.": [],
+        "error: unknown argument '--num_run'. Did you mean 'num_runs'?": ["vowels_1991", "--num_run", "3"],
+        f"error: cannot write to --output_dir {tmp_path / 'file'}: File exists.": [
+            *("vowels_1991", "--plot", "false", "--output_dir", str(tmp_path / "file")),
+        ],
+    }
+    for message, words in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["classic", *words])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.strip() == message
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    assert main(["classic", "vowels_1991", "--output_dir", str(tmp_path)]) == 2
+    assert "`classic` needs matplotlib" in capsys.readouterr().err
+
+
+def test_help_has_the_fields_of_every_classic_once():
+    text = describe("classic")
+    for field in ("vowel_file", "single_filters", "num_runs", "output_dir"):
+        assert text.count(f"--{field} ") == 1
+    for name in CLASSICS:
+        assert name in COMMANDS["classic"].usage
+    assert {module.module for module in classic.CLASSICS.values()} == set(CLASSICS)
