@@ -220,7 +220,7 @@ def summarize_presets(result: dict[str, Any]) -> dict[str, Any]:
 def summarize_benchmark(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and how many cases, tasks or kernels it has."""
     counts = {name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels") if name in result}
-    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step")
+    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step", "percent_of_a_forward")
     return {**{name: result[name] for name in names if name in result}, **counts}
 
 

@@ -17,7 +17,9 @@ from modeling_peer.analysis.expert_weights import table_rows
 from modeling_peer.analysis.routing_hooks import RoutedLayer, observe_routing
 from modeling_peer.analysis.routing_trace import LayerTrace, RoutingTrace
 
-TOKENS_BEFORE, TOKENS_AFTER = 12, 6
+# Of a context, at most so many tokens and then characters: tokens of bytes are short.
+TOKENS_BEFORE, TOKENS_AFTER = 40, 24
+CHARACTERS_BEFORE, CHARACTERS_AFTER = 48, 28
 
 
 @dataclass
@@ -247,9 +249,9 @@ def _contexts(trace, spell, positions, gates, num_contexts):
         rows.append(
             {
                 "gate": gate,
-                "before": spell.text(tokens[:place]),
+                "before": spell.text(tokens[:place])[-CHARACTERS_BEFORE:],
                 "token": spell(tokens[place]),
-                "after": spell.text(tokens[place + 1 :]),
+                "after": spell.text(tokens[place + 1 :])[:CHARACTERS_AFTER],
                 "source": trace.source_names[int(trace.source_of(torch.tensor([position]))[0])],
             }
         )

@@ -11,7 +11,8 @@ Memory in bytes, per layer, is `num_experts · (12 · num_heads + 8 · num_conte
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from tqdm.auto import tqdm
@@ -181,8 +182,10 @@ class Sample:
         self.put("key", keys)
 
     def put(self, name: str, values: torch.Tensor) -> None:
-        """Keep the chosen rows of `values`, `(num_tokens, ...)`, in the column `name`."""
-        self.parts.setdefault(name, []).append(values[self.rows.to(values.device)].cpu())
+        """Keep the chosen rows of `values`, `(num_tokens, ...)`, in the column `name`: in int32 or float32."""
+        values = values[self.rows.to(values.device)].cpu()
+        narrow = {torch.int64: torch.int32, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+        self.parts.setdefault(name, []).append(values.to(narrow.get(values.dtype, values.dtype)))
 
     def close(self) -> None:
         """End a batch: of more than twice the size, keep the sample."""
@@ -229,10 +232,10 @@ class RoutingTrace:
     layers: list[LayerTrace]
     sample: Sample
     probe: Sample
-    token_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    sequence_starts: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    sequence_sources: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    source_names: list[str] = field(default_factory=lambda: ["text"])
+    token_ids: torch.Tensor
+    sequence_starts: torch.Tensor
+    sequence_sources: torch.Tensor
+    source_names: list[str]
 
     @property
     def num_tokens(self) -> int:
@@ -260,7 +263,119 @@ class RoutingTrace:
         return self.token_ids[first : min(end, position + after + 1)].tolist(), position - first
 
 
-@torch.no_grad()
+class RoutingRecorder:
+    """Runs a model on batches and records the routing.
+
+        with RoutingRecorder(model) as recorder:
+            for batch in batches:
+                recorder.read(batch)
+        trace = recorder.trace
+
+    Only the decoder runs, not the output embedding. The model is in evaluation mode meanwhile.
+
+    Args:
+        model: any model of Transformers with routed layers; see `routing_hooks`.
+        num_contexts: contexts kept per expert.
+        source_names: names of the texts that `TokenBatch.sources` counts.
+        seed: of the samples.
+
+    Raises:
+        ValueError: the model has no routed layer.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        num_contexts: int = 10,
+        source_names: list[str] | None = None,
+        seed: int = 0,
+    ):
+        self.model = model
+        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        self.device = next(model.parameters()).device
+        layers = find_routed_layers(model)
+        self.traces = {layer.path: LayerTrace.empty(layer, num_contexts, self.device) for layer in layers}
+        self.samples = [Sample(SAMPLE_TOKENS, seed), Sample(PROBE_TOKENS, seed + 1)]
+        self.source_names = source_names or ["text"]
+        self.num_tokens = 0
+        self.token_ids, self.lengths, self.sources = [], [], []
+        self.positions = self.kept = None  # of the tokens of the batch that are not padding
+
+    def __enter__(self) -> "RoutingRecorder":
+        self.was_training = self.model.training
+        self.model.eval()
+        self.hooks = ExitStack()
+        self.hooks.enter_context(observe_routing(self.model, self._observe))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.close()
+        self.model.train(self.was_training)
+
+    @torch.no_grad()
+    def read(self, batch: TokenBatch) -> None:
+        """Run the model on a batch and record it.
+
+        Raises:
+            ValueError: a layer routes other tokens than those of the batch.
+        """
+        ids, mask = batch.input_ids, batch.token_mask
+        positions = torch.arange(self.num_tokens, self.num_tokens + ids.numel(), dtype=torch.int32)
+        self.kept = None
+        if mask is not None:
+            kept = mask.flatten().bool().nonzero().squeeze(1)
+            self.kept, positions, mask = kept.to(self.device), positions[kept], mask.to(self.device)
+        self.positions = positions.to(self.device)
+        for sample in self.samples:
+            sample.draw(len(positions))
+            sample.put("position", positions)
+        self.decoder(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
+        for sample in self.samples:
+            sample.close()
+        self.num_tokens += ids.numel()
+        self.token_ids.append(ids.flatten().to(torch.int32))
+        self.lengths.append(torch.full((len(ids),), ids.shape[1]))
+        self.sources.append(batch.sources)
+
+    @property
+    def trace(self) -> "RoutingTrace":
+        """What was recorded so far.
+
+        Raises:
+            ValueError: no batch had a token.
+        """
+        if not self.num_tokens:
+            raise ValueError("there is no text to record: no batch had a token.")
+        lengths = torch.cat(self.lengths)
+        return RoutingTrace(
+            list(self.traces.values()),
+            *self.samples,
+            token_ids=torch.cat(self.token_ids),
+            sequence_starts=lengths.cumsum(0) - lengths,
+            sequence_sources=torch.cat(self.sources),
+            source_names=self.source_names,
+        )
+
+    def _observe(self, layer: RoutedLayer, routing: Routing) -> None:
+        hidden, ids, gates = routing if self.kept is None else (tensor[self.kept] for tensor in routing)
+        if len(ids) != len(self.positions):
+            raise ValueError(
+                f"{layer.name} routed {len(ids)} tokens of {len(self.positions)}. Layers that drop or join tokens "
+                "cannot be recorded."
+            )
+        gates = gates.to(torch.float32)
+        if not layer.has_single_neurons:  # an id beyond the pool stands for no expert in some of Transformers' mixtures
+            none = ids >= layer.num_experts
+            ids, gates = ids.masked_fill(none, 0), gates.masked_fill(none, 0.0)
+        self.traces[layer.path].add(ids, gates, self.positions)
+        sample, probe = self.samples
+        sample.size = min(sample.size, SAMPLE_ASSIGNMENTS // (ids.shape[1] * ids.shape[2]))
+        for kept in self.samples:
+            kept.put(f"{layer.name}/expert_ids", ids)
+            kept.put(f"{layer.name}/gates", gates)
+        probe.put(f"{layer.name}/hidden_states", hidden)
+
+
 def record_routing(
     model: torch.nn.Module,
     batches: Iterable[TokenBatch],
@@ -270,84 +385,25 @@ def record_routing(
     seed: int = 0,
     show_progress: bool = True,
 ) -> RoutingTrace:
-    """Run a model on a text and record its routing.
-
-    Only the decoder runs, not the output embedding. The model is in evaluation mode meanwhile.
+    """Run a model on a text and record its routing, with a progress bar. Arguments as in `RoutingRecorder`, and:
 
     Args:
-        model: any model of Transformers with routed layers; see `routing_hooks`.
         batches: the text; see `token_batches`.
         max_tokens: stop after this many tokens, at the end of a batch.
-        num_contexts: contexts kept per expert.
-        source_names: names of the texts that `TokenBatch.sources` counts.
-        seed: of the samples.
 
     Raises:
         ValueError: the model has no routed layer, or there is no text.
     """
-    layers = find_routed_layers(model)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    device = next(model.parameters()).device
-    traces = {layer.path: LayerTrace.empty(layer, num_contexts, device) for layer in layers}
-    sample, probe = Sample(SAMPLE_TOKENS, seed), Sample(PROBE_TOKENS, seed + 1)
-    trace = RoutingTrace(list(traces.values()), sample, probe, source_names=source_names or ["text"])
-    token_ids, lengths, sources, now = [], [], [], {}
-
-    def observe(layer: RoutedLayer, routing: Routing) -> None:
-        keep = now["keep"]
-        hidden, ids, gates = routing if keep is None else (tensor[keep] for tensor in routing)
-        if len(ids) != len(now["positions"]):
-            raise ValueError(
-                f"{layer.name} routed {len(ids)} tokens of {len(now['positions'])}. Layers that drop or join tokens "
-                "cannot be traced."
-            )
-        gates = gates.to(torch.float32)
-        sample.size = min(sample.size, SAMPLE_ASSIGNMENTS // (ids.shape[1] * ids.shape[2]))
-        # An id beyond the pool stands for no expert in some of Transformers' mixtures.
-        none = ids >= layer.num_experts
-        if none.any():
-            ids, gates = ids.masked_fill(none, 0), gates.masked_fill(none, 0.0)
-        traces[layer.path].add(ids, gates, now["positions"])
-        for kept in (sample, probe):
-            kept.put(f"{layer.name}/expert_ids", ids.to(torch.int32))
-            kept.put(f"{layer.name}/gates", gates)
-        probe.put(f"{layer.name}/hidden_states", hidden.to(torch.float32))
-
-    was_training, recorded = model.training, 0
-    model.eval()
-    try:
-        with (
-            observe_routing(model, observe),
-            tqdm(total=max_tokens, desc="Recording", unit=" tokens", disable=not show_progress) as progress,
-        ):
-            for batch in batches:
-                ids = batch.input_ids
-                positions = torch.arange(recorded, recorded + ids.numel(), dtype=torch.int32)
-                keep = None if batch.token_mask is None else batch.token_mask.flatten().bool().nonzero().squeeze(1)
-                positions = positions if keep is None else positions[keep]
-                now.update(positions=positions.to(device), keep=None if keep is None else keep.to(device))
-                token_ids.append(ids.flatten().to(torch.int32))
-                lengths.append(torch.full((len(ids),), ids.shape[1]))
-                sources.append(batch.sources)
-                for kept in (sample, probe):
-                    kept.draw(len(positions))
-                    kept.put("position", positions)
-                mask = None if batch.token_mask is None else batch.token_mask.to(device)
-                decoder(input_ids=ids.to(device), attention_mask=mask, use_cache=False)
-                for kept in (sample, probe):
-                    kept.close()
-                recorded += ids.numel()
-                progress.update(ids.numel())
-                if max_tokens is not None and recorded >= max_tokens:
-                    break
-    finally:
-        model.train(was_training)
-    if not recorded:
-        raise ValueError("there is no text to record: no batch had a token.")
-    trace.token_ids = torch.cat(token_ids)
-    trace.sequence_starts = torch.cat(lengths).cumsum(0) - torch.cat(lengths)
-    trace.sequence_sources = torch.cat(sources)
-    return trace
+    with (
+        RoutingRecorder(model, num_contexts, source_names, seed) as recorder,
+        tqdm(total=max_tokens, desc="Recording", unit=" tokens", disable=not show_progress) as progress,
+    ):
+        for batch in batches:
+            recorder.read(batch)
+            progress.update(batch.input_ids.numel())
+            if max_tokens is not None and recorder.num_tokens >= max_tokens:
+                break
+    return recorder.trace
 
 
 def token_batches(
