@@ -197,7 +197,9 @@ def summarize_study(result: dict[str, Any]) -> dict[str, Any]:
 
 def summarize_inspection(result: dict[str, Any]) -> dict[str, Any]:
     """The files, and usage and dead experts of each layer."""
-    usage = {name: {key: row[key] for key in ("expert_usage", "dead_experts")} for name, row in result["usage"].items()}
+    usage = {
+        name: {key: row[key] for key in ("expert_usage", "dead_experts")} for name, row in result["usage"].items()
+    }
     return {**{name: result[name] for name in ("html", "data", "tensors", "num_tokens")}, "usage": usage}
 
 

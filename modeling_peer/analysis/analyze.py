@@ -76,7 +76,9 @@ class InspectionArguments:
     )
     batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
     num_contexts: int = field(default=10, metadata={"help": "Contexts that are kept for each expert."})
-    seed: int = field(default=0, metadata={"help": "Seed of what is drawn: the sample of tokens, some of the experts."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of what is drawn: the sample of tokens, some of the experts."}
+    )
     dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
     experts_implementation: str | None = field(
         default=None,

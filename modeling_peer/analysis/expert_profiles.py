@@ -141,7 +141,9 @@ def written_tokens(
         scores = logits / logits.std(dim=1, keepdim=True).clamp(min=1e-12)
         high, low = scores.topk(num_tokens), scores.topk(num_tokens, largest=False)
         for row in range(len(part)):
-            result.append(tuple(list(zip(k.indices[row].tolist(), k.values[row].tolist())) for k in (high, low)))
+            result.append(
+                tuple(list(zip(k.indices[row].tolist(), k.values[row].tolist(), strict=False)) for k in (high, low))
+            )
     return result
 
 
@@ -153,9 +155,7 @@ def token_shares(
     return _shares_by_group(trace, layer, expert_ids, tokens, num_tokens)
 
 
-def source_shares(
-    trace: RoutingTrace, layer: LayerTrace, expert_ids: torch.Tensor
-) -> list[list[tuple[int, float]]]:
+def source_shares(trace: RoutingTrace, layer: LayerTrace, expert_ids: torch.Tensor) -> list[list[tuple[int, float]]]:
     """The texts that the experts' gates go to, per sampled token of the text: numbers of the texts and shares."""
     sources = trace.source_of(trace.sample.columns["position"])
     sizes = torch.bincount(sources, minlength=len(trace.source_names))
@@ -201,8 +201,10 @@ def read_along(
         rows = []
         for ids, gates in zip(routing.expert_ids.flatten(1), routing.gates.flatten(1).float(), strict=True):
             experts, places = ids.unique(return_inverse=True)
-            best = torch.zeros(len(experts), device=ids.device).index_add_(0, places, gates).topk(
-                min(num_experts, len(experts))
+            best = (
+                torch.zeros(len(experts), device=ids.device)
+                .index_add_(0, places, gates)
+                .topk(min(num_experts, len(experts)))
             )
             rows.append([(int(experts[i]), float(v)) for v, i in zip(best.values, best.indices, strict=True) if v > 0])
         result[layer.name] = rows

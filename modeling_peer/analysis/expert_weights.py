@@ -26,6 +26,7 @@ from modeling_peer.row_formats_peer import dequantise_rows, format_of
 
 MAX_COMPARED = 1024  # experts of a layer whose pairs are compared
 ACTIVE_ABOVE = 1e-3  # the paper's bound for an active neuron
+LEAST_JUMP = 0.01  # of the last layer: smaller differences of cosines are noise of the experts drawn
 
 
 def expert_vectors(layer: RoutedLayer, expert_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -128,7 +129,9 @@ def gates_against_weights(layer: RoutedLayer, seed: int = 0) -> dict[str, float]
     vectors = expert_vectors(layer, chosen)
     if not layer.has_single_neurons:
         width = layer.experts.down_proj.shape[1]
-        means = {name: rows.view(len(chosen), -1, width).mean(1) for name, rows in vectors.items() if "down" not in name}
+        means = {
+            name: rows.view(len(chosen), -1, width).mean(1) for name, rows in vectors.items() if "down" not in name
+        }
         means["down_proj"] = vectors["down_proj"].view(len(chosen), width, -1).mean(2)
         vectors = means
     return {name: _correlation(of_gates, pairwise_cosines(rows)) ** 2 for name, rows in vectors.items()}
@@ -239,20 +242,23 @@ def norms_against_gates(
 
 
 def last_layer_outlier(values: list[float]) -> dict[str, Any]:
-    """Whether the last layer's value lies outside the range of all earlier ones.
+    """Whether the last layer stands out from all earlier ones.
+
+    Our rule: it lies outside their range, by more than the width of that range and by more than `LEAST_JUMP`.
 
     Args:
-        values: one per layer, in the order of the model.
+        values: one per layer, in the order of the model; cosines, correlations or shares.
 
     Returns:
-        outlier: true or false; None with fewer than three layers, of which nothing can be said.
+        outlier: true or false; None with fewer than three layers, of which nothing can be said. Three say little.
         last, lowest, highest: the last value, and the range of the earlier ones.
     """
     *earlier, last = values
     if len(earlier) < 2:
         return {"outlier": None, "last": last, "lowest": min(values), "highest": max(values)}
     lowest, highest = min(earlier), max(earlier)
-    return {"outlier": not lowest <= last <= highest, "last": last, "lowest": lowest, "highest": highest}
+    beyond = max(lowest - last, last - highest)
+    return {"outlier": beyond > max(highest - lowest, LEAST_JUMP), "last": last, "lowest": lowest, "highest": highest}
 
 
 def _mean_cosine(layer: RoutedLayer, hidden_states: torch.Tensor, expert_ids: torch.Tensor) -> float:

@@ -124,8 +124,7 @@ def layer_figures(
             "norms": expert_weights.norms_against_gates(layer, hidden, probed, probed_gates),
         },
         "profiles": [
-            profile.as_dict()
-            for profile in expert_profiles.profile_experts(model, tokenizer, trace, layer, chosen)
+            profile.as_dict() for profile in expert_profiles.profile_experts(model, tokenizer, trace, layer, chosen)
         ],
         "tokens": [
             {"token": spell(token), "sampled": count, "experts": experts}
@@ -135,7 +134,7 @@ def layer_figures(
 
 
 def across_layers(layers: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The observations of "A Closer Look" by layer, and whether the last layer is an outlier (`last_layer_outlier`)."""
+    """The observations of "A Closer Look" by layer, and `last_layer_outlier` of each."""
     measures: dict[str, list[float]] = {}
     for layer in layers:
         weights = layer["weights"]
@@ -187,7 +186,7 @@ def routing_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
 def weight_rows(figures: dict[str, Any]) -> list[dict[str, Any]]:
     """The observations of "A Closer Look", a row each, as a table."""
-    verdicts = {True: "an outlier", False: "within the others", None: "too few layers"}
+    verdicts = {True: "an outlier", False: "no outlier", None: "too few layers"}
     names = [layer["name"] for layer in figures["layers"]]
     return [
         {

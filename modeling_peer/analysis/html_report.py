@@ -49,7 +49,9 @@ def _thinned(figures: dict[str, Any], share: float) -> dict[str, Any]:
     layers = []
     for layer in figures["layers"]:
         tokens, profiles = layer["tokens"], layer["profiles"]
-        kept = sorted({math.floor(i / share) for i in range(math.ceil(len(profiles) * share))} & set(range(len(profiles))))
+        kept = sorted(
+            {math.floor(i / share) for i in range(math.ceil(len(profiles) * share))} & set(range(len(profiles)))
+        )
         tokens = tokens[: math.ceil(len(tokens) * share)]
         layers.append({**layer, "tokens": tokens, "profiles": [profiles[i] for i in kept]})
     return {**figures, "layers": layers, "thinned": True}

@@ -7,7 +7,8 @@
     trace.sample.columns["layer_5/expert_ids"]   # (num_sampled, num_heads, num_active), of tokens drawn evenly
 
 Memory in bytes, per layer, is `num_experts · (12 · num_heads + 8 · num_contexts + 4)`, and for samples at most
-`SAMPLE_ASSIGNMENTS · 16` and `PROBE_TOKENS · 8 · hidden_size`. Only the token ids, 4 bytes each, grow with the text.
+`SAMPLE_ASSIGNMENTS · 16` and `PROBE_TOKENS · 8 · hidden_size`; what waits to be sorted takes `num_experts · 64`, or
+128 MiB if that is more. Only the token ids, 4 bytes each, grow with the text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,9 @@ from modeling_peer.data.packing import tokenize
 SAMPLE_ASSIGNMENTS = 2**22
 SAMPLE_TOKENS = 2**16
 PROBE_TOKENS = 2048  # tokens whose hidden states are kept, too
+# Assignments that wait to be sorted: the more per expert, the fewer rows of the table are read for each.
 PENDING_ASSIGNMENTS = 2**21
+PENDING_PER_EXPERT = 4
 ROWS_PER_TOKENIZATION = 64
 
 
@@ -128,7 +131,7 @@ class TopContexts:
         token = kept // (ids.numel() // max(1, len(positions)))
         self.pending.append((ids[kept], values[kept], positions[token]))
         self.num_pending += len(kept)
-        if self.num_pending >= PENDING_ASSIGNMENTS:
+        if self.num_pending >= max(PENDING_ASSIGNMENTS, PENDING_PER_EXPERT * len(self.least)):
             self.merge()
 
     def merge(self) -> None:
@@ -364,7 +367,9 @@ class RoutingRecorder:
                 "cannot be recorded."
             )
         gates = gates.to(torch.float32)
-        if not layer.has_single_neurons:  # an id beyond the pool stands for no expert in some of Transformers' mixtures
+        if (
+            not layer.has_single_neurons
+        ):  # an id beyond the pool stands for no expert in some of Transformers' mixtures
             none = ids >= layer.num_experts
             ids, gates = ids.masked_fill(none, 0), gates.masked_fill(none, 0.0)
         self.traces[layer.path].add(ids, gates, self.positions)

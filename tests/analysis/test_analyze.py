@@ -66,7 +66,9 @@ def test_the_page_is_one_small_file_without_requests(report):
     assert not re.search(r"<link|@import|<img|<iframe|\bsrc=|fetch\(|XMLHttpRequest", text)
     (data,) = re.findall(r'(?s)<script id="figures" type="application/json">(.*?)</script>', text)
     assert "<" not in data  # what the corpus says cannot end the element
-    assert "".join(json.loads(data)["excerpts"][1]["tokens"]).startswith("Some words <b>& a tag</b> </script> of plain")
+    assert "".join(json.loads(data)["excerpts"][1]["tokens"]).startswith(
+        "Some words <b>& a tag</b> </script> of plain"
+    )
 
 
 def test_a_page_over_the_limit_loses_profiles_evenly(report, monkeypatch):
@@ -79,7 +81,8 @@ def test_a_page_over_the_limit_loses_profiles_evenly(report, monkeypatch):
     (data,) = re.findall(r'(?s)<script id="figures" type="application/json">(.*?)</script>', page)
     kept = [profile["expert"] for profile in json.loads(data)["layers"][0]["profiles"]]
     every = [profile["expert"] for profile in figures["layers"][0]["profiles"]]
-    assert 0 < len(kept) < len(every) and set(kept) <= set(every)
+    assert 0 < len(kept) < len(every)
+    assert set(kept) <= set(every)
     assert kept[-1] > every[len(every) // 2]
 
 
@@ -108,15 +111,18 @@ def test_a_browser_shows_every_part_and_finds_what_is_searched(report, tmp_path)
     body = shown.replace(re.findall(r'(?s)<script id="figures".*?</script>', shown)[0], "")
     assert "Experts with the largest mean gates for this token" in body
     assert body.count('<article class="card"') == 8
-    assert body.count("<svg") == 3 and body.count("<circle") > 10
+    assert body.count("<svg") == 3
+    assert body.count("<circle") > 10
     assert figures["tables"]["usage"][0]["expert usage"] in body
     assert ">&lt;</span>" in body  # text of the corpus, as text
     profile = figures["layers"][0]["profiles"][3]["expert"]
     one = open_page(f"{page}#kind=expert&q={profile}", "--dump-dom")
-    assert one.count('<article class="card"') == 1 and f'data-expert="{profile}"' in one
+    assert one.count('<article class="card"') == 1
+    assert f'data-expert="{profile}"' in one
     picture = tmp_path / "report.png"
     open_page(page, f"--screenshot={picture}")
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 50_000
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 50_000
 
 
 def test_two_checkpoints_of_other_kinds_are_compared(tmp_path, capsys):
@@ -136,7 +142,12 @@ def test_two_checkpoints_of_other_kinds_are_compared(tmp_path, capsys):
     assert usage["difference"] == pytest.approx(usage["this"] - usage["beside"], abs=1e-3)
     assert [row["difference"] for row in compare(figures, figures) if row["figure"] == "unevenness"] == [0.0]
     shown = capsys.readouterr().out
-    for heading in ("| layer | head | expert usage |", "gate entropy (nats)", "cosine of experts' up_embed", "| beside |"):
+    for heading in (
+        "| layer | head | expert usage |",
+        "gate entropy (nats)",
+        "cosine of experts' up_embed",
+        "| beside |",
+    ):
         assert heading in shown
     assert figures["excerpts"][0]["tokens"] == list("some lines")
     assert len(figures["excerpts"][0]["experts"]["layer_1"]) == 10
@@ -151,9 +162,11 @@ def test_a_mixtral_of_transformers_is_inspected(tmp_path):
     (tmp_path / "text.txt").write_text("Plain text of some length, in lines.\n" * 20)
     result = inspect_checkpoint(
         InspectionArguments(
-            str(tmp_path / "mixtral"), text=[str(tmp_path / "text.txt")], output_dir=str(tmp_path / "out"),
+            str(tmp_path / "mixtral"),
+            text=[str(tmp_path / "text.txt")],
+            output_dir=str(tmp_path / "out"),
             context_length=32,
-        )  # fmt: skip
+        )
     )
     assert list(result["usage"]) == ["layer_0", "layer_1"]
     assert result["num_tokens"] == 37 * 20 + 1  # with the end of the text
@@ -162,9 +175,13 @@ def test_a_mixtral_of_transformers_is_inspected(tmp_path):
 def test_what_cannot_be_inspected_is_refused_with_the_way_out(tmp_path):
     dense = PeerForCausalLM(
         PeerConfig(
-            vocab_size=257, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=257,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
             mlp_layer_types=["dense"],
-        )  # fmt: skip
+        )
     )
     dense.save_pretrained(tmp_path / "dense")
     byte_tokenizer().save_pretrained(tmp_path / "dense")

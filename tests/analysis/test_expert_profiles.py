@@ -43,7 +43,8 @@ def gates_by_expert(model, trace, expert):
 def test_a_profile_has_the_largest_gates_their_contexts_and_their_texts(recorded):
     model, tokenizer, trace, layer = recorded
     chosen = choose_experts(trace.layers[0], 12)
-    assert len(chosen) <= 12 and len(chosen.unique()) == len(chosen)
+    assert len(chosen) <= 12
+    assert len(chosen.unique()) == len(chosen)
     for profile in profile_experts(model, tokenizer, trace, layer, chosen, num_contexts=3):
         sums, largest = gates_by_expert(model, trace, profile.expert)
         best = largest.topk(3)
@@ -51,8 +52,10 @@ def test_a_profile_has_the_largest_gates_their_contexts_and_their_texts(recorded
         assert [context["gate"] for context in profile.contexts] == pytest.approx(kept)
         for context, place in zip(profile.contexts, best.indices.tolist(), strict=False):
             text = TEXTS[place // 31]
-            assert context["token"] == text[place % 31] and context["source"] == ["words", "sums"][place // 31]
-            assert text[: place % 31].endswith(context["before"]) and context["after"] in text
+            assert context["token"] == text[place % 31]
+            assert context["source"] == ["words", "sums"][place // 31]
+            assert text[: place % 31].endswith(context["before"])
+            assert context["after"] in text
         assert profile.gate_sum == pytest.approx(sums.sum().item(), rel=1e-5)
         by_text = sums.view(2, 31).sum(1)
         shares = dict(profile.sources)

@@ -76,13 +76,15 @@ def test_weights_that_follow_the_gates_are_explained_by_them(tiny_config):
     with torch.no_grad():
         layer.experts.down_embed.copy_(gate_vectors(layer, torch.arange(64)))
     found = gates_against_weights(layer)
-    assert found["down_embed"] == pytest.approx(1.0, abs=1e-5) and found["up_embed"] < 0.05
+    assert found["down_embed"] == pytest.approx(1.0, abs=1e-5)
+    assert found["up_embed"] < 0.05
 
 
 def test_similar_weights_are_found(tiny_config):
     layer = routed_layer(tiny_config)
     found = weight_similarity(layer)["up_embed"]
-    assert abs(found["mean"]) < 0.03 and found["mean_absolute"] == pytest.approx(found["expected"], rel=0.1)
+    assert abs(found["mean"]) < 0.03
+    assert found["mean_absolute"] == pytest.approx(found["expected"], rel=0.1)
     with torch.no_grad():
         layer.experts.up_embed[1:] = layer.experts.up_embed[0]
     assert weight_similarity(layer)["up_embed"]["mean"] == pytest.approx(1.0, abs=1e-5)
@@ -101,7 +103,8 @@ def test_gates_that_follow_the_norms_have_a_rank_correlation_of_one(tiny_config)
     hidden, ids = torch.randn(20, 32), torch.rand(20, 2, 64).argsort(-1)[..., :4]
     norms = expert_outputs(layer, hidden, ids.flatten(1))[0].norm(dim=-1).view(ids.shape)
     found = norms_against_gates(layer, hidden, ids, norms)
-    assert found["rank_correlation"] == pytest.approx(1.0) and found["top_has_largest"] == 1.0
+    assert found["rank_correlation"] == pytest.approx(1.0)
+    assert found["top_has_largest"] == 1.0
     assert found["rank_counts"] == [[40 if i == j else 0 for j in range(4)] for i in range(4)]
     assert norms_against_gates(layer, hidden, ids, -norms)["rank_correlation"] == pytest.approx(-1.0)
     assert 0.5 < found["active_neurons"] <= 1.0
@@ -120,8 +123,17 @@ def test_outputs_of_experts_that_write_alike_are_similar_and_repeats_do_not_coun
     assert math.isnan(output_similarity(layer, hidden, torch.tensor([[7], [7]]))["chosen"])
 
 
-def test_the_last_layer_is_an_outlier_outside_the_range_of_the_others():
-    assert last_layer_outlier([0.1, 0.3, 0.5])["outlier"] is True
-    assert last_layer_outlier([0.1, 0.3, 0.2])["outlier"] is False
-    assert last_layer_outlier([0.1, 0.3])["outlier"] is None
-    assert last_layer_outlier([0.1])["last"] == 0.1
+@pytest.mark.parametrize(
+    ("values", "outlier"),
+    [
+        ([0.1, 0.3, 0.6], True),
+        ([0.3, 0.1, -0.2], True),
+        ([0.1, 0.3, 0.4], False),  # beyond the others, by less than they differ
+        ([0.1, 0.1005, 0.102], False),  # by less than counts
+        ([0.1, 0.3, 0.2], False),
+        ([0.1, 0.3], None),
+        ([0.1], None),
+    ],
+)
+def test_the_last_layer_is_an_outlier_if_it_stands_far_outside_the_range_of_the_others(values, outlier):
+    assert last_layer_outlier(values)["outlier"] is outlier

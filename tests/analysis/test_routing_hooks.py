@@ -95,11 +95,15 @@ def test_a_hook_is_seen_where_one_call_would_replace_the_modules(tiny_config):
     experts = find_routed_layers(model)[0].experts
     assert is_unobserved(experts)
     called = []
-    with torch.no_grad(), change_gates(model, "layer_1", lambda ids, gates: called.append(ids) or torch.zeros_like(gates)):
+    with (
+        torch.no_grad(),
+        change_gates(model, "layer_1", lambda ids, gates: called.append(ids) or torch.zeros_like(gates)),
+    ):
         assert not is_unobserved(experts)
         silenced = model(TOKENS[:1, :1]).logits
         experts_output = model.get_decoder().layers[1].mlp(torch.randn(1, 1, 32))
-    assert len(called) == 2 and not experts_output.any()
+    assert len(called) == 2
+    assert not experts_output.any()
     assert is_unobserved(experts)
     with torch.no_grad():
         assert not torch.equal(model(TOKENS[:1, :1]).logits, silenced)

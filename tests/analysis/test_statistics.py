@@ -78,7 +78,8 @@ def test_consistency_is_one_where_a_token_decides_its_experts_and_chance_where_i
     tokens = torch.arange(8).repeat(25)
     fixed = some_ids(8)[tokens]
     table, chance = routing_consistency(fixed, tokens)
-    assert table["token"].tolist() == list(range(8)) and table["pairs"].tolist() == [24] * 8
+    assert table["token"].tolist() == list(range(8))
+    assert table["pairs"].tolist() == [24] * 8
     assert torch.equal(table["overlap"], torch.ones(8))
     assert chance < 0.6
     table, chance = routing_consistency(some_ids(200), tokens)
@@ -94,7 +95,9 @@ def test_a_heat_map_is_the_grid_or_the_means_of_its_blocks():
     assert heat_map(values, max_size=2).tolist() == [[2.5, 4.5], [10.5, 12.5]]
     assert heat_map(values, max_size=3).shape == (2, 2)  # blocks of 2 x 2: no cell is a fraction of an expert
     odd = heat_map(torch.tensor([3.0, 1.0, 2.0]))  # coarse experts need not be a square
-    assert odd[0].tolist() == [3.0, 1.0] and odd[1, 0] == 2 and odd[1, 1].isnan()
+    assert odd[0].tolist() == [3.0, 1.0]
+    assert odd[1, 0] == 2
+    assert odd[1, 1].isnan()
     uneven = heat_map(torch.ones(25), max_size=2)  # blocks of 3 x 3, of which some reach beyond the grid
     assert uneven.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
@@ -104,9 +107,12 @@ def test_usage_has_a_row_for_all_heads_and_one_for_each():
     best = torch.tensor([[1, 0, 0, 0], [0, 2, 0, 0]])
     layer = type("Layer", (), {"gate_sums": sums, "best_counts": best, "num_heads": 2})
     every, first, second = usage_table(layer)
-    assert every["expert_usage"] == 0.5 and every["top_1_usage"] == 0.5 and every["dead_experts"] == 2
+    assert every["expert_usage"] == 0.5
+    assert every["top_1_usage"] == 0.5
+    assert every["dead_experts"] == 2
     assert every["unevenness"] == pytest.approx(math.log(4) + 0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    assert first["unevenness"] == pytest.approx(math.log(2)) and first["top_1_usage"] == 0.25
+    assert first["unevenness"] == pytest.approx(math.log(2))
+    assert first["top_1_usage"] == 0.25
     assert second == {
         "head": "1", "expert_usage": 0.25, "unevenness": pytest.approx(math.log(4)), "top_1_usage": 0.25,
         "dead_experts": 3,
