@@ -41,7 +41,7 @@ class InspectionArguments:
     text: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Texts: files or folders (UTF-8; also .jsonl with a text column, .gz and .xz). Several are read in "
+            "help": "Texts: files or folders (UTF-8; also .jsonl with a text column, .gz, .xz). Several are read in "
             "turn, a sequence of each, and told apart in the report.",
             "nargs": "+",
         },
