@@ -107,6 +107,13 @@ def run_quantise(words: Sequence[str]) -> dict[str, Any]:
     return quantise_checkpoint(parse_arguments(QuantisationArguments, words))
 
 
+def run_inspect(words: Sequence[str]) -> dict[str, Any]:
+    """Record the routing of a checkpoint on a text, and report on it."""
+    from modeling_peer.analysis.analyze import inspect_checkpoint, parse_inspection
+
+    return inspect_checkpoint(parse_inspection(words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -195,6 +202,14 @@ def summarize_study(result: dict[str, Any]) -> dict[str, Any]:
     return {"path": result["path"], "table": result["table"], **counts, "failed": result["failed"]}
 
 
+def summarize_inspection(result: dict[str, Any]) -> dict[str, Any]:
+    """The files, and usage and dead experts of each layer."""
+    usage = {
+        name: {key: row[key] for key in ("expert_usage", "dead_experts")} for name, row in result["usage"].items()
+    }
+    return {**{name: result[name] for name in ("html", "data", "tensors", "num_tokens")}, "usage": usage}
+
+
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and the validation loss of each group: mean and standard deviation."""
     losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
@@ -219,7 +234,7 @@ def summarize_presets(result: dict[str, Any]) -> dict[str, Any]:
 def summarize_benchmark(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and how many cases, tasks or kernels it has."""
     counts = {name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels") if name in result}
-    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step")
+    names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step", "percent_of_a_forward")
     return {**{name: result[name] for name in names if name in result}, **counts}
 
 
@@ -269,6 +284,13 @@ COMMANDS = {
         "store the expert tables of a checkpoint as int8, int4 or float8",
         run_quantise,
         arguments=("hub/quantise_checkpoint.py:QuantisationArguments",),
+    ),
+    "inspect": Command(
+        "what the experts of a checkpoint do on any text: tables, and a page to open in a browser",
+        run_inspect,
+        "CHECKPOINT --output_dir FOLDER [--field value ...]",
+        ("analysis/analyze.py:InspectionArguments",),
+        summarize=summarize_inspection,
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

@@ -1,9 +1,12 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Benchmark the cost of measuring and of balancing expert usage: the function behind `peer bench-usage`."""
+"""Benchmark the cost of measuring, recording and balancing expert usage: the function behind `peer bench-usage`."""
 
 from typing import Any
 
+import torch
+
 from modeling_peer.analysis.expert_usage import ExpertUsage, find_retrievals
+from modeling_peer.analysis.routing_trace import RoutingRecorder, TokenBatch
 from modeling_peer.benchmarks.model import ModelBenchmark, build_models, make_call, make_input, row_sparse
 from modeling_peer.benchmarks.report import save
 from modeling_peer.costs.provenance import describe_machine, describe_versions
@@ -18,6 +21,8 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
 
     The callback counts in each step and measures once in `LOGGING_STEPS`. The step has row-sparse gradients. It is the
     shortest one, so the costs are the largest share of it.
+
+    Also time a forward of the decoder without gradients, and the same with the recording of `peer inspect`.
     """
     set_threads(settings.threads)
     name = row_sparse(settings.device)
@@ -39,6 +44,18 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
         "figures": lambda _: [usage.measure() for _, usage in watched],
         **{kind: lambda tokens, kind=kind: train_balanced(tokens, kind) for kind in BALANCE_LOSSES},
     }
+    recorder = RoutingRecorder(model)
+
+    @torch.no_grad()
+    def forward(tokens):
+        model.eval()
+        model.get_decoder()(input_ids=tokens, use_cache=False)
+
+    def record(tokens):
+        with recorder:
+            recorder.read(TokenBatch(tokens.cpu(), torch.zeros(len(tokens), dtype=torch.int64)))
+
+    calls |= {"forward": forward, "record": record}
     clock = Clock(settings.torch_device)
 
     def new_input(number):
@@ -58,6 +75,7 @@ def bench_expert_usage(settings: ModelBenchmark) -> dict[str, Any]:
         "layers": [layer for layer, _ in watched],
         "milliseconds": milliseconds,
         "percent_of_a_step": {cost: round(100 * share, 2) for cost, share in percent.items()},
+        "percent_of_a_forward": {"record": round(100 * (milliseconds["record"] / milliseconds["forward"] - 1), 2)},
     }
     save(result, settings.output_file)
     return {"path": settings.output_file, **result}

@@ -58,7 +58,10 @@ RANGES = {
     # of the model
     "tokenizer_vocab_size": Range(lambda value: 1 <= value < 2**31, "from 1 to 2,147,483,647"),
     # of evaluation and generation
-    **dict.fromkeys(("max_bytes", "context_length", "stride", "batch_size", "max_new_tokens"), AT_LEAST_ONE),
+    **dict.fromkeys(
+        ("max_bytes", "max_tokens", "num_contexts", "context_length", "stride", "batch_size", "max_new_tokens"),
+        AT_LEAST_ONE,
+    ),
     "temperature": NOT_NEGATIVE,
     "top_k": Range(lambda value: 0 <= value < 2**31, "at least 0; 0 draws from all tokens"),
     "top_p": Range(lambda value: 0 < value <= 1, "more than 0 and at most 1"),

@@ -1,0 +1,229 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""Record the routing of a checkpoint on a text and report on it: the function behind `peer inspect`."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import modeling_peer
+from modeling_peer.analysis import figures as figure_tables
+from modeling_peer.analysis.figures import collect_figures
+from modeling_peer.analysis.html_report import render, without_nan
+from modeling_peer.analysis.routing_hooks import find_routed_layers
+from modeling_peer.analysis.routing_trace import RoutingTrace, record_routing, token_batches
+from modeling_peer.console.command_line import parse_arguments
+from modeling_peer.console.errors import SettingsError, require_numbers
+from modeling_peer.console.tables import as_markdown
+from modeling_peer.data.corpus import Corpus, DataArguments, load_corpus
+from modeling_peer.data.python_sources import PYTHON_STDLIB
+from modeling_peer.data.tokenizers import encode_texts
+from modeling_peer.files_peer import give_default_permissions, write_text
+from modeling_peer.hub.loading import load_checkpoint
+
+HTML, DATA, TENSORS = "report.html", "report.json", "report.safetensors"
+
+
+@dataclass
+class InspectionArguments:
+    """The model, the text, and where the report goes."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Checkpoint folder or Hub id; also the first word of the command line."}
+    )
+    text: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts: files or folders (UTF-8; also .jsonl with a text column, .gz, .xz). Several are read in "
+            "turn, a sequence of each, and told apart in the report.",
+            "nargs": "+",
+        },
+    )
+    dataset_name: str = field(
+        default=PYTHON_STDLIB,
+        metadata={
+            "help": "Without --text: Hub id or folder of a data set. Default: the sources of the Python library."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, if it has several."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of the data set."})
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False, metadata={"help": "Rows of the data set are lines of continuous text, as in WikiText."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": f"Folder for {HTML}, {DATA} and {TENSORS}. Files of these names are replaced."}
+    )
+    beside: str | None = field(
+        default=None, metadata={"help": "A second checkpoint, which reads the same text and is compared."}
+    )
+    excerpt: str | None = field(
+        default=None,
+        metadata={"help": "Text whose experts the report shows word by word. Unset: the beginning of each text."},
+    )
+    max_tokens: int = field(default=1_000_000, metadata={"help": "Tokens to read, at most."})
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a sequence. Unset: max_position_embeddings, at most 1024."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
+    num_contexts: int = field(default=10, metadata={"help": "Contexts that are kept for each expert."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of what is drawn: the sample of tokens, some of the experts."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
+    )
+
+    def __post_init__(self):
+        require_numbers(self)
+
+
+def parse_inspection(words: Sequence[str]) -> InspectionArguments:
+    """Arguments from the command line; a first word without dashes is the model."""
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words = ["--model", *words]
+    return parse_arguments(InspectionArguments, words)
+
+
+def inspect_checkpoint(arguments: InspectionArguments) -> dict[str, Any]:
+    """Record, write the three files of the report, and print its tables.
+
+    Returns:
+        `model`, `html`, `data`, `tensors` (paths), `num_tokens`, and by layer the usage of all heads.
+
+    Raises:
+        SettingsError: a checkpoint, a text or the folder does not exist or cannot be used.
+    """
+    if not arguments.output_dir:
+        raise SettingsError("--output_dir is missing. Name a folder for the report.")
+    folder = Path(arguments.output_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"cannot write to --output_dir {folder}: {error.strerror}.") from error
+    names, corpora, description = _load_texts(arguments)
+    figures, trace = _inspect(arguments.model, arguments, names, corpora)
+    figures["data"] = description
+    tables = {
+        "usage": figure_tables.usage_rows(figures),
+        "routing": figure_tables.routing_rows(figures),
+        "weights": figure_tables.weight_rows(figures),
+    }
+    if arguments.beside:
+        other, _ = _inspect(arguments.beside, arguments, names, corpora)
+        figures["beside"] = arguments.beside
+        figures["comparison"] = figure_tables.compare(figures, other)
+        tables["beside"] = figure_tables.compare_rows(figures, other)
+    figures["tables"] = tables
+    print()
+    for rows in tables.values():
+        print(as_markdown(rows), end="\n\n")
+    paths = _write(folder, figures, trace)
+    return {
+        "model": arguments.model,
+        **paths,
+        "num_tokens": trace.num_tokens,
+        "usage": {layer["name"]: layer["usage"][0] for layer in without_nan(figures["layers"])},
+    }
+
+
+def trace_tensors(trace: RoutingTrace) -> dict[str, torch.Tensor]:
+    """Everything recorded, by name, as `report.safetensors` has it.
+
+    `token_ids`, `sequence_starts`, `sequence_sources`; for each layer `<layer>/counts`, `gate_sums`, `best_counts`,
+    `context_positions` and `context_gates`; and the samples, `sample/...` and `probe/...` (see `RoutingTrace`).
+    """
+    tensors = {name: getattr(trace, name) for name in ("token_ids", "sequence_starts", "sequence_sources")}
+    for layer in trace.layers:
+        positions, gates = layer.top_contexts()
+        found = {"counts": layer.counts, "gate_sums": layer.gate_sums, "best_counts": layer.best_counts}
+        found |= {"context_positions": positions, "context_gates": gates}
+        tensors |= {f"{layer.name}/{name}": values for name, values in found.items()}
+    for kind, sample in (("sample", trace.sample), ("probe", trace.probe)):
+        tensors |= {f"{kind}/{name}": values for name, values in sample.columns.items()}
+    return {name: values.cpu().contiguous() for name, values in tensors.items()}
+
+
+def _inspect(name: str | None, arguments: InspectionArguments, names, corpora) -> tuple[dict[str, Any], RoutingTrace]:
+    model, tokenizer = load_checkpoint(
+        name,
+        dtype=arguments.dtype,
+        experts_implementation=arguments.experts_implementation,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    try:
+        layers = find_routed_layers(model)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    longest = getattr(model.config, "max_position_embeddings", None) or 1024
+    length = min(longest, 1024) if arguments.context_length is None else arguments.context_length
+    if length > longest:
+        raise SettingsError(f"--context_length ({length}) exceeds the model's {longest} positions.")
+    print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
+    print(f"routed layers: {', '.join(f'{layer.name} ({layer.num_experts:,} experts)' for layer in layers)}")
+    batches = token_batches(corpora, tokenizer, length, arguments.batch_size)
+    excerpts = []
+    try:
+        trace = record_routing(model, batches, arguments.max_tokens, arguments.num_contexts, names, arguments.seed)
+        if arguments.excerpt:
+            excerpts = [("excerpt", encode_texts(tokenizer, [arguments.excerpt])[0][:length])]
+        figures = collect_figures(model, tokenizer, trace, excerpts, arguments.seed)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    versions = f"modeling_peer {modeling_peer.__version__}, transformers {transformers.__version__}"
+    figures |= {"model": name, "num_parameters": model.num_parameters(), "sequence_length": length}
+    figures |= {"versions": f"{versions}, torch {torch.__version__}"}
+    return figures, trace
+
+
+def _load_texts(arguments: InspectionArguments) -> tuple[list[str], list[Corpus], str]:
+    """Names of the texts, the texts as streams, and a description of them."""
+    options = {
+        "text_column": arguments.text_column,
+        "rows_are_lines": arguments.rows_are_lines,
+        "validation_percent": 0.0,
+    }
+    if arguments.text:
+        corpora = [load_corpus(DataArguments(train_file=path, streaming=True, **options)) for path in arguments.text]
+        names = [Path(path).name.split(".")[0] or path for path in arguments.text]
+        if len(set(names)) < len(names):
+            names = list(arguments.text)
+        return names, corpora, ", ".join(Path(path).name for path in arguments.text)
+    data = DataArguments(dataset_name=arguments.dataset_name, dataset_config=arguments.dataset_config, **options)
+    is_library = arguments.dataset_name == PYTHON_STDLIB
+    data.streaming = not is_library
+    data.train_split = "train" if is_library else arguments.split
+    corpus = load_corpus(data)
+    if is_library:
+        if arguments.split not in ("train", "validation"):
+            raise SettingsError(f"{PYTHON_STDLIB} has the splits train and validation, not {arguments.split!r}.")
+        corpus.train = getattr(corpus, arguments.split)
+    return [arguments.dataset_name], [corpus], f"{corpus.description}, {arguments.split}"
+
+
+def _write(folder: Path, figures: dict[str, Any], trace: RoutingTrace) -> dict[str, str]:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="_") as unfinished:
+            save_file(trace_tensors(trace), Path(unfinished, TENSORS), metadata={"format": "pt"})
+            give_default_permissions(Path(unfinished))
+            os.replace(Path(unfinished, TENSORS), folder / TENSORS)
+        write_text(folder / DATA, json.dumps(without_nan(figures), ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(folder / HTML, render(figures))
+    except OSError as error:
+        raise SettingsError(f"cannot write to --output_dir {folder}: {error.strerror}.") from error
+    return {"html": str(folder / HTML), "data": str(folder / DATA), "tensors": str(folder / TENSORS)}
