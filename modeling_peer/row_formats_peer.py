@@ -75,7 +75,7 @@ def scaled(values: torch.Tensor, scales: torch.Tensor | None, expert_ids: torch.
     """
     if scales is None:
         return values
-    # In a tenth of the time that `F.embedding` takes for rows of one number: 1 against 9 ms for 262,144 (one Zen 3 core).
+    # Not `F.embedding`, which takes 9 ms for 262,144 rows of one number; this takes 1 (one Zen 3 core).
     return values * scales.detach().index_select(0, expert_ids.flatten()).view(expert_ids.shape)
 
 

@@ -7,7 +7,7 @@ it reads a row. So the pages of all rows are requested at once, and the disk rea
 request each would be a page fault, one after the other.
 
 While everything is in the page cache, requests would only cost time. They are made after a call that had to wait for
-the disk, and for some calls after it.
+the disk, and for some calls after it. The last of these leaves a few rows out: a page fault there starts it anew.
 """
 
 import os
@@ -28,8 +28,11 @@ except ModuleNotFoundError:  # Windows, where nothing is mapped
     getrusage = None
 
 PLACEMENTS = (None, "mapped", "memory")
-# Calls with requests after one that waited for the disk. The first call after these makes none, and so finds out.
+# Calls with requests after one that waited for the disk.
 CALLS_WITH_REQUESTS = 64
+# Rows of each table that the last of these calls does not request: whether they fault says whether to go on. If it
+# requested none, every 64th call of a model on disk would read all of its rows one after another.
+PROBING_ROWS = 8
 # Smaller tables are soon in the page cache, so looking costs more than it saves.
 MIN_BYTES = 2**25
 SECONDS_BETWEEN_CHECKS = 1.0
@@ -51,6 +54,11 @@ class _Disk:
         elif self.calls_left:
             self.calls_left -= 1
         return self.calls_left > 0
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether this call finds out if later ones should request rows."""
+        return self.calls_left == 1
 
 
 _disk = _Disk()
@@ -137,6 +145,8 @@ class MappedTables:
         Ids that do not exist are left to the function that reads the rows.
         """
         ids = expert_ids.unique().cpu()
+        if _disk.is_probing:
+            ids = ids[PROBING_ROWS:]
         for address, num_rows, row_bytes in self.tables:
             for first, length in _runs(ids[(ids >= 0) & (ids < num_rows)]):
                 start = (address + first * row_bytes) // PAGE * PAGE

@@ -116,6 +116,24 @@ def test_requests_stop_while_nothing_is_read_from_the_disk(monkeypatch):
     assert in_use[67:] == [True] * 2
 
 
+def test_the_last_call_with_requests_leaves_some_rows_out_so_that_a_fault_shows(requests, monkeypatch):
+    monkeypatch.setattr(table_placement_peer, "PROBING_ROWS", 2)
+    table = torch.empty(50, PAGE)  # float32: 4 pages a row
+    tables = MappedTables([table], only_mapped=False)
+    monkeypatch.setattr(table_placement_peer._disk, "calls_left", 2)
+    ids = torch.tensor([[30, 9, 20, 40]])
+    requests.clear()
+    tables.request(ids)
+    all_rows = pages_of(requests)
+    requests.clear()
+    monkeypatch.setattr(table_placement_peer._disk, "calls_left", 1)
+    tables.request(ids)
+    first = [(table.data_ptr() + row * 4 * PAGE) // PAGE for row in (30, 40)]
+    straddles = table.data_ptr() % PAGE > 0
+    assert pages_of(requests) == {page + i for page in first for i in range(4 + straddles)}
+    assert len(all_rows) == 2 * len(pages_of(requests))
+
+
 class TestTraining:
     @pytest.mark.parametrize("implementation", ["eager", "cpu"])
     def test_mapped_tables_are_not_trained_and_the_way_out_is_named(self, folder, implementation):
