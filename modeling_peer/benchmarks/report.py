@@ -141,6 +141,7 @@ def _start(one: dict[str, Any]) -> dict[str, Any]:
         "first token": one["first_token_seconds"],
         "second token": one["second_token_seconds"],
         "in all": one["seconds_in_all"],
+        "in all, of a core": one["cpu_seconds_in_all"],
         "anonymous memory, MiB": f"{one['anonymous_bytes'] / 2**20:,.0f}",
         "of it the model": f"{one['anonymous_bytes_of_model'] / 2**20:,.0f}",
     }
