@@ -12,6 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from modeling_peer import PeerForCausalLM
 from modeling_peer.benchmarks.disk import drop_pages, read_bytes
+from modeling_peer.benchmarks.table_files import table_files
+from modeling_peer.costs.memory import anonymous_bytes
+from modeling_peer.costs.timing import set_threads
 from modeling_peer.mapped_memory_peer import PAGE
 from modeling_peer.quantised_tables_peer import expert_pools
 
@@ -156,6 +159,34 @@ def measure_cold(model: PlacedModel, sizes: Sizes) -> dict[str, dict[str, float]
         "pages_per_call": model.pages(text),
     }
     return found
+
+
+def probe_start(folder: str, placement: str, threads: int | None, started: float) -> dict[str, Any]:
+    """Seconds and memory of loading and of the first token, in this process, which should be new.
+
+    Imports are those of the benchmark, a few modules more than a user's.
+
+    Args:
+        started: time of the process's start, in seconds since the epoch.
+    """
+    imported = time.time()
+    set_threads(threads)
+    before = anonymous_bytes()
+    model = PlacedModel(Path(folder), placement, table_files(Path(folder)), seed=0)
+    loaded, of_model = time.time(), anonymous_bytes() - before
+    model.prefill(model.draw(1))
+    first, cpu = time.time(), time.process_time()
+    model.prefill(model.draw(1))
+    return {
+        "import_seconds": round(imported - started, 3),
+        "load_seconds": round(loaded - imported, 3),
+        "first_token_seconds": round(first - loaded, 3),
+        "second_token_seconds": round(time.time() - first, 4),
+        "seconds_in_all": round(first - started, 3),
+        "cpu_seconds_in_all": round(cpu, 3),
+        "anonymous_bytes_of_model": of_model,
+        "anonymous_bytes": anonymous_bytes(),
+    }
 
 
 def _mib(num_bytes: int, num_calls: int) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 
 from modeling_peer.benchmarks.circumstances import announce, describe_measurement
 from modeling_peer.benchmarks.disk import cached_bytes, drop_pages, random_reads_per_second
-from modeling_peer.benchmarks.hot_rows import shares_of_hot_rows
 from modeling_peer.benchmarks.memory import USABLE, in_new_process
 from modeling_peer.benchmarks.report import publish
 from modeling_peer.benchmarks.settings import BenchmarkArguments
@@ -156,6 +155,8 @@ def _bench_in(folder: Path, settings: TablesBenchmark) -> dict[str, Any]:
         result["tasks"].append({"task": task, "contenders": found})
     result["anonymous_bytes_at_the_end"] = anonymous_bytes() if placements == [MAPPED] else None
     if settings.trained_model is not None:
+        from modeling_peer.benchmarks.hot_rows import shares_of_hot_rows  # with packages for data sets
+
         result["hot_rows"] = shares_of_hot_rows(settings.trained_model, settings.text_file, settings.max_text_tokens)
     publish(result, settings.output_file)
     return {"path": settings.output_file, **result}
@@ -206,7 +207,7 @@ def _measure_start(
     folder: Path, files: list[Path], placements: list[str], settings: TablesBenchmark
 ) -> list[dict[str, Any]]:
     """Load and first token in new processes: first one that compiles what is not compiled, then those that count."""
-    function, found = "modeling_peer.benchmarks.tables:probe_start", []
+    function, found = "modeling_peer.benchmarks.table_tasks:probe_start", []
     in_new_process(function, str(folder), MAPPED, settings.threads, time.time())
     for placement in placements:
         for pages in ("cold", "warm"):
@@ -216,32 +217,6 @@ def _measure_start(
             found.append({"placement": placement, "pages": pages, **answer})
             announce(f"start, {placement}, {pages}: {answer}")
     return found
-
-
-def probe_start(folder: str, placement: str, threads: int | None, started: float) -> dict[str, Any]:
-    """Seconds and memory of loading and of the first token, in this process, which should be new.
-
-    Args:
-        started: time of the process's start, in seconds since the epoch.
-    """
-    imported = time.time()
-    set_threads(threads)
-    before = anonymous_bytes()
-    model = PlacedModel(Path(folder), placement, table_files(Path(folder)), seed=0)
-    loaded, of_model = time.time(), anonymous_bytes() - before
-    model.prefill(model.draw(1))
-    first, cpu = time.time(), time.process_time()
-    model.prefill(model.draw(1))
-    return {
-        "import_seconds": round(imported - started, 3),
-        "load_seconds": round(loaded - imported, 3),
-        "first_token_seconds": round(first - loaded, 3),
-        "second_token_seconds": round(time.time() - first, 4),
-        "seconds_in_all": round(first - started, 3),
-        "cpu_seconds_in_all": round(cpu, 3),
-        "anonymous_bytes_of_model": of_model,
-        "anonymous_bytes": anonymous_bytes(),
-    }
 
 
 def _read_whole(files: list[Path]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.benchmarks import disk, hot_rows, report, table_files, tables
+from modeling_peer.benchmarks import disk, hot_rows, report, table_files, table_tasks, tables
 from modeling_peer.benchmarks.settings import parse_settings
 from modeling_peer.benchmarks.table_tasks import PlacedModel, summarize
 from modeling_peer.console.errors import SettingsError
@@ -154,7 +154,7 @@ def test_a_benchmark_of_tables_runs_from_end_to_end(tmp_path, monkeypatch, capsy
     settings = parse_settings(tables.TablesBenchmark, "tables", words)
 
     def in_this_process(function, *arguments):
-        return tables.probe_start(*arguments)
+        return table_tasks.probe_start(*arguments)
 
     monkeypatch.setattr(tables, "in_new_process", in_this_process)
     try:
