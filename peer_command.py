@@ -173,6 +173,14 @@ def run_bench_model(words: Sequence[str]) -> dict[str, Any]:
     return bench_model(parse_settings(ModelBenchmark, "model", words))
 
 
+def run_bench_tables(words: Sequence[str]) -> dict[str, Any]:
+    """Time and memory of a model whose expert tables stay in their files, and its disk's random reads."""
+    from modeling_peer.benchmarks.settings import parse_settings
+    from modeling_peer.benchmarks.tables import TablesBenchmark, bench_tables
+
+    return bench_tables(parse_settings(TablesBenchmark, "tables", words))
+
+
 def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
     """Measure the cost of expert usage figures and balance losses, as a part of a training step."""
     from modeling_peer.benchmarks.model import ModelBenchmark
@@ -247,6 +255,7 @@ TRAINING = (
 BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 RECIPE = "[recipe.yaml] [--field value ...]"
 SIZES = "cpu | h200 | smoke | sizes.yaml [--field value ...]"
+TABLE_SIZES = "cpu | tables_32gib | smoke | sizes.yaml [--field value ...]"
 COMMANDS = {
     # Spinning OpenMP threads occupy the cores that other threads need. On a busy machine a step took 5 to 10 times as
     # long.
@@ -339,6 +348,13 @@ COMMANDS = {
         run_bench_model,
         SIZES,
         (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        summarize=summarize_benchmark,
+    ),
+    "bench-tables": Command(
+        "load time, memory, cold and warm speed of a model whose expert tables stay in their files",
+        run_bench_tables,
+        TABLE_SIZES,
+        (BENCHMARK, "benchmarks/tables.py:TablesBenchmark"),
         summarize=summarize_benchmark,
     ),
     "bench-usage": Command(

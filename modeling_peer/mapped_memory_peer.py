@@ -6,8 +6,14 @@ import os
 import sys
 from functools import cache
 
+import torch
+
 PAGE = 4096  # bytes
-RANDOM, WILL_NEED, HUGE_PAGE, COLLAPSE = 1, 3, 14, 25  # <sys/mman.h>; COLLAPSE since Linux 6.1
+# <sys/mman.h>; POPULATE_READ since Linux 5.14, COLLAPSE since 6.1
+RANDOM, WILL_NEED, HUGE_PAGE, POPULATE_READ, COLLAPSE = 1, 3, 14, 22, 25
+PROCESS_MADVISE = 440  # <asm/unistd.h>, the same number for every processor
+MAX_RANGES = 1024  # of one call of process_madvise: IOV_MAX
+PIECE = 2**21  # bytes whose pages are looked at together: those of one page of the page table
 
 
 def is_mapped_file(address: int) -> bool:
@@ -40,10 +46,80 @@ def advise(address: int, num_bytes: int, advice: int) -> None:
         madvise(address, num_bytes, advice)
 
 
+def advise_all(starts: torch.Tensor, lengths: torch.Tensor, advice: int) -> None:
+    """`advise` on many ranges, 1,024 of them in one call of the system where it allows that (Linux 6.13, or as root).
+
+    Args:
+        starts, lengths: `(num_ranges,)`, int64; bytes.
+    """
+    ranges = torch.stack([starts, lengths], dim=1).contiguous()  # struct iovec
+    for first in range(0, len(ranges), MAX_RANGES):
+        part = ranges[first : first + MAX_RANGES]
+        if not _advise_together(part, advice):
+            for start, length in part.tolist():
+                advise(start, length, advice)
+
+
+def _advise_together(ranges: torch.Tensor, advice: int) -> bool:
+    system_call, process = _system_call(), _this_process(os.getpid())
+    if system_call is None or process is None:
+        return False
+    return system_call(PROCESS_MADVISE, process, ranges.data_ptr(), len(ranges), advice, 0) >= 0
+
+
+@cache
+def _this_process(process_id: int) -> int | None:
+    """A descriptor of this process. By its id: after a fork it is another one."""
+    try:
+        return os.pidfd_open(process_id)
+    except (AttributeError, OSError):
+        return None
+
+
+@cache
+def _system_call():
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).syscall
+    integer, pointer, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = (ctypes.c_long, integer, pointer, size, integer, ctypes.c_uint)
+    function.restype = ctypes.c_long
+    return function
+
+
+def map_cached_pages(address: int, num_bytes: int) -> None:
+    """Enter pages of a mapped file that are in the page cache into this process's page table, and read none.
+
+    Otherwise the first use of each would be a page fault, even if nothing has to be read. Pieces of which a page is
+    missing in the page cache are left as they are.
+
+    Args:
+        address: the start of a page.
+    """
+    mincore = _mincore()
+    if mincore is None:
+        return
+    resident = ctypes.create_string_buffer(PIECE // PAGE)
+    for first in range(address, address + num_bytes // PAGE * PAGE, PIECE):
+        length = min(PIECE, address + num_bytes // PAGE * PAGE - first)
+        # An error: the memory was freed meanwhile.
+        if mincore(first, length, resident) == 0 and resident.raw.count(b"\x01", 0, length // PAGE) == length // PAGE:
+            advise(first, length, POPULATE_READ)
+
+
 @cache
 def _madvise():
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+@cache
+def _mincore():
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).mincore
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
     return function

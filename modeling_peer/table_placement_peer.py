@@ -7,10 +7,11 @@ it reads a row. So the pages of all rows are requested at once, and the disk rea
 request each would be a page fault, one after the other.
 
 While everything is in the page cache, requests would only cost time. They are made after a call that had to wait for
-the disk, and for some calls after it.
+the disk, and for some calls after it. The last of these leaves a few rows out: a page fault there starts it anew.
 """
 
 import os
+import threading
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,16 @@ import torch
 from transformers.utils import logging
 
 from .checksums_peer import checksum_without_its_digits, stored_checksum
-from .mapped_memory_peer import PAGE, RANDOM, WILL_NEED, advise, is_mapped_file, mapped_file
+from .mapped_memory_peer import (
+    PAGE,
+    RANDOM,
+    WILL_NEED,
+    advise,
+    advise_all,
+    is_mapped_file,
+    map_cached_pages,
+    mapped_file,
+)
 from .quantised_tables_peer import expert_pools
 
 try:
@@ -28,8 +38,11 @@ except ModuleNotFoundError:  # Windows, where nothing is mapped
     getrusage = None
 
 PLACEMENTS = (None, "mapped", "memory")
-# Calls with requests after one that waited for the disk. The first call after these makes none, and so finds out.
+# Calls with requests after one that waited for the disk.
 CALLS_WITH_REQUESTS = 64
+# Rows of each table that the last of these calls does not request: whether they fault says whether to go on. If it
+# requested none, every 64th call of a model on disk would read all of its rows one after another.
+PROBING_ROWS = 8
 # Smaller tables are soon in the page cache, so looking costs more than it saves.
 MIN_BYTES = 2**25
 SECONDS_BETWEEN_CHECKS = 1.0
@@ -51,6 +64,11 @@ class _Disk:
         elif self.calls_left:
             self.calls_left -= 1
         return self.calls_left > 0
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether this call finds out if later ones should request rows."""
+        return self.calls_left == 1
 
 
 _disk = _Disk()
@@ -87,8 +105,25 @@ class _MappedFile:
         return None
 
 
+_mappers: list[threading.Thread] = []
+
+
+def wait_for_mapped_pages() -> None:
+    """Wait until pages that were in the page cache at loading are mapped. Benchmarks measure the speed after that."""
+    for mapper in _mappers:
+        mapper.join()
+
+
+def _map_cached_pages(spans: list[tuple[int, int]]) -> None:
+    for address, num_bytes in spans:
+        map_cached_pages(address, num_bytes)
+
+
 class MappedTables:
     """The mapped tables of one layer.
+
+    If pages of large ones are in the page cache already, another thread maps them: 262,144 of 1 GiB in 4 KiB pages
+    would be as many page faults, less those that the system handles together.
 
     Args:
         tables: each `(num_peer_experts, hidden_size)`, contiguous, a view of a file.
@@ -104,6 +139,11 @@ class MappedTables:
         for address, num_rows, row_bytes in self.tables:
             first = address // PAGE * PAGE
             advise(first, address + num_rows * row_bytes - first, RANDOM)
+        spans = [(-(-address // PAGE) * PAGE, num_rows * row_bytes) for address, num_rows, row_bytes in self.tables]
+        if sum(num_bytes for _, num_bytes in spans) > MIN_BYTES:
+            mapper = threading.Thread(target=_map_cached_pages, args=(spans,), daemon=True)
+            _mappers[:] = [other for other in _mappers if other.is_alive()] + [mapper]
+            mapper.start()
 
     def __reduce__(self):
         return type(None), ()  # a copy of the model has its tables in memory
@@ -137,21 +177,21 @@ class MappedTables:
         Ids that do not exist are left to the function that reads the rows.
         """
         ids = expert_ids.unique().cpu()
+        if _disk.is_probing:
+            ids = ids[PROBING_ROWS:]
         for address, num_rows, row_bytes in self.tables:
-            for first, length in _runs(ids[(ids >= 0) & (ids < num_rows)]):
-                start = (address + first * row_bytes) // PAGE * PAGE
-                advise(start, address + (first + length) * row_bytes - start, WILL_NEED)
+            rows = address + row_bytes * ids[(ids >= 0) & (ids < num_rows)]
+            starts, lengths = _pages(rows // PAGE, (rows + row_bytes - 1) // PAGE)
+            advise_all(PAGE * starts, PAGE * lengths, WILL_NEED)
 
 
-def _runs(numbers: torch.Tensor) -> list[tuple[int, int]]:
-    """Start and length of each run of consecutive numbers in an ascending tensor."""
-    if not len(numbers):
-        return []
-    begins = torch.ones(len(numbers), dtype=torch.bool)
-    begins[1:] = numbers[1:] != numbers[:-1] + 1
+def _pages(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Start and length of each run of pages in rows that lie on the pages `first` to `last`, both ascending."""
+    begins = torch.ones(len(first), dtype=torch.bool)
+    begins[1:] = first[1:] > last[:-1] + 1
     positions = begins.nonzero().flatten()
-    lengths = torch.cat([positions[1:], positions.new_tensor([len(numbers)])]) - positions
-    return list(zip(numbers[positions].tolist(), lengths.tolist(), strict=True))
+    ends = torch.cat([positions[1:], positions.new_tensor([len(first)])]) - 1
+    return first[positions], last[ends[: len(positions)]] - first[positions] + 1
 
 
 def check_placement(name: str | None) -> None:

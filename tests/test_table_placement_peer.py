@@ -11,7 +11,13 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from modeling_peer import PeerForCausalLM, experts_peer, quantise_expert_tables, table_placement_peer
+from modeling_peer import (
+    PeerForCausalLM,
+    experts_peer,
+    mapped_memory_peer,
+    quantise_expert_tables,
+    table_placement_peer,
+)
 from modeling_peer.mapped_memory_peer import PAGE, is_mapped_file
 from modeling_peer.row_formats_peer import TABLE_FORMATS
 from modeling_peer.table_placement_peer import MappedTables, device_beside_mapped_tables
@@ -32,6 +38,13 @@ def requests(monkeypatch):
     """Ranges of pages that were requested, with the disk in use all the time."""
     found = []
     monkeypatch.setattr(table_placement_peer, "advise", lambda *advice: found.append(advice))
+    monkeypatch.setattr(
+        table_placement_peer,
+        "advise_all",
+        lambda starts, lengths, advice: found.extend(
+            (*one, advice) for one in zip(starts.tolist(), lengths.tolist(), strict=True)
+        ),
+    )
     monkeypatch.setattr(table_placement_peer._disk, "is_in_use", lambda: True)
     return found
 
@@ -91,6 +104,36 @@ def test_rows_that_lie_on_several_pages_are_requested_whole(requests):
     assert pages_of(requests) == {page + i for page in first for i in range(12 + straddles)}
 
 
+def test_rows_on_one_page_and_on_neighbouring_pages_are_one_request(requests):
+    table = torch.empty(64, PAGE // 4 // 4)  # float32: four rows a page
+    tables = MappedTables([table], only_mapped=False)
+    tables.tables = [(0, 64, PAGE // 4)]
+    requests.clear()
+    tables.request(torch.tensor([[0, 1, 3, 5, 40, 63, 60]]))
+    assert [(start // PAGE, length // PAGE) for start, length, _ in requests] == [(0, 2), (10, 1), (15, 1)]
+    requests.clear()
+    tables.request(torch.tensor([[]], dtype=torch.int64))
+    assert requests == []
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_advice_on_many_ranges_is_given_together_or_one_by_one(tmp_path, monkeypatch, together):
+    if not together:
+        monkeypatch.setattr(mapped_memory_peer, "_advise_together", lambda ranges, advice: False)
+    monkeypatch.setattr(mapped_memory_peer, "MAX_RANGES", 3)
+    advice = []
+    monkeypatch.setattr(mapped_memory_peer, "advise", lambda *one: advice.append(one))
+    file = tmp_path / "table"
+    file.write_bytes(bytes(64 * PAGE))
+    table = torch.from_file(str(file), size=64 * PAGE, dtype=torch.uint8)
+    starts = table.data_ptr() + PAGE * torch.tensor([0, 5, 9, 20, 33])
+    mapped_memory_peer.advise_all(starts, torch.full_like(starts, 2 * PAGE), mapped_memory_peer.WILL_NEED)
+    if together and advice:
+        pytest.skip("this system takes advice on one range at a time")
+    expected = [] if together else [(start, 2 * PAGE, mapped_memory_peer.WILL_NEED) for start in starts.tolist()]
+    assert advice == expected
+
+
 def test_ids_that_do_not_exist_are_left_to_the_function_that_reads(folder, requests):
     model = PeerForCausalLM.from_pretrained(folder, table_placement="mapped", experts_implementation="cpu")
     experts = experts_of(model)
@@ -114,6 +157,56 @@ def test_requests_stop_while_nothing_is_read_from_the_disk(monkeypatch):
     assert in_use[:64] == [True] * 64
     assert in_use[64:67] == [False] * 3
     assert in_use[67:] == [True] * 2
+
+
+def test_the_last_call_with_requests_leaves_some_rows_out_so_that_a_fault_shows(requests, monkeypatch):
+    monkeypatch.setattr(table_placement_peer, "PROBING_ROWS", 2)
+    table = torch.empty(50, PAGE)  # float32: 4 pages a row
+    tables = MappedTables([table], only_mapped=False)
+    monkeypatch.setattr(table_placement_peer._disk, "calls_left", 2)
+    ids = torch.tensor([[30, 9, 20, 40]])
+    requests.clear()
+    tables.request(ids)
+    all_rows = pages_of(requests)
+    requests.clear()
+    monkeypatch.setattr(table_placement_peer._disk, "calls_left", 1)
+    tables.request(ids)
+    first = [(table.data_ptr() + row * 4 * PAGE) // PAGE for row in (30, 40)]
+    straddles = table.data_ptr() % PAGE > 0
+    assert pages_of(requests) == {page + i for page in first for i in range(4 + straddles)}
+    assert len(all_rows) == 2 * len(pages_of(requests))
+
+
+def test_pages_of_a_cached_file_are_mapped_before_their_first_use(tmp_path):
+    """In a process of its own, where nothing else touches pages."""
+    script = """
+        import mmap, resource, sys
+        import numpy as np
+        from modeling_peer.mapped_memory_peer import PAGE, map_cached_pages
+
+        def faults_of(use):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            use()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        size = 2**24
+        with open(sys.argv[1], "wb") as file:
+            file.write(bytes(size))  # and so it is in the page cache
+        with open(sys.argv[1], "rb") as file:
+            views = [np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8) for _ in range(2)]
+        for view in views:
+            view[:PAGE].sum()
+        map_cached_pages(views[1].ctypes.data, size)
+        print(*(faults_of(lambda view=view: view[::PAGE].sum()) for view in views))
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), tmp_path / "table"], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    unmapped, mapped = map(int, process.stdout.split())
+    if mapped == unmapped:
+        pytest.skip("this kernel has no MADV_POPULATE_READ (Linux 5.14)")
+    assert mapped < unmapped / 4
 
 
 class TestTraining:

@@ -102,7 +102,90 @@ def compilation_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-MARKDOWN = {"layer": layer_markdown, "model": model_markdown, "compilation": compilation_markdown}
+def tables_markdown(result: dict[str, Any]) -> str:
+    """Tables of one benchmark of tables in files: the disk, the start, calls warm and cold, hot rows."""
+    model = result["model"]
+    parts = [
+        headline(result),
+        f"{counted(model['sparse_layers'], 'PEER layer')} x {model['num_experts']:,} experts of width "
+        f"{model['hidden_size']:,}: {model['table_bytes'] / 2**30:.2f} GiB of tables",
+        "**random reads of the disk**, a second",
+        table([_read_rate(one) for one in result["disk"]]),
+        "**start of a new process**, seconds",
+        table([_start(one) for one in result["start"]]),
+        "**calls**, milliseconds: median, ninth decile",
+        table([*_cold_calls(result["cold"]), *_warm_calls(result["tasks"])]),
+    ]
+    decode = result["cold"]["decode"]
+    parts.append(
+        f"Cold decode reads {decode['pages_per_call']:,} pages a token, for which the disk takes "
+        f"{decode['disk_ms']:.3g} ms: decode reaches {decode['percent_of_disk']:.0f} % of its speed."
+    )
+    if hot := result.get("hot_rows"):
+        parts.append(f"**share of reads on the most used rows**, {hot['model']}, {hot['tokens']:,} tokens")
+        parts.append(table([_hot_rows(one) for one in hot["shares"]]))
+    return "\n\n".join(parts)
+
+
+def _read_rate(one: dict[str, Any]) -> dict[str, Any]:
+    ways = {"direct": "past the page cache", "requested": "requested, then read"}
+    rates = {words: f"{one[name]:,.0f}" for name, words in ways.items() if name in one}
+    return {"bytes": one["bytes"], "at once": one["at_once"], **rates}
+
+
+def _start(one: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "tables": f"{one['placement']}, {one['pages']}",
+        "import": one["import_seconds"],
+        "load": one["load_seconds"],
+        "first token": one["first_token_seconds"],
+        "second token": one["second_token_seconds"],
+        "in all": one["seconds_in_all"],
+        "in all, of a core": one["cpu_seconds_in_all"],
+        "anonymous memory, MiB": f"{one['anonymous_bytes'] / 2**20:,.0f}",
+        "of it the model": f"{one['anonymous_bytes_of_model'] / 2**20:,.0f}",
+    }
+
+
+def _warm_calls(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for task in tasks:
+        found = task["contenders"]
+        cells = {name: _median_and_ninth_decile(one) for name, one in found.items()}
+        if len(found) > 1:
+            speed = found["memory"]["median_ms"] / found["mapped"]["median_ms"]
+            cells["mapped against memory"] = f"{100 * speed:.1f} %"
+        rows.append({"": f"{task['task']}, warm", **cells})
+    return rows
+
+
+def _cold_calls(cold: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"": f"{task}, cold", "mapped": _median_and_ninth_decile(one), "MiB read": one["mib_read_per_call"]}
+        for task, one in cold.items()
+    ]
+
+
+def _median_and_ninth_decile(one: dict[str, Any]) -> str:
+    return f"{one['median_ms']:.3g}, {one['ninth_decile_ms']:.3g}"
+
+
+def _hot_rows(one: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "layer": one["layer"],
+        "experts held": one["experts"],
+        "of the pool": f"{100 * one['part_of_pool']:.1f} %",
+        "share of reads": f"{100 * one['share_of_reads']:.1f} %",
+        "best possible": f"{100 * one['best_possible']:.1f} %",
+    }
+
+
+MARKDOWN = {
+    "layer": layer_markdown,
+    "model": model_markdown,
+    "compilation": compilation_markdown,
+    "tables": tables_markdown,
+}
 
 
 def headline(result: dict[str, Any]) -> str:

@@ -43,6 +43,11 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
 
 
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs: mapped files and the page cache do not count. Linux."""
+    return _status_bytes("RssAnon")
+
+
 def _status_bytes(field: str) -> int:
     with open("/proc/self/status") as file:
         for line in file:
