@@ -59,7 +59,6 @@ from .outputs_peer import (
     PeerTokenClassifierOutput,
 )
 from .parallel_peer import EXPERT_ROWS, require_dense_gradients
-from .quantised_tables_peer import extra_numbers
 from .query_norms_peer import (
     Float32Module,
     freeze_running_statistics,
@@ -144,11 +143,6 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         "expert_ids": OutputRecorder(PeerRetrieval, index=1),
         "expert_gates": OutputRecorder(PeerRetrieval, index=0),
     }
-
-    def num_parameters(self, only_trainable: bool = False, *args, **kwargs) -> int:
-        """As Transformers counts; for quantised tables, the parameters of the float model that they stand for."""
-        count = super().num_parameters(only_trainable, *args, **kwargs)
-        return count if only_trainable else count + extra_numbers(self)
 
     @torch.no_grad()
     def _init_weights(self, module):

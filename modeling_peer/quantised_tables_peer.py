@@ -173,19 +173,6 @@ def expert_pools(model: nn.Module) -> dict[str, QuantisableTables]:
 
 
 @torch.no_grad()
-def extra_numbers(model: nn.Module) -> int:
-    """What to add to the elements of a model's parameters to count the numbers that its quantised tables stand for.
-
-    An element of an int4 table holds two numbers, and the scales of rows are no parameters of the float model.
-    """
-    extra = {}
-    for pool in expert_pools(model).values():
-        for one in pool.frozen_tables():
-            is_scale = one.dim() == 1
-            extra[id(one)] = -one.numel() if is_scale else one.shape[0] * row_width(one) - one.numel()
-    return sum(extra.values())
-
-
 def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     """Quantise the expert tables of a model in place, one after the other.
 

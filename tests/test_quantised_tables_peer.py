@@ -53,16 +53,6 @@ def with_values_of(model):
     return plain
 
 
-@pytest.mark.parametrize("table_format", FORMATS)
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_quantised_model_has_the_parameters_of_the_float_one(tiny_config, table_format, shared):
-    model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3, share_expert_tables=shared))
-    before = model.num_parameters()
-    tables = sum(table.numel() for table in experts_of(model).tables()) * (1 if shared else 3)
-    assert quantise_expert_tables(model, table_format).num_parameters() == before
-    assert model.num_parameters(only_trainable=True) == before - tables
-
-
 @pytest.mark.parametrize("experts_implementation", ["eager", "cpu"])
 @pytest.mark.parametrize("table_format", FORMATS)
 @pytest.mark.parametrize(

@@ -259,12 +259,12 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(port_given):
         pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        words = ["no-such-folder", "--host", "127.0.0.1", *port_given.format(port).split()]
+        words = [SHIPPED, "--host", "127.0.0.1", *port_given.format(port).split()]
         with pytest.raises(
             SettingsError, match=rf"cannot listen on 127.0.0.1, port {port} \(Address already in use\)"
         ):
             serving.serve(words)
-    serving._require_free_port(words)  # free again
+    serving._require_free_port("127.0.0.1", port)  # free again
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_an_address_that_does_not_exist_is_one_sentence(words, message):
     for name in serving.REQUIREMENTS:
         pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
     with pytest.raises(SettingsError, match=message):
-        serving._require_free_port(words)
+        serving.serve(words)
 
 
 @pytest.mark.parametrize("missing", serving.REQUIREMENTS)
