@@ -5,11 +5,13 @@ import json
 import sys
 
 import pytest
+from training_helpers import REPOSITORY
 
-from modeling_peer.studies.classics import classic
+from modeling_peer.studies.classics import classic, clusters_2022, vowels_1991
 from modeling_peer.studies.classics.classic import CLASSICS, run_classic
 from peer_command import COMMANDS, describe, main
 
+TABLES = {"vowels_1991": vowels_1991.make_table, "clusters_2022": clusters_2022.make_table}
 QUICK = {
     "vowels_1991": ["--num_runs", "2", "--tuning_runs", "1", "--max_epochs", "3"],
     "clusters_2022": [
@@ -70,3 +72,9 @@ def test_help_has_the_fields_of_every_classic_once():
     for name in CLASSICS:
         assert name in COMMANDS["classic"].usage
     assert {module.module for module in classic.CLASSICS.values()} == set(CLASSICS)
+
+
+@pytest.mark.parametrize("name", CLASSICS)
+def test_the_page_has_the_table_of_the_committed_result(name):
+    result = json.loads((REPOSITORY / "results" / "classics" / f"{name}.json").read_text())
+    assert TABLES[name](result["rows"]) in (REPOSITORY / "docs" / "mixtures.md").read_text()
