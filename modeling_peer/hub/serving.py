@@ -24,6 +24,7 @@ from modeling_peer.transformers_names_peer import TESTED_RELEASES
 
 # What the server runs on. Transformers asks for its own extra if one is missing; this package has one, too.
 REQUIREMENTS = ("fastapi", "openai", "uvicorn")
+MAX_PORT = 65535
 
 
 def serve(words: Sequence[str]) -> None:
@@ -87,16 +88,18 @@ def _require_free_port(host: Any, port: Any) -> None:
     """Refuse an address that the server cannot listen on. The server itself finds out after it loaded the model."""
     if not isinstance(host, str) or not isinstance(port, int):  # of a release that declares them otherwise
         return
+    if not 0 <= port <= MAX_PORT:
+        raise SettingsError(f"`peer serve` cannot listen on {host}, port {port}: ports are from 0 to {MAX_PORT}.")
     try:
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as listener:
                 if os.name == "posix":  # as the server does: a port that was in use a moment ago is free
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = getattr(error, "strerror", None) or str(error)
         code = getattr(error, "errno", None)
-        is_final = code in (errno.EADDRINUSE, errno.EACCES) or isinstance(error, (socket.gaierror, OverflowError))
+        is_final = code in (errno.EADDRINUSE, errno.EACCES) or isinstance(error, socket.gaierror)
         if is_final:
             raise SettingsError(
                 f"`peer serve` cannot listen on {host}, port {port} ({reason}). Give another --port or --host, or end "
