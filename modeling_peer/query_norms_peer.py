@@ -157,7 +157,9 @@ class PeerBatchNorm(RunningStatistics, nn.BatchNorm1d):
             token_mask: `(num_tokens,)`, true where a token is not padding.
         """
         if not (self.learns_with(self.weight) or (self.training and self.momentum is None)):
-            return F.batch_norm(query, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            # Inference engines hold parameters in the model's dtype, and torch wants that of the statistics.
+            weight, bias = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+            return F.batch_norm(query, self.running_mean, self.running_var, weight, bias, eps=self.eps)
         if token_mask is None and query.shape[0] > 1 and self.momentum is not None:
             return self._normalize_all(query)
         mean, variance = self._batch_statistics(query, token_mask)

@@ -172,7 +172,7 @@ def test_the_plans_name_modules_that_are_there(tiny_config):
 @torch.no_grad()
 def test_a_decoder_that_is_built_and_filled_as_engines_do_computes_the_same(model, dtype, tolerance):
     tokens = torch.randint(1, 99, (1, 9))
-    expected = model.model(tokens).last_hidden_state
+    expected = copy.deepcopy(model.model).to(dtype)(tokens).last_hidden_state.float()
     decoder = build_as_engines_do(copy.deepcopy(model.config), model.model.state_dict(), dtype)
     assert not any(value.is_meta for value in decoder.state_dict().values())
     hidden_states = decoder(input_ids=tokens, use_cache=False, return_dict=False)[0].float()
@@ -209,15 +209,16 @@ def test_the_configuration_is_that_of_a_text_model_with_full_attention(tiny_conf
 
 def test_the_plan_has_no_style_that_sglang_refuses(tiny_config):
     config = tiny_config()
-    assert not set(AutoModel.from_config(config).tp_plan.values()) <= STYLES_OF_SGLANG
+    assert "expert_rows" in AutoModel.from_config(config).tp_plan.values()
     config._attn_implementation = "sglang"
     ALL_ATTENTION_FUNCTIONS.register("sglang", nn.functional.scaled_dot_product_attention)
     try:
         plan = AutoModel.from_config(config).tp_plan
     finally:
         ALL_ATTENTION_FUNCTIONS._global_mapping.pop("sglang")
-    assert set(plan.values()) == {"colwise", "rowwise"}
+    plan.pop("embed_tokens", None)  # newer releases of Transformers add it to every model's plan
     assert "layers.*.self_attn.q_proj" in plan
+    assert set(plan.values()) <= STYLES_OF_SGLANG
 
 
 @torch.no_grad()
