@@ -192,7 +192,7 @@ def test_a_checkpoint_that_carries_all_code_loads_and_saves_its_own(new_config, 
     model.save_pretrained(tmp_path / "whole")
     for path in PACKAGE.glob("*_peer.py"):
         shutil.copy(path, tmp_path / "whole")
-    script = REMOTE.partition("        if order ==")[0] + "    torch.save(states, out)\n"
+    script = REMOTE.partition("        if order !=")[0] + "    torch.save(states, out)\n"
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", textwrap.dedent(script), "without the package", tmp_path / "whole", "states.pt"]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
