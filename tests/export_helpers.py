@@ -5,16 +5,31 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_peer import PeerForCausalLM
+from modeling_peer import PeerForCausalLM, quantise_expert_tables
 
 KINDS = ("llama", "peer")
+VARIANTS = {
+    "int8": {},
+    "dense": {"mlp_layer_types": ["dense"] * 3},
+    "product_key_memory": {"sparse_mlp": "product_key_memory"},
+    "Memory+": {"sparse_mlp": "product_key_memory", "gated_memory": True},
+    "top_k_moe": {"sparse_mlp": "top_k_moe"},
+    "expert_choice_moe": {"sparse_mlp": "expert_choice_moe"},
+    "multilinear_moe": {"sparse_mlp": "multilinear_moe"},
+}
+
+
+def with_variants(*names):
+    """The kinds, and these variants of PEER, which are slow."""
+    return [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in names)]
 
 
 def build(kind, tiny_config, **overrides):
     """A Llama fails where an exporter does not work here, whatever PEER does."""
-    config = tiny_config(**overrides)
-    if kind == "peer":
-        return PeerForCausalLM(config).eval()
+    config = tiny_config(**VARIANTS.get(kind, {}), **overrides)
+    if kind != "llama":
+        model = PeerForCausalLM(config).eval()
+        return quantise_expert_tables(model, kind) if kind == "int8" else model
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "max_position_embeddings", "pad_token_id")
     return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names})).eval()

@@ -2,7 +2,7 @@
 """Models exported to ONNX compute what eager does."""
 
 import pytest
-from export_helpers import KINDS, build, export_and_compare, exporters
+from export_helpers import VARIANTS, build, export_and_compare, exporters, with_variants
 
 for _tool in (
     "onnxruntime",
@@ -11,7 +11,7 @@ for _tool in (
     pytest.importorskip(_tool)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", with_variants(*VARIANTS))
 def test_a_model_exported_to_onnx_computes_what_eager_does(tiny_config, kind):
     package = exporters()
     export_and_compare(package.OnnxExporter(), package.OnnxConfig(), build(kind, tiny_config), tolerance=1e-5)

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_peer
@@ -37,6 +38,8 @@ DIALOGUE = f"user: {QUESTION}\nassistant: {ANSWER}<|endoftext|>"
 RIVALS = ("product_key_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
 # A cache of keys and values takes most of the memory unless it is told how much it needs.
 BATCHING = ("--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64")
+# Before, `/v1/models` lists the Hub's cache, and fails where there is none.
+LISTS_SERVED_MODELS = Version(transformers.__version__) >= Version("5.24")
 # `main` of Transformers' command line looks for a newer release first.
 CHAT = "from transformers.cli.transformers import app; app(prog_name='transformers')"
 
@@ -229,8 +232,9 @@ def test_a_signal_ends_the_server(folder, number, words):
     for name in serving.REQUIREMENTS:
         pytest.importorskip(name, reason=f"{name} comes with the extra 'serve'")
     server = Server(folder, "peer", *words)  # of one model, which is loaded first
-    (listed,) = server.get("v1/models")["data"]
-    assert listed["id"] == "peer"
+    if LISTS_SERVED_MODELS:
+        (listed,) = server.get("v1/models")["data"]
+        assert listed["id"] == "peer"
     test_chat_completions(server)
     assert server.end(number) == 0
     assert "Traceback" not in server.log.read_text()
