@@ -100,6 +100,7 @@ def open_page(page, *options):
     return done.stdout
 
 
+@pytest.mark.slow  # starts a browser three times
 def test_a_browser_shows_every_part_and_finds_what_is_searched(report, tmp_path):
     _, folder = report
     page = (folder / "report.html").as_uri()

@@ -5,11 +5,14 @@ import pytest
 import reference
 import torch
 import transformers.trainer
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from training_helpers import as_command_line, last_json, run_processes
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_peer import PeerForCausalLM, PeerForSequenceClassification
 from modeling_peer.analysis.expert_usage import find_retrievals
+from modeling_peer.data.tokenizers import byte_tokenizer
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback
 
 FIGURES = ["expert_usage", "top_1_usage", "unevenness", "dead_experts"]
@@ -210,3 +213,33 @@ def test_the_tokens_of_all_processes_count(tiny_config, tmp_path):
     for one, two in zip(alone[:2], together[:2], strict=True):  # of training, of evaluation
         assert usage_keys(one)
         assert usage_keys(two) == pytest.approx(usage_keys(one), rel=1e-5)
+
+
+def test_a_model_with_adapters_logs_the_usage_of_its_layers(trainer, tiny_config):
+    model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse", "dense", "sparse"]))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["retrieval"]))
+    trainer = trainer(adapted)
+    forwards = record(trainer.model)
+    trainer.train()
+    window = {layer: seen[2:] for layer, seen in forwards.items()}  # the last two steps
+    assert usage_keys(trainer.state.log_history[1]) == pytest.approx(expected(window, training=True), rel=1e-5)
+
+
+@pytest.mark.slow  # TRL takes long to import
+def test_the_trainer_of_trl_logs_the_usage_too(tiny_config, tmp_path):
+    import trl
+
+    tokenizer = byte_tokenizer()
+    model = PeerForCausalLM(tiny_config(vocab_size=len(tokenizer)))
+    arguments = trl.SFTConfig(
+        str(tmp_path), max_steps=2, logging_steps=1, max_length=32, report_to="none", use_cpu=True, disable_tqdm=True,
+        save_strategy="no", bf16=False,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"text": ["A line of text to learn from.", "Another line, as plain as that."] * 8})
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[ExpertUsageCallback()]
+    )
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        assert {f"{figure}_layer_1" for figure in FIGURES} <= entry.keys()
+        assert 0 < entry["expert_usage_layer_1"] <= 1
