@@ -215,7 +215,7 @@ def summarize_inspection(result: dict[str, Any]) -> dict[str, Any]:
     usage = {
         name: {key: row[key] for key in ("expert_usage", "dead_experts")} for name, row in result["usage"].items()
     }
-    return {**{name: result[name] for name in ("html", "data", "tensors", "num_tokens")}, "usage": usage}
+    return {**{name: result[name] for name in ("html", "data", "tensors", "num_tokens", "seconds")}, "usage": usage}
 
 
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,11 +105,12 @@ def inspect_checkpoint(arguments: InspectionArguments) -> dict[str, Any]:
     """Record, write the three files of the report, and print its tables.
 
     Returns:
-        `model`, `html`, `data`, `tensors` (paths), `num_tokens`, and by layer the usage of all heads.
+        `model`, `html`, `data`, `tensors` (paths), `num_tokens`, `seconds`, and by layer the usage of all heads.
 
     Raises:
         SettingsError: a checkpoint, a text or the folder does not exist or cannot be used.
     """
+    started = time.perf_counter()
     if not arguments.output_dir:
         raise SettingsError("--output_dir is missing. Name a folder for the report.")
     folder = Path(arguments.output_dir).expanduser()
@@ -138,6 +140,7 @@ def inspect_checkpoint(arguments: InspectionArguments) -> dict[str, Any]:
         "model": arguments.model,
         **paths,
         "num_tokens": trace.num_tokens,
+        "seconds": round(time.perf_counter() - started, 1),
         "usage": {layer["name"]: layer["usage"][0] for layer in without_nan(figures["layers"])},
     }
 
