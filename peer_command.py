@@ -252,6 +252,8 @@ TRAINING = (
     "training/arguments.py:PeerTrainingArguments",
     "training/arguments.py:RunArguments",
 )
+CHECKPOINT = "hub/loading.py:CheckpointArguments"
+TEXT = "data/corpus.py:TextArguments"
 BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 RECIPE = "[recipe.yaml] [--field value ...]"
 SIZES = "cpu | h200 | smoke | sizes.yaml [--field value ...]"
@@ -270,12 +272,12 @@ COMMANDS = {
     "evaluate": Command(
         "perplexity and bits per byte of any causal checkpoint on any text",
         run_evaluate,
-        arguments=("evaluation/checkpoints.py:EvaluationArguments",),
+        arguments=(CHECKPOINT, TEXT, "evaluation/checkpoints.py:EvaluationArguments"),
     ),
     "generate": Command(
         "continue prompts with any causal checkpoint",
         run_generate,
-        arguments=("evaluation/generation.py:GenerationArguments",),
+        arguments=(CHECKPOINT, "evaluation/generation.py:GenerationArguments"),
     ),
     "serve": Command(
         "answer OpenAI's requests over HTTP with any causal checkpoint: Transformers' own server",
@@ -298,7 +300,7 @@ COMMANDS = {
         "what the experts of a checkpoint do on any text: tables, and a page to open in a browser",
         run_inspect,
         "CHECKPOINT --output_dir FOLDER [--field value ...]",
-        ("analysis/analyze.py:InspectionArguments",),
+        (CHECKPOINT, TEXT, "analysis/analyze.py:InspectionArguments"),
         summarize=summarize_inspection,
     ),
     "compare": Command(

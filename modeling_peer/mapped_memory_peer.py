@@ -96,15 +96,24 @@ def map_cached_pages(address: int, num_bytes: int) -> None:
     Args:
         address: the start of a page.
     """
-    mincore = _mincore()
-    if mincore is None:
-        return
-    resident = ctypes.create_string_buffer(PIECE // PAGE)
-    for first in range(address, address + num_bytes // PAGE * PAGE, PIECE):
-        length = min(PIECE, address + num_bytes // PAGE * PAGE - first)
-        # An error: the memory was freed meanwhile.
-        if mincore(first, length, resident) == 0 and resident.raw.count(b"\x01", 0, length // PAGE) == length // PAGE:
+    end = address + num_bytes // PAGE * PAGE
+    for first in range(address, end, PIECE):
+        length = min(PIECE, end - first)
+        if num_cached_pages(first, length) == length // PAGE:
             advise(first, length, POPULATE_READ)
+
+
+def num_cached_pages(address: int, num_bytes: int) -> int | None:
+    """How many pages of a mapped file are in the page cache; None if it cannot be known, as of memory that was freed.
+
+    Args:
+        address: the start of a page.
+    """
+    mincore, num_pages = _mincore(), -(-num_bytes // PAGE)
+    if mincore is None:
+        return None
+    resident = (ctypes.c_char * num_pages)()  # a byte per page
+    return None if mincore(address, num_bytes, resident) else resident.raw.count(b"\x01")
 
 
 @cache

@@ -46,6 +46,8 @@ PROBING_ROWS = 8
 # Smaller tables are soon in the page cache, so looking costs more than it saves.
 MIN_BYTES = 2**25
 SECONDS_BETWEEN_CHECKS = 1.0
+# Of `device_map`: the strategies, and the end of the name of a pool of experts.
+_STRATEGIES, _POOL = ("auto", "balanced", "balanced_low_0", "sequential"), ".mlp.experts"
 
 logger = logging.get_logger(__name__)
 
@@ -212,9 +214,6 @@ def device_beside_mapped_tables(device_map: Any) -> Any:
     if len(others) != 1 or "disk" in others or any(str(device) != "cpu" for device in tables.values()):
         return None
     return next(iter(others.values()))
-
-
-_STRATEGIES, _POOL = ("auto", "balanced", "balanced_low_0", "sequential"), ".mlp.experts"
 
 
 def place_tables(model: torch.nn.Module, placement: str | None) -> None:

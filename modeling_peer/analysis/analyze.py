@@ -21,24 +21,20 @@ from modeling_peer.analysis.html_report import render, without_nan
 from modeling_peer.analysis.routing_hooks import find_routed_layers
 from modeling_peer.analysis.routing_trace import RoutingTrace, record_routing, token_batches
 from modeling_peer.console.command_line import parse_arguments
-from modeling_peer.console.errors import SettingsError, require_numbers
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.data.corpus import Corpus, DataArguments, load_corpus
-from modeling_peer.data.python_sources import PYTHON_STDLIB
+from modeling_peer.data.corpus import Corpus, TextArguments, load_text
 from modeling_peer.data.tokenizers import encode_texts
 from modeling_peer.files_peer import give_default_permissions, write_text
-from modeling_peer.hub.loading import load_checkpoint
+from modeling_peer.hub.loading import CheckpointArguments
 
 HTML, DATA, TENSORS = "report.html", "report.json", "report.safetensors"
 
 
 @dataclass
-class InspectionArguments:
-    """The model, the text, and where the report goes."""
+class InspectionArguments(TextArguments, CheckpointArguments):
+    """What is read, and where the report goes."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Checkpoint folder or Hub id; also the first word of the command line."}
-    )
     text: list[str] = field(
         default_factory=list,
         metadata={
@@ -46,20 +42,6 @@ class InspectionArguments:
             "turn, a sequence of each, and told apart in the report.",
             "nargs": "+",
         },
-    )
-    dataset_name: str = field(
-        default=PYTHON_STDLIB,
-        metadata={
-            "help": "Without --text: Hub id or folder of a data set. Default: the sources of the Python library."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the data set, if it has several."}
-    )
-    split: str = field(default="validation", metadata={"help": "Split of the data set."})
-    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
-    rows_are_lines: bool = field(
-        default=False, metadata={"help": "Rows of the data set are lines of continuous text, as in WikiText."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": f"Folder for {HTML}, {DATA} and {TENSORS}. Files of these names are replaced."}
@@ -80,17 +62,6 @@ class InspectionArguments:
     seed: int = field(
         default=0, metadata={"help": "Seed of what is drawn: the sample of tokens, some of the experts."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
-    experts_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
-    )
-
-    def __post_init__(self):
-        require_numbers(self)
 
 
 def parse_inspection(words: Sequence[str]) -> InspectionArguments:
@@ -163,12 +134,7 @@ def trace_tensors(trace: RoutingTrace) -> dict[str, torch.Tensor]:
 
 
 def _inspect(name: str | None, arguments: InspectionArguments, names, corpora) -> tuple[dict[str, Any], RoutingTrace]:
-    model, tokenizer = load_checkpoint(
-        name,
-        dtype=arguments.dtype,
-        experts_implementation=arguments.experts_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model, tokenizer = arguments.load(name)
     try:
         layers = find_routed_layers(model)
     except ValueError as error:
@@ -196,27 +162,14 @@ def _inspect(name: str | None, arguments: InspectionArguments, names, corpora) -
 
 def _load_texts(arguments: InspectionArguments) -> tuple[list[str], list[Corpus], str]:
     """Names of the texts, the texts as streams, and a description of them."""
-    options = {
-        "text_column": arguments.text_column,
-        "rows_are_lines": arguments.rows_are_lines,
-        "validation_percent": 0.0,
-    }
-    if arguments.text:
-        corpora = [load_corpus(DataArguments(train_file=path, streaming=True, **options)) for path in arguments.text]
-        names = [Path(path).name.split(".")[0] or path for path in arguments.text]
-        if len(set(names)) < len(names):
-            names = list(arguments.text)
-        return names, corpora, ", ".join(Path(path).name for path in arguments.text)
-    data = DataArguments(dataset_name=arguments.dataset_name, dataset_config=arguments.dataset_config, **options)
-    is_library = arguments.dataset_name == PYTHON_STDLIB
-    data.streaming = not is_library
-    data.train_split = "train" if is_library else arguments.split
-    corpus = load_corpus(data)
-    if is_library:
-        if arguments.split not in ("train", "validation"):
-            raise SettingsError(f"{PYTHON_STDLIB} has the splits train and validation, not {arguments.split!r}.")
-        corpus.train = getattr(corpus, arguments.split)
-    return [arguments.dataset_name], [corpus], f"{corpus.description}, {arguments.split}"
+    if not arguments.text:
+        corpus = load_text(arguments, streaming=True)
+        return [arguments.dataset_name], [corpus], corpus.description
+    corpora = [load_text(arguments, path, streaming=True) for path in arguments.text]
+    names = [Path(path).name.split(".")[0] or path for path in arguments.text]
+    if len(set(names)) < len(names):
+        names = list(arguments.text)
+    return names, corpora, ", ".join(Path(path).name for path in arguments.text)
 
 
 def _write(folder: Path, figures: dict[str, Any], trace: RoutingTrace) -> dict[str, str]:

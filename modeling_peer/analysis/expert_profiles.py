@@ -201,11 +201,8 @@ def read_along(
         rows = []
         for ids, gates in zip(routing.expert_ids.flatten(1), routing.gates.flatten(1).float(), strict=True):
             experts, places = ids.unique(return_inverse=True)
-            best = (
-                torch.zeros(len(experts), device=ids.device)
-                .index_add_(0, places, gates)
-                .topk(min(num_experts, len(experts)))
-            )
+            sums = torch.zeros(len(experts), device=ids.device).index_add_(0, places, gates)
+            best = sums.topk(min(num_experts, len(experts)))
             rows.append([(int(experts[i]), float(v)) for v, i in zip(best.values, best.indices, strict=True) if v > 0])
         result[layer.name] = rows
 

@@ -367,9 +367,8 @@ class RoutingRecorder:
                 "cannot be recorded."
             )
         gates = gates.to(torch.float32)
-        if (
-            not layer.has_single_neurons
-        ):  # an id beyond the pool stands for no expert in some of Transformers' mixtures
+        if not layer.has_single_neurons:
+            # an id beyond the pool stands for no expert in some of Transformers' mixtures
             none = ids >= layer.num_experts
             ids, gates = ids.masked_fill(none, 0), gates.masked_fill(none, 0.0)
         self.traces[layer.path].add(ids, gates, self.positions)

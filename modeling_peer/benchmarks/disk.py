@@ -1,7 +1,6 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """A disk's own random reads, and files without a page in memory. Linux."""
 
-import ctypes
 import mmap
 import os
 import random
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modeling_peer.mapped_memory_peer import PAGE, advise
+from modeling_peer.mapped_memory_peer import PAGE, advise, num_cached_pages
 
 DONT_NEED = 4  # <sys/mman.h>
 SECTOR = 512  # bytes; reads past the page cache are of whole sectors
@@ -40,17 +39,15 @@ def drop_pages(files: Iterable[Path], mapped: Iterable[tuple[int, int]] = ()) ->
 
 def cached_bytes(files: Iterable[Path]) -> int:
     """Bytes of files that are in the page cache."""
-    mincore = ctypes.CDLL(None, use_errno=True).mincore
-    mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     found = 0
     for file in files:
         with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapping:
             content = np.frombuffer(mapping, np.uint8)
-            resident = np.empty(-(-len(content) // PAGE), np.uint8)
-            if mincore(content.ctypes.data, len(content), resident.ctypes.data):
-                raise OSError(ctypes.get_errno(), f"mincore of {file}")
-            found += PAGE * int((resident & 1).sum())
+            num_pages = num_cached_pages(content.ctypes.data, len(content))
             del content  # or the mapping could not be closed
+            if num_pages is None:
+                raise OSError(f"the system does not tell which pages of {file} are in the page cache.")
+            found += PAGE * num_pages
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from modeling_peer.analysis.expert_usage import find_retrievals
 from modeling_peer.benchmarks.circumstances import announce
 from modeling_peer.console.errors import SettingsError
-from modeling_peer.data.corpus import DataArguments, load_corpus
+from modeling_peer.data.corpus import TextArguments, load_text
 from modeling_peer.hub.loading import load_checkpoint
 
 CACHED_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -37,9 +37,7 @@ def shares_of_hot_rows(model: str, text_file: str, max_tokens: int) -> dict[str,
     retrievals = find_retrievals(network)
     if not retrievals:
         raise SettingsError(f"--trained_model {model} has no PEER layer.")
-    text = DataArguments(train_file=text_file)
-    text.validation_percent = 0.0
-    documents = load_corpus(text).documents("train", 16 * max_tokens)
+    documents = load_text(TextArguments(), text_file).documents("train", 16 * max_tokens)
     ids = [token_id for document in documents for token_id in tokenizer(document)["input_ids"]]
     window = min(WINDOW, network.config.max_position_embeddings)
     windows = torch.tensor(ids[: min(max_tokens, len(ids)) // window * window]).view(-1, window)

@@ -4,7 +4,6 @@
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from modeling_peer.benchmarks.circumstances import announce
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.progress import Every
 from modeling_peer.file_names_peer import expert_tables_stem, index_name, weights_stem
 from modeling_peer.mapped_memory_peer import PAGE
 from modeling_peer.table_shards_peer import TABLE
@@ -113,13 +113,12 @@ class _Progress:
     """Says how much is written, every few seconds."""
 
     def __init__(self, num_bytes: int):
-        self.num_bytes, self.done, self.last = num_bytes, 0, time.monotonic()
+        self.num_bytes, self.done, self.notices = num_bytes, 0, Every(SECONDS_BETWEEN_NOTICES)
         announce(f"writing {num_bytes / 2**30:.1f} GiB of expert tables")
 
     def add(self, num_bytes: int) -> None:
         self.done += num_bytes
-        if time.monotonic() - self.last > SECONDS_BETWEEN_NOTICES:
-            self.last = time.monotonic()
+        if self.notices.is_due():
             announce(f"{self.done / 2**30:.1f} of {self.num_bytes / 2**30:.1f} GiB written")
 
 

@@ -83,6 +83,27 @@ class DataArguments:
 
 
 @dataclass
+class TextArguments:
+    """Text to read without training: a file if one is named, otherwise a split of a data set."""
+
+    dataset_name: str = field(
+        default=PYTHON_STDLIB,
+        metadata={
+            "help": "Hub id or local folder of a data set. Default: the sources of the Python standard library."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set, if it has several."}
+    )
+    split: str = field(default="validation", metadata={"help": "Split of the data set."})
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False,
+        metadata={"help": "Join the rows to one text. For data sets whose rows are lines, such as WikiText."},
+    )
+
+
+@dataclass
 class Corpus:
     """Text to train on and text held out.
 
@@ -126,6 +147,38 @@ def load_corpus(arguments: DataArguments) -> Corpus:
         corpus = _from_dataset(arguments)
     if corpus.validation is None and 0 < arguments.validation_percent < 100:
         _hold_out(corpus, arguments.validation_percent)
+    return corpus
+
+
+def load_text(arguments: TextArguments, file: str | None = None, streaming: bool = False) -> Corpus:
+    """The text of a file or folder or, without one, of the data set: as split `train` of a corpus without others.
+
+    Args:
+        streaming: read rows when they are used. The embedded corpus is small, and read at once.
+
+    Raises:
+        SettingsError: as `load_corpus`.
+    """
+    is_library = file is None and arguments.dataset_name == PYTHON_STDLIB
+    if is_library and arguments.split not in ("train", "validation"):
+        raise SettingsError(f"{PYTHON_STDLIB} has the splits train and validation, not {arguments.split!r}.")
+    data = DataArguments(
+        train_file=file,
+        text_column=arguments.text_column,
+        rows_are_lines=arguments.rows_are_lines,
+        streaming=streaming,
+    )
+    data.validation_percent = 0.0
+    if file is None:
+        data.dataset_name, data.dataset_config = arguments.dataset_name, arguments.dataset_config
+        data.train_split = "train" if is_library else arguments.split
+        data.streaming = streaming and not is_library
+    corpus = load_corpus(data)
+    if is_library:
+        corpus.train = getattr(corpus, arguments.split)
+    corpus.validation = None
+    if file is None:
+        corpus.description += f", {arguments.split}"
     return corpus
 
 

@@ -9,16 +9,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
-from modeling_peer.console.errors import SettingsError, require_numbers
+from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.tokenizers import encode_prompt
-from modeling_peer.hub.loading import load_checkpoint
+from modeling_peer.hub.loading import CheckpointArguments
 
 
 @dataclass
-class GenerationArguments:
-    """The model, the prompts, and the sampling of the next token."""
+class GenerationArguments(CheckpointArguments):
+    """The prompts, and the sampling of the next token."""
 
-    model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
     prompt: list[str] = field(
         default_factory=list,
         metadata={
@@ -36,27 +35,11 @@ class GenerationArguments:
     top_k: int = field(default=50, metadata={"help": "Draw from this many likeliest tokens. 0: from all."})
     top_p: float = field(default=1.0, metadata={"help": "Draw from the likeliest tokens of this total probability."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling. The same seed gives the same text."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
-    experts_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
-    )
-
-    def __post_init__(self):
-        require_numbers(self)
 
 
 def generate_from_checkpoint(arguments: GenerationArguments) -> dict[str, Any]:
     """Load the model, continue every prompt, and print the texts. The result contains them, too."""
-    model, tokenizer = load_checkpoint(
-        arguments.model,
-        dtype=arguments.dtype,
-        experts_implementation=arguments.experts_implementation,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    model, tokenizer = arguments.load()
     print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
     texts = continue_texts(model, tokenizer, arguments.prompt or [""], arguments)
     for text in texts:

@@ -37,6 +37,32 @@ CONFIG_ERRORS += (StrictDataclassError,)
 
 
 @dataclass
+class CheckpointArguments:
+    """The checkpoint, and how it is loaded."""
+
+    model: str | None = field(default=None, metadata={"help": "Checkpoint folder or Hub id, PEER or not."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights. auto: the stored type."})
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Implementation of the experts: eager, or a registered name. Unset: PEER chooses."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the model code of the checkpoint. Read it first."}
+    )
+
+    def __post_init__(self):
+        require_numbers(self)
+
+    def load(
+        self, model: str | None = None, tokenizer: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """`load_checkpoint` of `self.model`, or of `model` in its place."""
+        return load_checkpoint(
+            model or self.model, tokenizer, self.dtype, self.experts_implementation, self.trust_remote_code
+        )
+
+
+@dataclass
 class ModelArguments:
     """Model and tokenizer."""
 

@@ -64,14 +64,12 @@ def provide_classes(module: ModuleType) -> None:
 
 
 def _parse(app: Any, words: Sequence[str]) -> dict[str, Any]:
-    """Arguments of `transformers serve` by name, defaults included; empty if the words cannot be parsed."""
+    """Arguments of `transformers serve` by name, defaults included."""
     if not hasattr(app, "commands"):  # a typer.Typer, which builds its commands when it is called
         app = import_module("typer.main").get_command(app)
-    try:
-        with app.commands["serve"].make_context("serve", list(words), resilient_parsing=True) as context:
-            return dict(context.params)
-    except Exception:  # Transformers says what is wrong with the words
-        return {}
+    # resilient: what is wrong with the words is left to Transformers to say
+    with app.commands["serve"].make_context("serve", list(words), resilient_parsing=True) as context:
+        return dict(context.params)
 
 
 def _require_model(name: str | None) -> None:
@@ -97,13 +95,11 @@ def _require_free_port(host: Any, port: Any) -> None:
                     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 listener.bind(address)
     except OSError as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        code = getattr(error, "errno", None)
-        is_final = code in (errno.EADDRINUSE, errno.EACCES) or isinstance(error, socket.gaierror)
-        if is_final:
+        # other errors may be of one of several addresses; the server decides
+        if isinstance(error, socket.gaierror) or error.errno in (errno.EADDRINUSE, errno.EACCES):
             raise SettingsError(
-                f"`peer serve` cannot listen on {host}, port {port} ({reason}). Give another --port or --host, or end "
-                "the program that listens there."
+                f"`peer serve` cannot listen on {host}, port {port} ({error.strerror}). Give another --port or "
+                "--host, or end the program that listens there."
             ) from error
 
 

@@ -137,7 +137,7 @@ def test_two_checkpoints_of_other_kinds_are_compared(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Plain text of some length, in lines.\n" * 40)
     options = {"text": [str(tmp_path / "text.txt")], "output_dir": str(tmp_path / "out"), "excerpt": "some lines"}
     capsys.readouterr()
-    inspect_checkpoint(InspectionArguments(str(tmp_path / "peer"), beside=str(tmp_path / "moe"), **options))
+    inspect_checkpoint(InspectionArguments(model=str(tmp_path / "peer"), beside=str(tmp_path / "moe"), **options))
     figures = json.loads((tmp_path / "out" / "report.json").read_text())
     usage = next(row for row in figures["comparison"] if row["figure"] == "expert usage")
     assert usage["difference"] == pytest.approx(usage["this"] - usage["beside"], abs=1e-3)

@@ -29,13 +29,6 @@ from modeling_peer.costs.timing import interleave, summarize
 SIZES = {"hidden_size": 8, "num_retrieval_heads": 2, "num_experts_per_head": 2, "query_dim": 4}
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def test_file(tmp_path):
     """Write a test file; its path."""

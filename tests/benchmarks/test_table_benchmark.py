@@ -20,13 +20,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "checkpoints"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tables are mapped on Linux only")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def written(tiny_config, tmp_path, monkeypatch):
     """A configuration, and a folder with random tables whose blocks are smaller than a table."""

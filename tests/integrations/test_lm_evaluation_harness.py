@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_model(folder, tmp_path, kind, has_package):
     total = sum(log_likelihood(model, tokenizer, tokenizer.eos_token, page) for page in pages)
     bits = -total / math.log(2) / sum(len(page.encode()) for page in pages)
     assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
-    arguments = EvaluationArguments(str(folder / kind), file=str(folder / "pages.jsonl"), text_column="page")
+    arguments = EvaluationArguments(model=str(folder / kind), file=str(folder / "pages.jsonl"), text_column="page")
     own = evaluate_checkpoint(arguments)
     assert results["local_perplexity"]["bits_per_byte,none"] == pytest.approx(own["bits_per_byte"], rel=1e-4)
     # a token is a byte

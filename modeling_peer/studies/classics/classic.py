@@ -18,17 +18,16 @@ from modeling_peer.costs.provenance import describe_machine, describe_versions
 
 
 class Classic(NamedTuple):
-    """An experiment: where its module is, and the names in it."""
+    """An experiment, whose module has its name: other names in that module."""
 
-    module: str
     arguments: str  # a dataclass, of ClassicArguments
     run: str  # from its instance, and a function that saves what is finished, to a dict that JSON can hold
     plot: str  # from that dict and a path
 
 
 CLASSICS = {
-    "vowels_1991": Classic("vowels_1991", "VowelArguments", "run_vowels", "plot_vowels"),
-    "clusters_2022": Classic("clusters_2022", "ClusterArguments", "run_clusters", "plot_clusters"),
+    "vowels_1991": Classic("VowelArguments", "run_vowels", "plot_vowels"),
+    "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
 }
 
 
@@ -49,7 +48,7 @@ def run_classic(words: Sequence[str]) -> dict[str, Any]:
     if name not in CLASSICS:
         raise SettingsError(f"classic {name!r} must be one of {', '.join(CLASSICS)}.{nearest(name, CLASSICS)}")
     classic = CLASSICS[name]
-    module = importlib.import_module(f"{__package__}.{classic.module}")
+    module = importlib.import_module(f"{__package__}.{name}")
     arguments = parse_arguments(getattr(module, classic.arguments), rest)
     if arguments.plot:
         importlib.import_module("matplotlib")  # missing: known before minutes of training

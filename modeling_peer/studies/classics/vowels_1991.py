@@ -9,7 +9,6 @@ output: 24 in 4 experts with their gate and 25 in a network of 6 hidden units; 4
 
 import csv
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
+from modeling_peer.console.progress import Every
 from modeling_peer.console.tables import as_markdown, counted, mean_and_deviation, with_deviation
 from modeling_peer.studies.classics.arguments import ClassicArguments
 from modeling_peer.studies.classics.gated_mixture import (
@@ -162,7 +162,8 @@ def run_vowels(arguments: VowelArguments, save: Callable[[dict[str, Any]], None]
         save: as in `run_clusters`. It is not called, because training takes a minute or two.
 
     Returns:
-        data, settings, one row per system, t statistics, and `boundaries`: one run of each system for the plot.
+        `data` (where the vowels are from), `rows` (one per system), `t` (statistics of epochs), and for the plot
+        `boundaries` (parameters of the first run of each system) and `cases` (the vowels).
 
     Raises:
         SettingsError: settings are out of range, or the file of vowels cannot be used.
@@ -313,11 +314,10 @@ class _Progress:
     """Prints how far training is, every few seconds."""
 
     def __init__(self, label: str):
-        self.label, self.last = label, time.monotonic()
+        self.label, self.notices = label, Every(PROGRESS_SECONDS)
 
     def __call__(self, epoch: int, going: int) -> None:
-        if time.monotonic() - self.last > PROGRESS_SECONDS:
-            self.last = time.monotonic()
+        if self.notices.is_due():
             print(f"{self.label}: epoch {epoch:,}, {going} runs go on", flush=True)
 
 
