@@ -255,6 +255,7 @@ TRAINING = (
 CHECKPOINT = "hub/loading.py:CheckpointArguments"
 TEXT = "data/corpus.py:TextArguments"
 BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
+PRESET = "benchmarks/settings.py:PresetBenchmark"
 RECIPE = "[recipe.yaml] [--field value ...]"
 SIZES = "cpu | h200 | smoke | sizes.yaml [--field value ...]"
 TABLE_SIZES = "cpu | tables_32gib | smoke | sizes.yaml [--field value ...]"
@@ -349,21 +350,21 @@ COMMANDS = {
         "time and peak memory of whole models",
         run_bench_model,
         SIZES,
-        (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        (BENCHMARK, PRESET, "benchmarks/model.py:ModelBenchmark"),
         summarize=summarize_benchmark,
     ),
     "bench-tables": Command(
         "load time, memory, cold and warm speed of a model whose expert tables stay in their files",
         run_bench_tables,
         TABLE_SIZES,
-        (BENCHMARK, "benchmarks/tables.py:TablesBenchmark"),
+        (BENCHMARK, PRESET, "benchmarks/tables.py:TablesBenchmark"),
         summarize=summarize_benchmark,
     ),
     "bench-usage": Command(
         "cost of measuring and balancing expert usage, as a part of a training step",
         run_bench_usage,
         SIZES,
-        (BENCHMARK, "benchmarks/model.py:ModelBenchmark"),
+        (BENCHMARK, PRESET, "benchmarks/model.py:ModelBenchmark"),
         summarize=summarize_benchmark,
     ),
     "compile-kernels": Command(

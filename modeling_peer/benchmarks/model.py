@@ -12,8 +12,7 @@ from modeling_peer.benchmarks.circumstances import announce, describe_measuremen
 from modeling_peer.benchmarks.contenders import FAST, share_weights, why_missing
 from modeling_peer.benchmarks.memory import in_new_process
 from modeling_peer.benchmarks.report import publish
-from modeling_peer.benchmarks.settings import BenchmarkArguments, select
-from modeling_peer.console.command_line import Overrides
+from modeling_peer.benchmarks.settings import PresetBenchmark, select
 from modeling_peer.console.errors import SettingsError, require_at_least_one
 from modeling_peer.costs.memory import peak_bytes
 from modeling_peer.costs.timing import Clock, interleave, set_threads
@@ -25,18 +24,9 @@ PEER_EAGER, DENSE_TWIN = "PEER eager", "dense twin"
 
 
 @dataclass
-class ModelBenchmark(BenchmarkArguments):
-    """The model, and the number of tokens per call."""
+class ModelBenchmark(PresetBenchmark):
+    """The contenders, and the number of tokens per call."""
 
-    model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
-    model_overrides: Overrides = field(
-        default_factory=Overrides,
-        metadata={
-            "nargs": "+",
-            "action": "extend",  # values of the file and of the command line are merged
-            "help": "Configuration fields to change, as key=value pairs or a JSON object.",
-        },
-    )
     contenders: list[str] = field(default_factory=list, metadata={"help": "Contenders to measure. Unset: all."})
     batch_size: int = field(default=4, metadata={"help": "Sequences per call."})
     training_tokens: int = field(default=256, metadata={"help": "Length of a sequence in training."})

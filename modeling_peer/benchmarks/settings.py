@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from modeling_peer.console.command_line import Fields, merge
+from modeling_peer.console.command_line import Fields, Overrides, merge
 from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one, require_numbers
 from modeling_peer.console.files import find_file, read_yaml
 from modeling_peer.console.tables import counted
@@ -99,6 +99,21 @@ class BenchmarkArguments:
     def as_arguments(self) -> dict[str, Any]:
         """Keyword arguments that build the same settings in another process."""
         return {name: value for name, value in vars(self).items() if name != "command"}
+
+
+@dataclass
+class PresetBenchmark(BenchmarkArguments):
+    """The model that is measured."""
+
+    model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
+    model_overrides: Overrides = field(
+        default_factory=Overrides,
+        metadata={
+            "nargs": "+",
+            "action": "extend",  # values of the file and of the command line are merged
+            "help": "Configuration fields to change, as key=value pairs or a JSON object.",
+        },
+    )
 
 
 @dataclass

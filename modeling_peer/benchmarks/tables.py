@@ -12,10 +12,9 @@ from modeling_peer.benchmarks.circumstances import announce, describe_measuremen
 from modeling_peer.benchmarks.disk import cached_bytes, drop_pages, random_reads_per_second
 from modeling_peer.benchmarks.memory import USABLE, in_new_process
 from modeling_peer.benchmarks.report import publish
-from modeling_peer.benchmarks.settings import BenchmarkArguments
+from modeling_peer.benchmarks.settings import PresetBenchmark
 from modeling_peer.benchmarks.table_files import is_complete, table_files, write_random_checkpoint
 from modeling_peer.benchmarks.table_tasks import MAPPED, MEMORY, PlacedModel, Sizes, measure_cold, measure_warm
-from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError, require_at_least_one
 from modeling_peer.costs.memory import anonymous_bytes, available_bytes
 from modeling_peer.costs.timing import set_threads
@@ -29,18 +28,9 @@ FEW_PER_CENT_CACHED = 0.02  # more than that after a drop, and cold figures woul
 
 
 @dataclass
-class TablesBenchmark(BenchmarkArguments):
-    """The model, its folder, and the number of tokens per call."""
+class TablesBenchmark(PresetBenchmark):
+    """The folder of the model, and the number of tokens per call."""
 
-    model: str = field(default="peer_mini", metadata={"help": "A configuration, or its name in configuration/models."})
-    model_overrides: Overrides = field(
-        default_factory=Overrides,
-        metadata={
-            "nargs": "+",
-            "action": "extend",
-            "help": "Configuration fields to change, as key=value pairs or a JSON object.",
-        },
-    )
     folder: str | None = field(
         default=None,
         metadata={
