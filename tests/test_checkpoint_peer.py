@@ -373,6 +373,7 @@ def run_remote(script, *args, cache):
 
 
 @pytest.mark.slow_but_first
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(
     "fields",
     [

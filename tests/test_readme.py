@@ -44,6 +44,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(tmp_path, monkeypatch)
 
 def test_the_python_of_the_page_on_speed_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     assert type(run_python(SPEED, least=1)["optimizer"]).__name__ == "RowSparseAdamW"
 
 

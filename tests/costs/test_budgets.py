@@ -151,6 +151,7 @@ def _time(config):
     return 0.5 + 0.53 * config.num_sub_keys / 128 + (config.intermediate_size - 352) / 352
 
 
+@pytest.mark.slow
 def test_a_step_of_the_same_model_takes_about_as_long(tiny_config):
     quickly = {"sequence_length": 32, "device": "cpu", "repeats": 3}
     # A factor of two, once in five: the machine may be busy with something else in one contender's turns.

@@ -124,6 +124,7 @@ def build(tiny_config, seed, **overrides):
 
 
 @pytest.mark.slow_but_first
+@pytest.mark.slow
 def test_a_model_is_exported_and_comes_back_without_the_package(hub, tiny_config, tmp_path):
     first, second = build(tiny_config, 1), build(tiny_config, 2)
     folder, cache = tmp_path / "model", tmp_path / "cache"
