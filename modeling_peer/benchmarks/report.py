@@ -155,7 +155,7 @@ def _warm_calls(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(found) > 1:
             speed = found["memory"]["median_ms"] / found["mapped"]["median_ms"]
             cells["mapped against memory"] = f"{100 * speed:.1f} %"
-        rows.append({"": f"{task['task']}, warm, pages read {task['pages']}", **cells})
+        rows.append({"": f"{task['task']}, warm", **cells})
     return rows
 
 

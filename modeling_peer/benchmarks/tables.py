@@ -24,9 +24,6 @@ from modeling_peer.mapped_memory_peer import PAGE
 from modeling_peer.table_placement_peer import wait_for_mapped_pages
 
 GROUP = 256  # reads that are measured in progress at a time: those of a layer for one token with h = 8 and k = 16
-# How the pages of the tables came into the page cache. Files that were read from the beginning to the end, as by a copy
-# or a check of checksums, are there in large pieces, which the processor finds faster.
-SCATTERED, IN_ORDER = "row by row", "in order"
 FEW_PER_CENT_CACHED = 0.02  # more than that after a drop, and cold figures would not be cold
 
 
@@ -134,7 +131,17 @@ def _bench_in(folder: Path, settings: TablesBenchmark) -> dict[str, Any]:
     for task, found in result["cold"].items():
         announce(f"{task}, cold: {found['median_ms']:.3g} ms")
     result["cold"]["decode"] |= _against_disk(result)
-    result["tasks"] = _measure_warm(models, folder, files, settings)
+    if in_memory:
+        _read_whole(files)
+        models[MAPPED] = PlacedModel(folder, MAPPED, files, settings.seed)  # finds its tables in the page cache
+        for model in models.values():
+            model.decode(model.draw(1), model.draw(1))
+        wait_for_huge_pages()
+        wait_for_mapped_pages()
+    result["tasks"] = []
+    for task, found in measure_warm(models, settings.sizes, all_cached=in_memory):
+        announce(f"{task}, warm: " + ", ".join(f"{name} {one['median_ms']:.3g} ms" for name, one in found.items()))
+        result["tasks"].append({"task": task, "contenders": found})
     result["anonymous_bytes_at_the_end"] = anonymous_bytes() if placements == [MAPPED] else None
     if settings.trained_model is not None:
         from modeling_peer.benchmarks.hot_rows import shares_of_hot_rows  # with packages for data sets
@@ -199,31 +206,6 @@ def _measure_start(
             found.append({"placement": placement, "pages": pages, **answer})
             announce(f"start, {placement}, {pages}: {answer}")
     return found
-
-
-def _measure_warm(
-    models: dict[str, PlacedModel], folder: Path, files: list[Path], settings: TablesBenchmark
-) -> list[dict[str, Any]]:
-    """Calls with the tables in the page cache: after cold calls, which read row by row, and read again in order.
-
-    Tables that do not fit into memory are measured in the first state only.
-    """
-    tasks, all_cached = [], MEMORY in models
-    for pages in (SCATTERED, IN_ORDER) if all_cached else (SCATTERED,):
-        if pages == IN_ORDER:
-            models[MAPPED].drop_pages()
-        if all_cached:
-            _read_whole(files)
-            models[MAPPED] = PlacedModel(folder, MAPPED, files, settings.seed)  # finds its tables in the page cache
-            for model in models.values():
-                model.decode(model.draw(1), model.draw(1))
-            wait_for_huge_pages()
-            wait_for_mapped_pages()
-        for task, found in measure_warm(models, settings.sizes, all_cached):
-            speeds = ", ".join(f"{name} {one['median_ms']:.3g} ms" for name, one in found.items())
-            announce(f"{task}, warm, pages read {pages}: {speeds}")
-            tasks.append({"task": task, "pages": pages, "contenders": found})
-    return tasks
 
 
 def _read_whole(files: list[Path]) -> None:

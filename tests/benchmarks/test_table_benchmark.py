@@ -164,8 +164,7 @@ def test_a_benchmark_of_tables_runs_from_end_to_end(tmp_path, monkeypatch, capsy
         ("memory", "cold"),
         ("memory", "warm"),
     ]
-    measured = [(task["task"], task["pages"]) for task in result["tasks"]]
-    assert measured == [(task, pages) for pages in ("row by row", "in order") for task in ("decode", "prefill")]
+    assert [task["task"] for task in result["tasks"]] == ["decode", "prefill"]
     assert all(set(task["contenders"]) == {"mapped", "memory"} for task in result["tasks"])
     assert result["cold"]["decode"]["pages_per_call"] > 0
     assert result["cold"]["decode"]["percent_of_disk"] > 0
