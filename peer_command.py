@@ -109,9 +109,34 @@ def run_quantise(words: Sequence[str]) -> dict[str, Any]:
 
 def run_inspect(words: Sequence[str]) -> dict[str, Any]:
     """Record the routing of a checkpoint on a text, and report on it."""
-    from modeling_peer.analysis.analyze import inspect_checkpoint, parse_inspection
+    from modeling_peer.analysis.analyze import InspectionArguments, inspect_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
 
-    return inspect_checkpoint(parse_inspection(words))
+    return inspect_checkpoint(parse_with_checkpoint(InspectionArguments, words))
+
+
+def run_probe(words: Sequence[str]) -> dict[str, Any]:
+    """Find the single experts that say best what a token is."""
+    from modeling_peer.analysis.probe_checkpoint import ProbeArguments, probe_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return probe_checkpoint(parse_with_checkpoint(ProbeArguments, words))
+
+
+def run_domains(words: Sequence[str]) -> dict[str, Any]:
+    """Find the experts of each of some domains, and score the model without them."""
+    from modeling_peer.analysis.domain_experts import DomainArguments, inspect_domains
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return inspect_domains(parse_with_checkpoint(DomainArguments, words))
+
+
+def run_slice(words: Sequence[str]) -> dict[str, Any]:
+    """Keep the experts that a text uses, and save the smaller checkpoint."""
+    from modeling_peer.adaptation.slice_checkpoint import SliceArguments, slice_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return slice_checkpoint(parse_with_checkpoint(SliceArguments, words))
 
 
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
@@ -218,6 +243,11 @@ def summarize_inspection(result: dict[str, Any]) -> dict[str, Any]:
     return {**{name: result[name] for name in ("html", "data", "tensors", "num_tokens", "seconds")}, "usage": usage}
 
 
+def summarize_scores(result: dict[str, Any]) -> dict[str, Any]:
+    """All but the scores, which the table has."""
+    return {name: value for name, value in result.items() if name != "rows"}
+
+
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and the validation loss of each group: mean and standard deviation."""
     losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
@@ -303,6 +333,26 @@ COMMANDS = {
         "CHECKPOINT --output_dir FOLDER [--field value ...]",
         (CHECKPOINT, TEXT, "analysis/analyze.py:InspectionArguments"),
         summarize=summarize_inspection,
+    ),
+    "probe": Command(
+        "how well single experts say what a token is, beside the neurons of another checkpoint",
+        run_probe,
+        "CHECKPOINT --text FILES [--beside CHECKPOINT] [--field value ...]",
+        (CHECKPOINT, TEXT, "analysis/probe_checkpoint.py:ProbeArguments"),
+        summarize=summarize_scores,
+    ),
+    "domains": Command(
+        "which experts belong to one of several domains, and what each domain loses without them",
+        run_domains,
+        "CHECKPOINT --text FILES --score_text FILES [--field value ...]",
+        (CHECKPOINT, TEXT, "analysis/domain_experts.py:DomainArguments"),
+    ),
+    "slice": Command(
+        "keep the experts that a text uses: a smaller checkpoint, and its perplexity against the whole one's",
+        run_slice,
+        "CHECKPOINT --text FILE --output_dir FOLDER [--field value ...]",
+        (CHECKPOINT, TEXT, "adaptation/slice_checkpoint.py:SliceArguments"),
+        summarize=summarize_scores,
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

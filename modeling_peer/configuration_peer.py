@@ -119,6 +119,10 @@ class PeerConfig(PreTrainedConfig):
             All sparse layers use and train the same experts. Each layer has its own queries and sub-keys, or router.
         expert_dropout (`float`, *optional*, defaults to 0.0):
             Probability of dropping each expert that a token retrieved, in training.
+        num_kept_experts (`int`, *optional*):
+            Experts of each pool that have rows in the tables; unset, all have. The others are retrieved as before and
+            add nothing. [`adaptation.slicing.slice_experts`] and `peer slice` write such a checkpoint and set this
+            field; which experts were kept is in its tensors `experts.row_of_expert`. A new model keeps the first ones.
         expert_init_gain (`float`, *optional*, defaults to 4.0):
             Standard deviation of the pre-activations at initialisation; the paper states no initialisation.
         row_sparse_gradients (`bool`, *optional*, defaults to `False`):
@@ -265,6 +269,7 @@ class PeerConfig(PreTrainedConfig):
     gated_experts: bool = False
     share_expert_tables: bool = False
     expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
+    num_kept_experts: int | None = None
     expert_init_gain: int | float = 4.0
     row_sparse_gradients: bool = False
     expert_table_format: Literal["int8", "int4", "float8_e4m3"] | None = None
@@ -358,6 +363,11 @@ class PeerConfig(PreTrainedConfig):
     def num_peer_experts(self) -> int:
         """Experts in the pool of one sparse layer, `num_sub_keys**2`."""
         return self.num_sub_keys**2
+
+    @property
+    def num_expert_rows(self) -> int:
+        """Rows of each expert table: `num_kept_experts`, or one for each expert of the pool."""
+        return self.num_peer_experts if self.num_kept_experts is None else self.num_kept_experts
 
     @property
     def num_active_experts(self) -> int:
@@ -542,6 +552,11 @@ class PeerConfig(PreTrainedConfig):
                 f"num_experts_per_head ({self.num_experts_per_head}) exceeds num_sub_keys ({self.num_sub_keys}): a "
                 f"head cannot retrieve more than {self.num_sub_keys} per codebook. Lower one or raise the other."
             )
+        if self.num_kept_experts is not None and not 1 <= self.num_kept_experts <= self.num_peer_experts:
+            raise ValueError(
+                f"num_kept_experts ({self.num_kept_experts}) must be from 1 to num_sub_keys**2 "
+                f"({self.num_peer_experts}). Leave it unset to keep all."
+            )
 
     def _validate_mixtures(self):
         if self.balance_loss is not None and self.sparse_mlp not in PRODUCT_KEY_MLPS:
@@ -549,7 +564,8 @@ class PeerConfig(PreTrainedConfig):
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
             )
-        for name in ("gated_experts", "expert_dropout", "row_sparse_gradients", "expert_table_format"):
+        kinds = ("gated_experts", "expert_dropout", "row_sparse_gradients", "expert_table_format", "num_kept_experts")
+        for name in kinds:
             if getattr(self, name) and self.sparse_mlp not in PRODUCT_KEY_MLPS:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for what product keys retrieve, and "

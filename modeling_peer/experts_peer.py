@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from .backends_peer import EXPERT_MIXTURE_FUNCTIONS, choose, dense_optimizer_check, is_traced, lazy_gradients
@@ -232,7 +233,10 @@ class PeerExperts(QuantisableTables):
     """The pool of experts of one layer.
 
     `down_embed` reads a token, `up_embed` writes it back, and `gate_embed` (gated experts only) modulates. Each is
-    `(num_peer_experts, hidden_size)`, one row per expert. With `has_readers=False` there is `up_embed` only.
+    `(num_expert_rows, hidden_size)`, one row per expert. With `has_readers=False` there is `up_embed` only.
+
+    In a slice (`num_kept_experts`) some experts have no row. `row_of_expert`, `(num_peer_experts,)` in int32, maps the
+    id of an expert to its row, or to -1: such an expert adds nothing.
 
     `row_sparse` says whether gradients of the tables are row-sparse in this run; with `None` the configuration does.
     """
@@ -244,10 +248,12 @@ class PeerExperts(QuantisableTables):
         super().__init__()
         self.config = config
         self.activation = nn.Identity() if config.expert_act == "identity" else ACT2FN[config.expert_act]
-        self.num_peer_experts = config.num_peer_experts
+        self.num_peer_experts, self.num_rows = config.num_peer_experts, config.num_expert_rows
         exist = {"down_embed": has_readers, "up_embed": True, "gate_embed": has_readers and config.gated_experts}
         for name in TABLE_NAMES:
             self.register_table(name, exist[name])
+        rows = None if config.num_kept_experts is None else torch.empty(self.num_peer_experts, dtype=torch.int32)
+        self.register_buffer("row_of_expert", rows)
 
     def reset_parameters(self):
         """Initialise the tables. This is our choice: the paper states none.
@@ -262,18 +268,44 @@ class PeerExperts(QuantisableTables):
             if self._parameters[reader] is not None:
                 self.draw_table(reader, std=gain * self.config.hidden_size**-0.5)
         self.draw_table("up_embed", std=self.config.initializer_range / gain)
+        self.reset_rows()
+
+    def reset_rows(self):
+        """Give the first experts of the pool a row each, if some have none.
+
+        Raises:
+            ValueError: the tables of a slice were loaded without `row_of_expert`.
+        """
+        rows = self.row_of_expert
+        if rows is None or getattr(rows, "_is_hf_initialized", False):
+            return
+        if getattr(self.up_embed, "_is_hf_initialized", False):
+            raise ValueError(
+                f"num_kept_experts={self.config.num_kept_experts}: the expert tables were loaded without "
+                "row_of_expert, which says whose rows they have. Load the checkpoint with its own configuration."
+            )
+        ids = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        init.copy_(rows, ids.where(ids < self.config.num_expert_rows, -1))
+
+    def rows_of(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of these experts in the whole tables: int64, -1 for an expert without one."""
+        return expert_ids if self.row_of_expert is None else self.row_of_expert[expert_ids].long()
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Gated sum of the retrieved experts.
 
-        If the tables are a block of the pool's rows, ids count from its first row, and experts outside it add nothing.
+        If the tables are a block of all rows, ids are rows that count from its first one. Experts outside it add
+        nothing.
 
         Args:
             hidden_states: `(num_tokens, hidden_size)`.
             expert_ids, gates: `(num_tokens, num_active)`.
         """
-        if self.up_embed.shape[0] < self.num_peer_experts:
-            expert_ids, gates = own_assignments(expert_ids, gates, self.up_embed.shape[0])
+        num_rows = self.up_embed.shape[0]
+        if num_rows == self.num_rows:  # ids are still those of the pool
+            expert_ids = self.rows_of(expert_ids)
+        if num_rows < self.num_peer_experts:
+            expert_ids, gates = own_assignments(expert_ids, gates, num_rows)
         if self.mapped_tables is not None:
             self._use_mapped_tables(expert_ids)
             if self.up_embed.device != hidden_states.device:

@@ -8,10 +8,11 @@ collectives are those of Transformers' plans and of DTensor. They are registered
     a style of tensor-parallel plans, for groups whose ranks have the same tokens, and
     an implementation of expert parallelism, for groups whose ranks have their own tokens, gathered first.
 
-Rows are assigned in blocks of `ceil(num_peer_experts / num_ranks)`; the last block may be smaller.
+Rows are assigned in blocks of `ceil(num_expert_rows / num_ranks)`; the last block may be smaller.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -51,7 +52,7 @@ if torch.distributed.is_available():
             module._parameters[param] = nn.Parameter(rows, requires_grad=table.requires_grad)
 
         def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-            return _inputs_of_rank(args, mesh, Replicate(), module.num_experts), kwargs
+            return _inputs_of_rank(args, mesh, Replicate(), module.num_experts, module.rows_of), kwargs
 
         @contextlib.contextmanager
         def context_around_forward(self, module, mesh):
@@ -69,7 +70,11 @@ if torch.distributed.is_available():
     ALL_PARALLEL_STYLES.register(EXPERT_ROWS, ExpertRowsParallel())
 
     def _inputs_of_rank(
-        inputs: tuple[torch.Tensor, ...], mesh: DeviceMesh, placement: Placement, num_rows: int
+        inputs: tuple[torch.Tensor, ...],
+        mesh: DeviceMesh,
+        placement: Placement,
+        num_rows: int,
+        rows_of: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         """Hidden states, expert ids and gates of all tokens of the group; ids count from this rank's first row.
 
@@ -78,7 +83,9 @@ if torch.distributed.is_available():
         hidden_states, expert_ids, gates = (
             _redistribute(values, mesh, placement, Replicate(), grad_placements=[Partial()]) for values in inputs
         )
-        return hidden_states, expert_ids.long() - mesh.get_local_rank() * num_rows, gates
+        if mesh.size() > 1:  # otherwise the forward sees whole tables, and looks up rows itself
+            expert_ids = rows_of(expert_ids.long()) - mesh.get_local_rank() * num_rows
+        return hidden_states, expert_ids.long(), gates
 
     def _sum_over_ranks(output: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> torch.Tensor:
         return _redistribute(output, mesh, Partial(), placement)
@@ -127,6 +134,10 @@ else:
         (`"all_to_all"`) would be hundreds of times the traffic.
         """
 
+        def __init__(self, experts, ep_mesh, tp_mesh):
+            super().__init__(experts, ep_mesh, tp_mesh)
+            self.rows_of = experts.rows_of
+
         def __call__(self, hidden_states, top_k_index, top_k_weights):
             if self.shares_batch:
                 return self._on_own_rows((hidden_states, top_k_index, top_k_weights), Replicate())
@@ -147,7 +158,7 @@ else:
             return output[:num_tokens]
 
         def _on_own_rows(self, inputs, placement):
-            inputs = _inputs_of_rank(inputs, self.ep_mesh, placement, self.num_local_experts)
+            inputs = _inputs_of_rank(inputs, self.ep_mesh, placement, self.num_local_experts, self.rows_of)
             return _sum_over_ranks(self.experts_forward(*inputs), self.ep_mesh, placement)
 
     EPImplementationInterface.register(EXPERT_ROWS, ExpertRows)

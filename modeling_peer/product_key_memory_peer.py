@@ -25,6 +25,7 @@ class PeerMemoryValues(PeerExperts):
     def reset_parameters(self):
         """Initialise with standard deviation `hidden_size**-0.5`, as in the authors' code."""
         self.draw_table("up_embed", std=self.config.hidden_size**-0.5)
+        self.reset_rows()
 
 
 remember_forwards(PeerMemoryValues)  # the one-call layer replaces them too

@@ -29,7 +29,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 class QuantisableTables(nn.Module):
     """A module with a `config` whose expert tables are floats or, with `expert_table_format`, quantised.
 
-    Beside a quantised table `down_embed` stands `down_scale`, `(num_peer_experts,)` in float32, with the scales of its
+    Beside a quantised table `down_embed` stands `down_scale`, `(num_expert_rows,)` in float32, with the scales of its
     rows. Both are frozen, and keep their dtypes when the model is cast.
     """
 
@@ -39,10 +39,10 @@ class QuantisableTables(nn.Module):
         table_format = config.expert_table_format
         if exists:
             dtype = None if table_format is None else TABLE_FORMATS[table_format].dtype
-            table = torch.empty(config.num_peer_experts, stored_width(config.hidden_size, table_format), dtype=dtype)
+            table = torch.empty(config.num_expert_rows, stored_width(config.hidden_size, table_format), dtype=dtype)
             table = nn.Parameter(table, requires_grad=table_format is None)
         if exists and table_format is not None:
-            scale = nn.Parameter(torch.empty(config.num_peer_experts, dtype=torch.float32), requires_grad=False)
+            scale = nn.Parameter(torch.empty(config.num_expert_rows, dtype=torch.float32), requires_grad=False)
         self.register_parameter(name, table)
         self.register_parameter(SCALE_NAMES[name], scale)
 
@@ -216,7 +216,7 @@ def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     ]:
         if hasattr(config, "expert_table_format"):
             config.expert_table_format = table_format
-    _renew_ties(model)
+    renew_ties(model)
     return model
 
 
@@ -248,7 +248,7 @@ def _check_finite(name: str, table: torch.Tensor) -> None:
             )
 
 
-def _renew_ties(model: nn.Module) -> None:
+def renew_ties(model: nn.Module) -> None:
     """Let tables that layers share be saved once, with their scales."""
     for module in model.modules():
         if hasattr(type(module), "_shared_tables"):

@@ -5,7 +5,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ import modeling_peer
 from modeling_peer.analysis import figures as figure_tables
 from modeling_peer.analysis.figures import collect_figures
 from modeling_peer.analysis.html_report import render, without_nan
+from modeling_peer.analysis.named_texts import NamedTexts, load_named_texts, sequence_length
 from modeling_peer.analysis.routing_hooks import find_routed_layers
 from modeling_peer.analysis.routing_trace import RoutingTrace, record_routing, token_batches
-from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.data.corpus import Corpus, TextArguments, load_text
+from modeling_peer.data.corpus import TextArguments, load_text
 from modeling_peer.data.tokenizers import encode_texts
 from modeling_peer.files_peer import give_default_permissions, write_text
 from modeling_peer.hub.loading import CheckpointArguments
@@ -44,7 +43,10 @@ class InspectionArguments(TextArguments, CheckpointArguments):
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": f"Folder for {HTML}, {DATA} and {TENSORS}. Files of these names are replaced."}
+        default=None,
+        metadata={
+            "help": "Folder for report.html, report.json and report.safetensors. Files of these names are replaced."
+        },
     )
     beside: str | None = field(
         default=None, metadata={"help": "A second checkpoint, which reads the same text and is compared."}
@@ -64,14 +66,6 @@ class InspectionArguments(TextArguments, CheckpointArguments):
     )
 
 
-def parse_inspection(words: Sequence[str]) -> InspectionArguments:
-    """Arguments from the command line; a first word without dashes is the model."""
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words = ["--model", *words]
-    return parse_arguments(InspectionArguments, words)
-
-
 def inspect_checkpoint(arguments: InspectionArguments) -> dict[str, Any]:
     """Record, write the three files of the report, and print its tables.
 
@@ -89,16 +83,16 @@ def inspect_checkpoint(arguments: InspectionArguments) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"cannot write to --output_dir {folder}: {error.strerror}.") from error
-    names, corpora, description = _load_texts(arguments)
-    figures, trace = _inspect(arguments.model, arguments, names, corpora)
-    figures["data"] = description
+    texts = _load_texts(arguments)
+    figures, trace = _inspect(arguments.model, arguments, texts)
+    figures["data"] = texts.description
     tables = {
         "usage": figure_tables.usage_rows(figures),
         "routing": figure_tables.routing_rows(figures),
         "weights": figure_tables.weight_rows(figures),
     }
     if arguments.beside:
-        other, _ = _inspect(arguments.beside, arguments, names, corpora)
+        other, _ = _inspect(arguments.beside, arguments, texts)
         figures["beside"] = arguments.beside
         figures["comparison"] = figure_tables.compare(figures, other)
         tables["beside"] = figure_tables.compare_rows(figures, other)
@@ -133,22 +127,23 @@ def trace_tensors(trace: RoutingTrace) -> dict[str, torch.Tensor]:
     return {name: values.cpu().contiguous() for name, values in tensors.items()}
 
 
-def _inspect(name: str | None, arguments: InspectionArguments, names, corpora) -> tuple[dict[str, Any], RoutingTrace]:
+def _inspect(
+    name: str | None, arguments: InspectionArguments, texts: NamedTexts
+) -> tuple[dict[str, Any], RoutingTrace]:
     model, tokenizer = arguments.load(name)
     try:
         layers = find_routed_layers(model)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    longest = getattr(model.config, "max_position_embeddings", None) or 1024
-    length = min(longest, 1024) if arguments.context_length is None else arguments.context_length
-    if length > longest:
-        raise SettingsError(f"--context_length ({length}) exceeds the model's {longest} positions.")
+    length = sequence_length(model, arguments.context_length)
     print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
     print(f"routed layers: {', '.join(f'{layer.name} ({layer.num_experts:,} experts)' for layer in layers)}")
-    batches = token_batches(corpora, tokenizer, length, arguments.batch_size)
+    batches = token_batches(texts.corpora, tokenizer, length, arguments.batch_size)
     excerpts = []
     try:
-        trace = record_routing(model, batches, arguments.max_tokens, arguments.num_contexts, names, arguments.seed)
+        trace = record_routing(
+            model, batches, arguments.max_tokens, arguments.num_contexts, texts.names, arguments.seed
+        )
         if arguments.excerpt:
             excerpts = [("excerpt", encode_texts(tokenizer, [arguments.excerpt])[0][:length])]
         figures = collect_figures(model, tokenizer, trace, excerpts, arguments.seed)
@@ -160,16 +155,11 @@ def _inspect(name: str | None, arguments: InspectionArguments, names, corpora) -
     return figures, trace
 
 
-def _load_texts(arguments: InspectionArguments) -> tuple[list[str], list[Corpus], str]:
-    """Names of the texts, the texts as streams, and a description of them."""
-    if not arguments.text:
-        corpus = load_text(arguments, streaming=True)
-        return [arguments.dataset_name], [corpus], corpus.description
-    corpora = [load_text(arguments, path, streaming=True) for path in arguments.text]
-    names = [Path(path).name.split(".")[0] or path for path in arguments.text]
-    if len(set(names)) < len(names):
-        names = list(arguments.text)
-    return names, corpora, ", ".join(Path(path).name for path in arguments.text)
+def _load_texts(arguments: InspectionArguments) -> NamedTexts:
+    if arguments.text:
+        return load_named_texts(arguments, arguments.text)
+    corpus = load_text(arguments, streaming=True)
+    return NamedTexts([arguments.dataset_name], [corpus], corpus.description)
 
 
 def _write(folder: Path, figures: dict[str, Any], trace: RoutingTrace) -> dict[str, str]:

@@ -45,13 +45,21 @@ def expert_vectors(layer: RoutedLayer, expert_ids: torch.Tensor) -> dict[str, to
 
 
 def table_rows(layer: RoutedLayer, name: str, expert_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of an expert table, float32, dequantised if they are stored so: `(num_chosen, hidden_size)`."""
+    """Rows of an expert table, float32, dequantised if they are stored so: `(num_chosen, hidden_size)`.
+
+    An expert that a slice does not keep has a row of zeros.
+    """
     table = getattr(layer.experts, name).detach()
-    rows = table[expert_ids.to(table.device)]
+    expert_ids = expert_ids.to(table.device)
+    # a checkpoint's own code may be older than slices
+    places = layer.experts.rows_of(expert_ids) if hasattr(layer.experts, "rows_of") else expert_ids
+    kept = places.clamp(min=0)
+    rows = table[kept]
     if format_of(table) is None:
-        return rows.float()
-    scales = layer.experts.scales()[name.replace("embed", "scale")].detach()
-    return dequantise_rows(rows, scales[expert_ids.to(table.device)])
+        rows = rows.float()
+    else:
+        rows = dequantise_rows(rows, layer.experts.scales()[name.replace("embed", "scale")].detach()[kept])
+    return rows.masked_fill(places.unsqueeze(-1) < 0, 0.0)
 
 
 def gate_vectors(layer: RoutedLayer, expert_ids: torch.Tensor) -> torch.Tensor | None:
@@ -77,12 +85,17 @@ def gate_vectors(layer: RoutedLayer, expert_ids: torch.Tensor) -> torch.Tensor |
 
 
 def pick_experts(layer: RoutedLayer, seed: int = 0) -> torch.Tensor:
-    """All experts, or `MAX_COMPARED` drawn evenly: sorted ids, int64."""
-    if layer.num_experts <= MAX_COMPARED:
-        return torch.arange(layer.num_experts)
-    generator = torch.Generator().manual_seed(seed)
-    # drawn with repeats and made unique: a permutation of a million is not needed
-    return torch.randint(layer.num_experts, (MAX_COMPARED,), generator=generator).unique()
+    """All experts that have weights, or `MAX_COMPARED` of them drawn evenly: sorted ids, int64."""
+    rows = getattr(layer.experts, "row_of_expert", None)
+    kept = None if rows is None else (rows >= 0).nonzero().squeeze(1).cpu()
+    num_kept = layer.num_experts if kept is None else len(kept)
+    if num_kept <= MAX_COMPARED:
+        chosen = torch.arange(num_kept)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        # drawn with repeats and made unique: a permutation of a million is not needed
+        chosen = torch.randint(num_kept, (MAX_COMPARED,), generator=generator).unique()
+    return chosen if kept is None else kept[chosen]
 
 
 def pairwise_cosines(vectors: torch.Tensor) -> torch.Tensor:
@@ -138,6 +151,29 @@ def gates_against_weights(layer: RoutedLayer, seed: int = 0) -> dict[str, float]
 
 
 @torch.no_grad()
+def expert_neurons(layer: RoutedLayer, hidden_states: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """The neuron of each of some experts of one neuron, after its activation; 1 for the values of a memory.
+
+    Args:
+        hidden_states: `(num_tokens, hidden_size)`.
+        expert_ids: `(num_tokens, num_chosen)`, int64.
+
+    Returns:
+        `(num_tokens, num_chosen)`, float32.
+    """
+    experts, tokens = layer.experts, hidden_states.float().unsqueeze(-1)
+
+    def read(name):
+        return (table_rows(layer, name, expert_ids) @ tokens).squeeze(-1)
+
+    if getattr(experts, "down_embed", None) is None:
+        return torch.ones(expert_ids.shape, device=hidden_states.device)
+    if getattr(experts, "gate_embed", None) is None:
+        return experts.activation(read("down_embed"))
+    return experts.activation(read("gate_embed")) * read("down_embed")
+
+
+@torch.no_grad()
 def expert_outputs(
     layer: RoutedLayer, hidden_states: torch.Tensor, expert_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,18 +189,8 @@ def expert_outputs(
     """
     experts, tokens = layer.experts, hidden_states.float()
     if layer.has_single_neurons:
-        flat = expert_ids.flatten()
-
-        def read(name):
-            return (table_rows(layer, name, flat).view(*expert_ids.shape, -1) * tokens.unsqueeze(1)).sum(-1)
-
-        neurons = torch.ones(expert_ids.shape)
-        if getattr(experts, "down_embed", None) is not None:
-            neurons = read("down_embed")
-            gated = getattr(experts, "gate_embed", None) is not None
-            neurons = experts.activation(read("gate_embed")) * neurons if gated else experts.activation(neurons)
-        rows = table_rows(layer, "up_embed", flat).view(*expert_ids.shape, -1)
-        return neurons.unsqueeze(-1) * rows, neurons.unsqueeze(-1)
+        neurons = expert_neurons(layer, tokens, expert_ids).unsqueeze(-1)
+        return neurons * table_rows(layer, "up_embed", expert_ids), neurons
     gate_up, down = experts.gate_up_proj.float(), experts.down_proj.float()
     gate, up = torch.einsum("td,ewd->tew", tokens, gate_up).chunk(2, dim=-1)
     active = experts.act_fn(gate)

@@ -17,7 +17,7 @@ A hook on a layer's experts is seen by the layer: PEER's single call for decodin
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -109,6 +109,14 @@ def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
     return found
 
 
+def has_routed_layers(model: nn.Module) -> bool:
+    """Whether `find_routed_layers` finds any."""
+    try:
+        return bool(find_routed_layers(model))
+    except ValueError:
+        return False
+
+
 def find_routed_layer(model: nn.Module, layer: int | str) -> RoutedLayer:
     """The routed layer with this number (of the decoder layer) or name, such as `layer_5`.
 
@@ -181,13 +189,10 @@ def scale_experts(
         ValueError: no such layer or expert, or a factor that is not finite.
     """
     found = find_routed_layer(model, layer)
-    chosen = torch.as_tensor(expert_ids, dtype=torch.int64).flatten()
-    wrong = chosen[(chosen < 0) | (chosen >= found.num_experts)]
-    if len(wrong):
-        raise ValueError(f"{found.name} has experts 0 to {found.num_experts - 1}; got {wrong[:5].tolist()}.")
+    chosen = checked_experts(found, expert_ids)
     if not torch.isfinite(torch.tensor(float(factor))):
         raise ValueError(f"factor ({factor}) must be finite.")
-    factors = torch.ones(found.num_experts).index_fill(0, chosen.cpu(), float(factor))
+    factors = torch.ones(found.num_experts).index_fill(0, chosen, float(factor))
     by_device = {}
 
     def change(ids, gates):
@@ -199,6 +204,43 @@ def scale_experts(
 
     with change_gates(model, layer, change):
         yield found
+
+
+@contextmanager
+def keep_experts(
+    model: nn.Module, kept: Mapping[int | str, Sequence[int] | torch.Tensor]
+) -> Iterator[list[RoutedLayer]]:
+    """Switch off all other experts of some layers until the block ends.
+
+    This computes what a slice of the model does, without changing the tables (`adaptation.slicing.slice_experts`).
+
+    Args:
+        kept: ids of the experts to keep, by number or name of the layer. Layers without an entry keep all.
+
+    Raises:
+        ValueError: no such layer or expert.
+    """
+    with ExitStack() as stack:
+        layers = []
+        for layer, expert_ids in kept.items():
+            found = find_routed_layer(model, layer)
+            chosen = checked_experts(found, expert_ids)
+            others = torch.ones(found.num_experts, dtype=torch.bool).index_fill(0, chosen, False).nonzero().squeeze(1)
+            layers.append(stack.enter_context(scale_experts(model, layer, others)))
+        yield layers
+
+
+def checked_experts(layer: RoutedLayer, expert_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    """The ids as a tensor `(num_chosen,)`, int64, on the CPU.
+
+    Raises:
+        ValueError: the layer has no such expert.
+    """
+    chosen = torch.as_tensor(expert_ids, dtype=torch.int64).flatten().cpu()
+    wrong = chosen[(chosen < 0) | (chosen >= layer.num_experts)]
+    if len(wrong):
+        raise ValueError(f"{layer.name} has experts 0 to {layer.num_experts - 1}; got {wrong[:5].tolist()}.")
+    return chosen
 
 
 def read_routing(layer: RoutedLayer, args: tuple) -> Routing:

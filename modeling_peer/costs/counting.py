@@ -224,7 +224,7 @@ def _mixture(config: PeerConfig, num_per_token: float) -> Cost:
 
 
 def _chosen(row: Cost, config: PeerConfig) -> Cost:
-    return _some_of(row, config.num_peer_experts, config.num_active_experts)
+    return _some_of(row, config.num_expert_rows, config.num_active_experts)
 
 
 def _some_of(expert: Cost, num_experts: int, num_per_token: float) -> Cost:

@@ -4,8 +4,10 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,7 +23,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
-from modeling_peer.console.command_line import Overrides
+from modeling_peer.console.command_line import Overrides, parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest, require_numbers
 from modeling_peer.console.files import find_file
 from modeling_peer.console.names import PRESETS_FOLDER, locate_model, locate_tokenizer, preset_files
@@ -60,6 +62,14 @@ class CheckpointArguments:
         return load_checkpoint(
             model or self.model, tokenizer, self.dtype, self.experts_implementation, self.trust_remote_code
         )
+
+
+def parse_with_checkpoint(cls: type, words: Sequence[str]) -> Any:
+    """Arguments of a class with the field `model`; a first word without dashes is the model."""
+    words = list(words)
+    if words and not words[0].startswith("-"):
+        words = ["--model", *words]
+    return parse_arguments(cls, words)
 
 
 @dataclass

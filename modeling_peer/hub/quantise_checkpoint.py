@@ -50,12 +50,8 @@ def quantise_checkpoint(arguments: QuantisationArguments) -> dict[str, Any]:
     for name in ("model", "output_dir"):
         if not getattr(arguments, name):
             raise SettingsError(f"--{name} is missing.")
-    source, output_dir = locate_model(arguments.model, trained=True), Path(arguments.output_dir).expanduser()
-    if Path(source).is_dir() and output_dir.resolve() == Path(source).resolve():
-        raise SettingsError(
-            f"--output_dir {arguments.output_dir} is the folder of the model. Give another one: the float tables "
-            "cannot be restored from quantised ones."
-        )
+    source = locate_model(arguments.model, trained=True)
+    output_dir = other_folder(arguments.output_dir, source, "the float tables cannot be restored from quantised ones")
     model = _load(source, arguments.model)
     before = _sizes(model)
     try:
@@ -63,11 +59,7 @@ def quantise_checkpoint(arguments: QuantisationArguments) -> dict[str, Any]:
     except ValueError as error:
         raise SettingsError(f"cannot quantise {arguments.model!r}: {error}") from error
     after = _sizes(model)
-    try:
-        model.save_pretrained(output_dir)
-        _copy_tokenizer(source, output_dir)
-    except OSError as error:
-        raise SettingsError(f"cannot save to --output_dir {output_dir}: {error}") from error
+    save_with_tokenizer(model, source, output_dir)
     rows = [
         {"MiB": part, "before": f"{before[part] / 2**20:,.1f}", "after": f"{after[part] / 2**20:,.1f}"}
         for part in before
@@ -119,10 +111,31 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
     return {"expert tables": sum(tables.values()), "all weights": sum(one.nbytes for one in model.parameters())}
 
 
-def _copy_tokenizer(source: str, output_dir: Path) -> None:
+def other_folder(name: str, source: str, reason: str) -> Path:
+    """The folder `name`, which must not be that of the model.
+
+    Raises:
+        SettingsError: it is; `reason` says why that is no choice.
+    """
+    folder = Path(name).expanduser()
+    if Path(source).is_dir() and folder.resolve() == Path(source).resolve():
+        raise SettingsError(f"--output_dir {name} is the folder of the model. Give another one: {reason}.")
+    return folder
+
+
+def save_with_tokenizer(model: PreTrainedModel, source: str, output_dir: Path) -> None:
+    """Save a model, and the tokenizer of `source` if it has one.
+
+    Raises:
+        SettingsError: the folder cannot be written to.
+    """
     try:
-        tokenizer = open_tokenizer(source, trust_remote_code=False)
-    except SettingsError as error:
-        print(f"no tokenizer was copied: {error}")
-        return
-    tokenizer.save_pretrained(output_dir)
+        model.save_pretrained(output_dir)
+        try:
+            tokenizer = open_tokenizer(source, trust_remote_code=False)
+        except SettingsError as error:
+            print(f"no tokenizer was copied: {error}")
+            return
+        tokenizer.save_pretrained(output_dir)
+    except OSError as error:
+        raise SettingsError(f"cannot save to --output_dir {output_dir}: {error}") from error

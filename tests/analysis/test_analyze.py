@@ -13,10 +13,11 @@ from training_helpers import REPOSITORY, private_cache  # noqa: F401  a fixture
 
 from modeling_peer import PeerConfig, PeerForCausalLM
 from modeling_peer.analysis import html_report
-from modeling_peer.analysis.analyze import InspectionArguments, inspect_checkpoint, parse_inspection
+from modeling_peer.analysis.analyze import InspectionArguments, inspect_checkpoint
 from modeling_peer.analysis.figures import compare
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.data.tokenizers import byte_tokenizer
+from modeling_peer.hub.loading import parse_with_checkpoint
 
 CHECKPOINT = REPOSITORY / "examples" / "checkpoints" / "peer_bytes"
 TEXT = REPOSITORY / "examples" / "checkpoints" / "held_out.txt"
@@ -32,7 +33,9 @@ def report(tmp_path_factory):
     other = folder / "prose.txt"
     other.write_text("Some words <b>& a tag</b> </script> of plain text, again and again.\n" * 60)
     words = [str(CHECKPOINT), "--text", str(TEXT), str(other), "--max_tokens", "9000", "--batch_size", "4"]
-    result = inspect_checkpoint(parse_inspection([*words, "--output_dir", str(folder / "out")]))
+    result = inspect_checkpoint(
+        parse_with_checkpoint(InspectionArguments, [*words, "--output_dir", str(folder / "out")])
+    )
     return result, folder / "out"
 
 
