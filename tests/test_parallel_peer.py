@@ -59,6 +59,7 @@ def weights(folder, dtype=torch.float64):
         (2, {"tp_size": 2}, ROW_SPARSE),
         (4, {"tp_size": 4}, SHARED | ROW_SPARSE),
         (2, {"tp_size": 2}, MEMORY | ROW_SPARSE),  # one table a layer, and a gate that every rank has
+        (4, {"tp_size": 4}, {"num_kept_experts": 30}),  # a slice: ids are looked up before rows are shared out
         (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
         (2, {"fsdp_size": 2}, RMS),  # tables as any other parameter
         (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
@@ -66,6 +67,7 @@ def weights(folder, dtype=torch.float64):
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS),  # ranks have tokens of their own
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | SHARED),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | MEMORY),
+        (4, {"fsdp_size": 4, "ep_size": 2}, RMS | {"num_kept_experts": 30}),
     ],
     ids=str,
 )

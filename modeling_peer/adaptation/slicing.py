@@ -129,7 +129,7 @@ def _check(groups: list[list[RoutedLayer]], chosen: dict[str, torch.Tensor]) -> 
                 raise ValueError(f"{layer.name}: an earlier slice did not keep {gone[:5].tolist()}.")
             if not torch.equal(chosen[layer.name], chosen[layers[0].name]):
                 raise ValueError(f"{layer.name} shares the tables of {layers[0].name} and must keep the same experts.")
-            tables = layer.experts.tables()
+            tables = None if "base_layer" in layer.path.split(".") else layer.experts.tables()  # PEFT wraps it so
             kinds = {type(table).__name__ for table in tables or () if table is not None} - {"Parameter"}
             if tables is None or kinds or any(table.is_meta for table in tables if table is not None):
                 kind = "adapted" if tables is None else f"a {min(kinds)}" if kinds else "offloaded"
