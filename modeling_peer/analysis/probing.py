@@ -130,7 +130,7 @@ def label_tokens(
         count = min(max_tokens // len(texts), len(encoded["input_ids"])) // sequence_length * sequence_length
         ids = encoded["input_ids"][:count]
         sequences += [ids[start : start + sequence_length] for start in range(0, count, sequence_length)]
-        begins, ends = torch.tensor(encoded["offset_mapping"][:count]).view(-1, 2).unbind(1)
+        begins, ends = torch.tensor(encoded["offset_mapping"][:count], dtype=torch.int64).view(-1, 2).unbind(1)
         for label, pattern in LABELS.items():
             marked = torch.zeros(len(text) + 1, dtype=torch.int32)
             for match in re.finditer(pattern, text):
