@@ -48,6 +48,14 @@ def test_the_python_of_the_page_on_speed_runs(tmp_path, monkeypatch):
     assert type(run_python(SPEED, least=1)["optimizer"]).__name__ == "RowSparseAdamW"
 
 
+def test_the_python_of_the_page_on_slices_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    page = (REPOSITORY / "docs" / "slicing.md").read_text(encoding="utf-8")
+    assert run_python(page, least=1)["model"].config.num_kept_experts == 256
+    assert PeerForCausalLM.from_pretrained(tmp_path / "slice").model.layers[1].mlp.experts.up_embed.shape[0] == 256
+
+
 def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
     monkeypatch.chdir(tmp_path)
     PeerForCausalLM(tiny_config()).save_pretrained("my-peer")

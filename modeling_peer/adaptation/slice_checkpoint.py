@@ -150,10 +150,14 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         return
     ends = []
     for number, name in enumerate(names):
-        points = sorted((row["share"], 100 * row["change"]) for row in rows if row["text"] == name)
+        points = [(100 * row["share"], 100 * row["change"]) for row in rows if row["text"] == name]
         axes.plot(*zip(*points, strict=True), **line_style(number))
         ends.append((*points[-1], name, line_style(number)))
-    axes.set(xscale="log", xlabel="share of the experts kept", ylabel="perplexity against the whole model, %")
+    axes.set(xscale="log", xlabel="experts kept, %", ylabel="change of perplexity, %")
+    shares = sorted({100 * row["share"] for row in rows})
+    axes.set_xticks(shares, [f"{share:.4g}" for share in shares])
+    axes.minorticks_off()
+    axes.invert_xaxis()
     axes.grid(alpha=0.3)
     label_line_ends(axes, ends)
     figure.savefig(path, dpi=120)

@@ -9,6 +9,7 @@ Retrieval stays as it is, and gates are not normalised again: what is left out i
 text hardly used. A slice loads, trains and is quantised like any PEER checkpoint.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -91,6 +92,38 @@ def slice_experts(model: nn.Module, kept: Mapping[int | str, Sequence[int] | tor
         if hasattr(config, "num_kept_experts"):
             config.num_kept_experts = num_kept
     renew_ties(model)
+    return model
+
+
+@torch.no_grad()
+def scale_expert_rows(
+    model: nn.Module, layer: int | str, expert_ids: Sequence[int] | torch.Tensor, factor: float = 0.0
+) -> nn.Module:
+    """Multiply the outputs of some experts for good, by their rows of `up_embed`; 0 switches them off.
+
+    `routing_hooks.scale_experts` does the same until a block ends.
+
+    Args:
+        layer: the number of the decoder layer, or its name. Layers that share its tables change with it.
+        expert_ids: experts of that layer; those that a slice does not keep are skipped.
+        factor: any finite number.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: no such layer or expert, or a factor that is not finite.
+    """
+    found = find_routed_layer(model, layer)
+    chosen = checked_experts(found, expert_ids)
+    if not math.isfinite(factor):
+        raise ValueError(f"factor ({factor}) must be finite.")
+    _layers_by_tables(model)  # refuses whole MLPs
+    pool = found.experts
+    rows = pool.rows_of(chosen.to(pool.up_embed.device)).unique()
+    # of a quantised row, its scale
+    table = pool.scales().get("up_scale", pool.up_embed)
+    table[rows[rows >= 0]] *= factor
     return model
 
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Slices compute what the whole model computes without the other experts, and live like any checkpoint."""
 
+import copy
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -8,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_peer import PeerForCausalLM, PeerLayer, quantise_expert_tables
-from modeling_peer.adaptation.slicing import most_important, slice_experts
+from modeling_peer.adaptation.slicing import most_important, scale_expert_rows, slice_experts
 from modeling_peer.analysis.expert_importance import ExpertImportance
 from modeling_peer.analysis.expert_weights import pick_experts, table_rows
-from modeling_peer.analysis.routing_hooks import find_routed_layer, keep_experts
+from modeling_peer.analysis.routing_hooks import find_routed_layer, keep_experts, scale_experts
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW
 
 TOKENS = torch.arange(1, 13).view(2, 6)
@@ -186,3 +189,24 @@ def test_analysis_of_a_slice_sees_only_experts_that_it_has(tiny_config):
     rows = table_rows(layer, "up_embed", torch.tensor([[9, 10]]))
     assert torch.equal(rows[0, 0], model.model.layers[1].mlp.experts.up_embed[1])
     assert not rows[0, 1].any()
+
+
+@pytest.mark.parametrize("table_format", [None, "int8"])
+def test_experts_are_scaled_for_good(tiny_config, table_format):
+    model = PeerForCausalLM(tiny_config())
+    if table_format:
+        quantise_expert_tables(model, table_format)
+    plain = logits(model)
+    for factor in (0.0, -2.5):
+        with scale_experts(model, 1, range(0, 64, 2), factor):
+            expected = logits(model)
+        edited = scale_expert_rows(copy.deepcopy(model), "layer_1", range(0, 64, 2), factor)
+        torch.testing.assert_close(logits(edited), expected)
+        assert not torch.allclose(expected, plain)
+    assert torch.equal(logits(model), plain)
+    sliced = slice_experts(copy.deepcopy(model), {1: [1, 2, 3]})
+    before = logits(sliced)
+    assert torch.equal(logits(scale_expert_rows(sliced, 1, [0, 4, 63])), before)  # which it does not keep
+    for ids, factor, message in (([64], 0.0, "experts 0 to 63"), ([1], math.nan, "must be finite")):
+        with pytest.raises(ValueError, match=message):
+            scale_expert_rows(model, 1, ids, factor)
