@@ -157,6 +157,8 @@ def sparse_facts(config) -> dict[str, Any] | None:
             f"a PEER layer: {config.num_peer_experts:,} experts of one neuron each, of which a token uses "
             f"{config.num_active_experts} ([Mixture of A Million Experts](https://arxiv.org/abs/2407.04153), He 2024)"
         )
+    if getattr(config, "num_kept_experts", None):
+        words += f". Of the experts of each layer this slice keeps {config.num_kept_experts:,}"
     return {
         "num_sparse_layers": config.mlp_layer_types.count("sparse"),
         "num_layers": config.num_hidden_layers,

@@ -100,6 +100,7 @@ def test_forward_flops_are_those_that_pytorch_counts_and_the_rows_it_does_not_se
         {"mlp_layer_types": ["dense"] * 3},
         {"mlp_layer_types": ["sparse", "dense", "sparse"]},
         {**SHARED, "gated_experts": True},
+        {"num_kept_experts": 20},
         # values are shared, output gates are not
         {**SHARED, "sparse_mlp": "product_key_memory", "gated_memory": True},
         {**SHARED, "sparse_mlp": "top_k_moe", **MOE},
@@ -121,6 +122,7 @@ def test_whole_models_have_the_parameters_and_flops_counted(tiny_config, fields)
     [
         ({}, 2 * (64 - 8) * 32),  # tables, experts that a token does not retrieve, width
         ({"gated_experts": True}, 3 * (64 - 8) * 32),
+        ({"num_kept_experts": 20}, 2 * (20 - 8) * 32),
         ({"num_retrieval_heads": 20}, 0),  # 80 choices of 64 experts
         ({"sparse_mlp": "product_key_memory"}, (64 - 8) * 32),
         ({"sparse_mlp": "top_k_moe", **MOE}, (4 - 2) * 3 * 32 * 24),
