@@ -139,6 +139,14 @@ def run_slice(words: Sequence[str]) -> dict[str, Any]:
     return slice_checkpoint(parse_with_checkpoint(SliceArguments, words))
 
 
+def run_retrofit(words: Sequence[str]) -> dict[str, Any]:
+    """Put PEER layers beside the MLPs of a dense checkpoint."""
+    from modeling_peer.adaptation.retrofit_checkpoint import RetrofitArguments, retrofit_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return retrofit_checkpoint(parse_with_checkpoint(RetrofitArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -353,6 +361,12 @@ COMMANDS = {
         "CHECKPOINT --text FILE --output_dir FOLDER [--field value ...]",
         (CHECKPOINT, TEXT, "adaptation/slice_checkpoint.py:SliceArguments"),
         summarize=summarize_scores,
+    ),
+    "retrofit": Command(
+        "put PEER layers beside the MLPs of a dense checkpoint (Llama, Mistral, Qwen2), with the same logits",
+        run_retrofit,
+        "CHECKPOINT --output_dir FOLDER [--layers NUMBERS] [--num_sub_keys N] [--field value ...]",
+        (CHECKPOINT, "adaptation/retrofit_checkpoint.py:RetrofitArguments"),
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",
