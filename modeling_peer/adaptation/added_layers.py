@@ -117,10 +117,13 @@ def build_layer(config: PeerConfig, mlp: nn.Module, readers: str = "random") -> 
     check_readers(readers, mlp, config.hidden_size)
     parameter = next(mlp.parameters(), None)
     device = "cpu" if parameter is None or parameter.is_meta else parameter.device
-    layer = PeerLayer(config).to(device, torch.float32)
+    layer = PeerLayer(config)
+    if layer.experts.up_embed.is_meta:  # to be loaded: PEFT's low_cpu_mem_usage
+        return layer
+    layer.to(device, torch.float32)
     with torch.no_grad():
         layer.experts.up_embed.zero_()
-        if readers == "neurons" and not layer.experts.up_embed.is_meta:
+        if readers == "neurons":
             _read_as_neurons(layer, neurons_of(mlp, config.hidden_size))
     return layer
 
