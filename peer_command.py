@@ -223,6 +223,14 @@ def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
     return bench_expert_usage(parse_settings(ModelBenchmark, "model", words, "bench-usage"))
 
 
+def run_bench_retrofit(words: Sequence[str]) -> dict[str, Any]:
+    """Measure the cost of a PEER layer beside an MLP, as a part of a training step."""
+    from modeling_peer.adaptation.retrofit_cost import RetrofitBenchmark, bench_retrofit
+    from modeling_peer.console.command_line import parse_arguments
+
+    return bench_retrofit(parse_arguments(RetrofitBenchmark, words))
+
+
 def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
     """Compile the Triton kernels for GPUs that this machine does not have."""
     from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
@@ -430,6 +438,11 @@ COMMANDS = {
         SIZES,
         (BENCHMARK, PRESET, "benchmarks/model.py:ModelBenchmark"),
         summarize=summarize_benchmark,
+    ),
+    "bench-retrofit": Command(
+        "time of a training step with a PEER layer beside an MLP, against the dense model's",
+        run_bench_retrofit,
+        arguments=("adaptation/retrofit_cost.py:RetrofitBenchmark",),
     ),
     "compile-kernels": Command(
         "compile the Triton kernels for GPUs that this machine does not have",

@@ -47,8 +47,11 @@ NOT_READ = (
     "is_llama_config",
     "max_window_layers",  # only with a window
     "pretraining_tp",
+    "tokenizer_class",
     "torch_dtype",
     "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_sliding_window",  # `sliding_window` is None without it
 )
 

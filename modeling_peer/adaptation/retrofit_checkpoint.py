@@ -116,8 +116,8 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
     _write_card(output_dir, receipt, is_folder=Path(source).is_dir())
     print(
         f"{arguments.model}: {receipt['num_experts']:,} experts beside each MLP of layers {receipt['layers']}. "
-        f"Largest difference of logits on {logits['tokens']} tokens: {logits['largest_difference']:.3g}; the largest logit "
-        f"is {logits['largest_logit']:.3g}."
+        f"Largest difference of logits on {logits['tokens']} tokens: {logits['largest_difference']:.3g}; the largest "
+        f"logit is {logits['largest_logit']:.3g}."
     )
     return receipt
 

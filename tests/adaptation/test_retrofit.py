@@ -20,6 +20,7 @@ from modeling_peer import PeerForCausalLM
 from modeling_peer.adaptation.added_layers import chosen_layers, neurons_of
 from modeling_peer.adaptation.retrofit import compare_logits, retrofit
 from modeling_peer.adaptation.retrofit_checkpoint import RetrofitArguments, retrofit_checkpoint
+from modeling_peer.adaptation.retrofit_cost import RetrofitBenchmark, bench_retrofit
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.hub.loading import parse_with_checkpoint
 from peer_command import COMMANDS
@@ -264,3 +265,14 @@ def test_bad_words_are_refused(checkpoint, tmp_path, monkeypatch, words, message
 def test_the_folder_of_the_dense_model_is_not_overwritten(checkpoint):
     with pytest.raises(SettingsError, match="the dense model would be overwritten"):
         command(checkpoint, "--output_dir", checkpoint)
+
+
+def test_the_cost_of_a_step_is_measured_against_the_dense_model(capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 64, "num_sub_keys": 16, "sequence_length": 16, "repeats": 3}
+    result = bench_retrofit(RetrofitBenchmark(**sizes))
+    medians = {name: one["median_ms"] for name, one in result["milliseconds"].items()}
+    assert result["ratio"] == pytest.approx(medians["with a PEER layer"] / medians["dense"], rel=1e-3)
+    assert "256 experts: a step takes" in capsys.readouterr().out
+    with pytest.raises(SettingsError, match="attention heads"):
+        bench_retrofit(RetrofitBenchmark(**{**sizes, "num_attention_heads": 5}))
