@@ -61,10 +61,10 @@ def tokens():
         ("gemma3_text", {}),  # norms after the MLP
         ("olmo2", {}),  # no norm before the MLP
         ("gpt_neox", {}),  # attention and MLP side by side
-        ("phi", {}),
+        pytest.param("phi", {}, marks=pytest.mark.slow),
         ("gpt2", {"n_embd": 32, "n_head": 4, "n_layer": 3, "num_hidden_layers": 3}),  # weights are transposed
         ("mixtral", MIXTURE),
-        ("qwen3_moe", MIXTURE),
+        pytest.param("qwen3_moe", MIXTURE, marks=pytest.mark.slow),
         ("gpt_oss", MIXTURE),  # the MLP returns a tuple
     ],
 )
