@@ -139,6 +139,14 @@ def run_slice(words: Sequence[str]) -> dict[str, Any]:
     return slice_checkpoint(parse_with_checkpoint(SliceArguments, words))
 
 
+def run_retrofit(words: Sequence[str]) -> dict[str, Any]:
+    """Put PEER layers beside the MLPs of a dense checkpoint."""
+    from modeling_peer.adaptation.retrofit_checkpoint import RetrofitArguments, retrofit_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return retrofit_checkpoint(parse_with_checkpoint(RetrofitArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -213,6 +221,14 @@ def run_bench_usage(words: Sequence[str]) -> dict[str, Any]:
     from modeling_peer.benchmarks.usage_overhead import bench_expert_usage
 
     return bench_expert_usage(parse_settings(ModelBenchmark, "model", words, "bench-usage"))
+
+
+def run_bench_retrofit(words: Sequence[str]) -> dict[str, Any]:
+    """Measure the cost of a PEER layer beside an MLP, as a part of a training step."""
+    from modeling_peer.adaptation.retrofit_cost import RetrofitBenchmark, bench_retrofit
+    from modeling_peer.console.command_line import parse_arguments
+
+    return bench_retrofit(parse_arguments(RetrofitBenchmark, words))
 
 
 def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
@@ -354,6 +370,12 @@ COMMANDS = {
         (CHECKPOINT, TEXT, "adaptation/slice_checkpoint.py:SliceArguments"),
         summarize=summarize_scores,
     ),
+    "retrofit": Command(
+        "put PEER layers beside the MLPs of a dense checkpoint (Llama, Mistral, Qwen2), with the same logits",
+        run_retrofit,
+        "CHECKPOINT --output_dir FOLDER [--layers NUMBERS] [--num_sub_keys N] [--field value ...]",
+        (CHECKPOINT, "adaptation/retrofit_checkpoint.py:RetrofitArguments"),
+    ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",
         run_compare,
@@ -416,6 +438,11 @@ COMMANDS = {
         SIZES,
         (BENCHMARK, PRESET, "benchmarks/model.py:ModelBenchmark"),
         summarize=summarize_benchmark,
+    ),
+    "bench-retrofit": Command(
+        "time of a training step with a PEER layer beside an MLP, against the dense model's",
+        run_bench_retrofit,
+        arguments=("adaptation/retrofit_cost.py:RetrofitBenchmark",),
     ),
     "compile-kernels": Command(
         "compile the Triton kernels for GPUs that this machine does not have",

@@ -56,6 +56,15 @@ def test_the_python_of_the_page_on_slices_runs(tmp_path, monkeypatch):
     assert PeerForCausalLM.from_pretrained(tmp_path / "slice").model.layers[1].mlp.experts.up_embed.shape[0] == 256
 
 
+def test_the_python_of_the_page_on_retrofit_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    left = run_python(page, least=2)
+    assert left["compare_logits"](left["dense"], left["model"])["equal"]
+    assert (tmp_path / "peer-adapter" / "adapter_model.safetensors").exists()
+
+
 def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
     monkeypatch.chdir(tmp_path)
     PeerForCausalLM(tiny_config()).save_pretrained("my-peer")
