@@ -29,6 +29,7 @@ CLASSICS = {
     "vowels_1991": Classic("VowelArguments", "run_vowels", "plot_vowels"),
     "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
     "multilinear_digits": Classic("MultilinearDigitsArguments", "run_multilinear_digits", "plot_multilinear_digits"),
+    "soft_digits": Classic("SoftDigitsArguments", "run_soft_digits", "plot_soft_digits"),
 }
 
 
