@@ -237,6 +237,9 @@ def _check(arguments: MultilinearDigitsArguments) -> None:
     require(arguments.peak_rate > 0, "peak_rate", arguments.peak_rate, "more than 0")
     if unknown := [form for form in arguments.forms if form not in FORMS]:
         raise SettingsError(f"--forms {unknown[0]!r} must be one of {', '.join(FORMS)}.")
+    for words in ("forms", "expert_counts"):
+        if not getattr(arguments, words):
+            raise SettingsError(f"--{words} needs at least one.")
     for number in arguments.expert_counts:
         require(number >= 2, "expert_counts", number, "at least 2")
         if small := [form for form in arguments.forms if choose_rank(form, number, arguments) < 1]:
@@ -384,48 +387,41 @@ def plot_multilinear_digits(result: dict[str, Any], path: str | Path) -> None:
     for row in result["rows"]:
         if row["model"] != "dense":
             by_form.setdefault(row["model"], []).append(row)
-    figure, panels = new_figure(2 + len(result["removals"]), 2 * len(by_form))
-    specialism, accuracy, *maps = panels
-    ends, accuracy_ends = [], []
-    for number, (form, rows) in enumerate(by_form.items()):
-        counts = [row["experts"] for row in rows]
-        for place, (key, words) in enumerate((("", form), ("_shuffled", f"{form}, labels shuffled"))):
-            style = line_style(2 * number + place)
-            pairs = [row[f"polysemanticity{key}"] for row in rows]
-            known = [(count, *pair) for count, pair in zip(counts, pairs, strict=True) if pair[0] is not None]
-            if not known:
-                continue
-            xs, centers, deviations = zip(*known, strict=True)
-            specialism.errorbar(xs, centers, [value or 0 for value in deviations], capsize=2, **style)
-            ends.append((xs[-1], centers[-1], words, style))
-        style = line_style(2 * number)
-        centers, deviations = zip(*(row["test_correct"] for row in rows), strict=True)
-        accuracy.errorbar(counts, centers, [value or 0 for value in deviations], capsize=2, **style)
-        accuracy_ends.append((counts[-1], centers[-1], form, style))
-    for row in result["rows"]:
-        if row["model"] == "dense":
-            accuracy.axhline(row["test_correct"][0], color="gray", linewidth=0.7)
-            accuracy.text(
-                0.02,
-                row["test_correct"][0],
-                f"dense, {row['parameters']:,} parameters",
-                fontsize="x-small",
-                transform=accuracy.get_yaxis_transform(),
-                va="bottom",
-            )
-    labels = (("polysemanticity, mean over runs", specialism, ends), ("test accuracy, %", accuracy, accuracy_ends))
-    for words, axes, texts in labels:
+    figure, panels = new_figure(2 + bool(result["removals"]), 2 * len(by_form))
+    keys = {"polysemanticity": "{}", "polysemanticity_shuffled": "{}, labels shuffled"}
+    drawn = [("polysemanticity, mean over runs", keys), ("test accuracy, %", {"test_correct": "{}"})]
+    for axes, (words, lines) in zip(panels, drawn, strict=False):
+        ends = []
+        for number, (form, rows) in enumerate(by_form.items()):
+            for place, (key, text) in enumerate(lines.items()):
+                known = [(row["experts"], *row[key]) for row in rows if row[key][0] is not None]
+                if not known:
+                    continue
+                style = line_style(2 * number + place)
+                xs, centers, deviations = zip(*known, strict=True)
+                axes.errorbar(xs, centers, [value or 0 for value in deviations], capsize=2, **style)
+                ends.append((xs[-1], centers[-1], text.format(form), style))
+        counts = sorted({row["experts"] for rows in by_form.values() for row in rows})
+        if "test_correct" in lines:
+            dense = [row for row in result["rows"] if row["model"] == "dense"]
+            for number, row in enumerate(dense):
+                style = line_style(4 + number)
+                height = row["test_correct"][0]
+                axes.plot([counts[0], counts[-1]], [height] * 2, **style)
+                ends.append((counts[-1], height, f"dense, {row['parameters']:,} parameters", style))
         axes.set_xscale("log", base=2)
         axes.set(xlabel="experts", ylabel=words)
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.grid(alpha=0.3)
-        label_line_ends(axes, texts)
-    for axes, (form, removals) in zip(maps, result["removals"].items(), strict=True):
-        drawn = axes.imshow(removals["changes"], cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
-        axes.set(title=form, xlabel="digit", ylabel="removed expert", xticks=range(NUM_CLASSES))
-        figure.colorbar(drawn, ax=axes, label="change of accuracy, points")
+        label_line_ends(axes, ends)
+    for form, removals in list(result["removals"].items())[:1]:
+        axes = panels[-1]
+        image = axes.imshow(removals["changes"], cmap="RdBu", vmin=-100, vmax=100, aspect="auto")
+        axes.set(title=f"{form}, each expert removed by itself", xlabel="digit", ylabel="removed expert")
+        axes.set_xticks(range(NUM_CLASSES))
+        figure.colorbar(image, ax=axes, label="change of accuracy, points, first run")
     figure.suptitle(
-        "Polysemanticity 0: the removal of an expert changes the accuracy of one digit. Maps: each expert removed by "
-        "itself, first run.",
+        "Polysemanticity 0: the removal of an expert changes the accuracy of one digit. Bars: standard deviation.",
         fontsize="small",
     )
     save_png(figure, path)
