@@ -106,7 +106,10 @@ def test_class_share_is_one_for_experts_of_one_class_and_a_tenth_for_equal_coeff
 
 def test_what_cannot_work_is_refused():
     cases = {
-        r"--num_parameters \(2500\) are too few for 128 experts, form cp": {"num_parameters": 2500},
+        r"--num_parameters \(2500\) are too few for 128 experts, form cp": {
+            "num_parameters": 2500,
+            "expert_counts": [128],
+        },
         r"--forms 'tucker' must be one of cp, tensor_ring": {"forms": ["tucker"]},
         r"--expert_counts \(1\) must be at least 2": {"expert_counts": [1]},
         r"--batch_size \(1\) must be at least 2, for BatchNorm": {"batch_size": 1},
