@@ -24,7 +24,7 @@ FULL_JSON_HELP = "Print the whole result in the last line, as JSON. Default: a s
 # Packages of each extra of setup.cfg, for the error if a command needs one that is not installed.
 EXTRAS = {
     "train": ("accelerate", "datasets", "evaluate", "tensorboard"),
-    "bench": ("matplotlib", "psutil", "PEER_pytorch"),
+    "bench": ("matplotlib", "psutil", "sklearn", "PEER_pytorch"),
     "serve": ("fastapi", "openai", "uvicorn"),
     "cpu": ("numba", "llvmlite"),
     "triton": ("triton",),
@@ -393,9 +393,11 @@ COMMANDS = {
     "classic": Command(
         "run a published experiment that explains mixtures of experts, beside its published table",
         run_classic,
-        "vowels_1991 | clusters_2022 [--field value ...]",
+        "vowels_1991 | clusters_2022 | multilinear_digits | soft_digits [--field value ...]",
         (
             "studies/classics/clusters_2022.py:ClusterArguments",
+            "studies/classics/multilinear_digits.py:MultilinearDigitsArguments",
+            "studies/classics/soft_digits.py:SoftDigitsArguments",
             "studies/classics/vowels_1991.py:VowelArguments",
             "studies/classics/arguments.py:ClassicArguments",
         ),

@@ -4,6 +4,8 @@
 python scripts/run_classic.py vowels_1991 --vowel_file peterson_barney_1952.csv
 python scripts/run_classic.py vowels_1991    # formants drawn from the means and deviations of each vowel
 python scripts/run_classic.py clusters_2022 --settings 1 2 --num_runs 3
+python scripts/run_classic.py multilinear_digits    # images of digits, from scikit-learn
+python scripts/run_classic.py soft_digits --num_runs 3 --contenders dense "soft, 16 experts"
 """
 
 import sys

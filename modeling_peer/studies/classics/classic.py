@@ -28,6 +28,8 @@ class Classic(NamedTuple):
 CLASSICS = {
     "vowels_1991": Classic("VowelArguments", "run_vowels", "plot_vowels"),
     "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
+    "multilinear_digits": Classic("MultilinearDigitsArguments", "run_multilinear_digits", "plot_multilinear_digits"),
+    "soft_digits": Classic("SoftDigitsArguments", "run_soft_digits", "plot_soft_digits"),
 }
 
 
@@ -42,7 +44,7 @@ def run_classic(words: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         SettingsError: there is no such experiment or field, or a value is out of range. It is raised before training.
-        ModuleNotFoundError: matplotlib is missing and a plot is wanted.
+        ModuleNotFoundError: matplotlib is missing and a plot is wanted, or scikit-learn, which has images.
     """
     name, *rest = list(words) or [""]
     if name not in CLASSICS:

@@ -7,23 +7,38 @@ import sys
 import pytest
 from training_helpers import REPOSITORY
 
-from modeling_peer.studies.classics import clusters_2022, vowels_1991
+from modeling_peer.studies.classics import clusters_2022, multilinear_digits, soft_digits, vowels_1991
 from modeling_peer.studies.classics.classic import CLASSICS, run_classic
 from peer_command import COMMANDS, describe, main
 
-TABLES = {"vowels_1991": vowels_1991.make_table, "clusters_2022": clusters_2022.make_table}
+TABLES = {
+    "vowels_1991": vowels_1991.make_table,
+    "clusters_2022": clusters_2022.make_table,
+    "multilinear_digits": multilinear_digits.make_table,
+    "soft_digits": soft_digits.make_table,
+}
 QUICK = {
     "vowels_1991": ["--num_runs", "2", "--tuning_runs", "1", "--max_epochs", "3"],
     "clusters_2022": [
         *("--settings", "3", "--num_examples", "40", "--num_runs", "2", "--num_epochs", "3", "--single_epochs", "2"),
         *("--single_filters", "4"),
     ],
+    "multilinear_digits": [
+        *("--num_runs", "2", "--expert_counts", "4", "16", "--num_epochs", "1", "--batch_size", "400"),
+    ],
+    "soft_digits": [
+        *("--num_runs", "2", "--num_steps", "2", "--steps_per_test", "1", "--width", "8", "--inner_width", "8"),
+        *("--images_per_step", "10", "--contenders", "dense", "soft, 4 experts"),
+    ],
 }
+NEEDS_IMAGES = ("multilinear_digits", "soft_digits")
 
 
 @pytest.mark.parametrize("name", CLASSICS)
 def test_a_classic_leaves_its_result_and_its_plot_and_a_short_last_line(tmp_path, capsys, name):
     pytest.importorskip("matplotlib", reason="extra bench")
+    if name in NEEDS_IMAGES:
+        pytest.importorskip("sklearn", reason="extra bench")
     assert main(["classic", name, *QUICK[name], "--output_dir", str(tmp_path / "new")]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["path"] == str(tmp_path / "new" / f"{name}.json")
@@ -46,10 +61,10 @@ def test_the_same_seed_gives_the_same_result(tmp_path):
 def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     cases = {
-        "error: classic 'vowels_1919' must be one of vowels_1991, clusters_2022. Did you mean 'vowels_1991'?": [
+        f"error: classic 'vowels_1919' must be one of {', '.join(CLASSICS)}. Did you mean 'vowels_1991'?": [
             "vowels_1919"
         ],
-        "error: classic '' must be one of vowels_1991, clusters_2022.": [],
+        f"error: classic '' must be one of {', '.join(CLASSICS)}.": [],
         "error: unknown argument '--num_run'. Did you mean 'num_runs'?": ["vowels_1991", "--num_run", "3"],
         f"error: cannot write to --output_dir {tmp_path / 'file'}: File exists.": [
             *("vowels_1991", "--plot", "false", "--output_dir", str(tmp_path / "file")),
@@ -63,11 +78,15 @@ def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["classic", "vowels_1991", "--output_dir", str(tmp_path)]) == 2
     assert "`classic` needs matplotlib" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in NEEDS_IMAGES:
+        assert main(["classic", name, "--plot", "false", "--output_dir", str(tmp_path)]) == 2
+        assert "`classic` needs sklearn" in capsys.readouterr().err
 
 
 def test_help_has_the_fields_of_every_classic_once():
     text = describe("classic")
-    for field in ("vowel_file", "single_filters", "num_runs", "output_dir"):
+    for field in ("vowel_file", "single_filters", "expert_counts", "contenders", "num_runs", "output_dir"):
         assert text.count(f"--{field} ") == 1
     for name in CLASSICS:
         assert name in COMMANDS["classic"].usage
