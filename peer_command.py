@@ -321,9 +321,10 @@ COMMANDS = {
     "classic": Command(
         "run a published experiment that explains mixtures of experts, beside its published table",
         run_classic,
-        "vowels_1991 | clusters_2022 [--field value ...]",
+        "vowels_1991 | clusters_2022 | translation_2017 [--field value ...]",
         (
             "studies/classics/clusters_2022.py:ClusterArguments",
+            "studies/classics/translation_2017.py:TranslationArguments",
             "studies/classics/vowels_1991.py:VowelArguments",
             "studies/classics/arguments.py:ClassicArguments",
         ),

@@ -28,6 +28,7 @@ class Classic(NamedTuple):
 CLASSICS = {
     "vowels_1991": Classic("VowelArguments", "run_vowels", "plot_vowels"),
     "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
+    "translation_2017": Classic("TranslationArguments", "run_translation", "plot_translation"),
 }
 
 
