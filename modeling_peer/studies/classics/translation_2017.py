@@ -50,7 +50,7 @@ CONSTANT_PER_WARMUP = 4
 MAX_GRADIENT_NORM = 5.0  # GNMT's
 # Of the experts whose contexts are shown: the least load as a share of the mean, and different words.
 LEAST_LOAD, NUM_CONTEXTS, NUM_SHOWN = 0.5, 10, 3
-KEPT_CONTEXTS = 200  # largest gates of each expert, among which words repeat
+KEPT_CONTEXTS = 200  # largest gates of each expert, among which its different words are found
 
 
 @dataclass
@@ -285,7 +285,8 @@ def _distinct_contexts(positions: Tensor, gates: Tensor, ids: Tensor, vocabulary
 def choose_experts(experts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The three experts of the table: those whose words differ most from all words, by `divergence`.
 
-    Only experts that are used (half the mean load or more) and have ten contexts, hence ten different words, enter.
+    Only experts that are used (half the mean load or more) and have ten contexts enter. The words of contexts are
+    different, so this leaves out experts for one or a few words or signs.
     """
     entering = [e for e in experts if e["load"] >= LEAST_LOAD and len(e["contexts"]) == NUM_CONTEXTS]
     return sorted(entering, key=lambda expert: -expert["divergence"])[:NUM_SHOWN]

@@ -26,11 +26,13 @@ class ReluMixture(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, expert_size: int):
         super().__init__()
+        # the router reads its three fields; a decoder of one head fits any even width
         config = PeerConfig(
             hidden_size=hidden_size,
+            num_attention_heads=1,
+            num_key_value_heads=1,
             num_moe_experts=num_experts,
             num_moe_experts_per_token=top_k,
-            sparse_mlp="top_k_moe",
         )
         self.router = PeerNoisyTopKRouter(config)
         self.router.reset_parameters()
