@@ -105,16 +105,19 @@ class Training:
     Args:
         name: one of `SYSTEMS`.
         pairs: for training.
+        seed: of the order of batches and of the gates' noise, the same for all systems.
     """
 
-    def __init__(self, name: str, pairs: Sequence[EncodedPair], vocab_size: int, arguments: TranslationArguments):
-        self.name, self.arguments = name, arguments
+    def __init__(
+        self, name: str, pairs: Sequence[EncodedPair], vocab_size: int, seed: int, arguments: TranslationArguments
+    ):
+        self.name, self.seed, self.arguments = name, seed, arguments
         self.model = TranslationModel(
             vocab_size, arguments.hidden_size, *(_new_layer(name, arguments) for _ in ("encoder", "decoder"))
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=arguments.peak_rate, fused=True)
         self.balance_weight = arguments.balance_weight if name == MIXTURE else 0.0
-        generator = torch.Generator().manual_seed(arguments.seed)
+        generator = torch.Generator().manual_seed(seed)
         self.batches: Iterator[Batch] = endless_batches(pairs, arguments.batch_tokens, generator)
         self.steps = self.tokens = 0
         self.cpu_seconds = 0.0  # of training, without evaluation
@@ -298,7 +301,8 @@ def run_translation(
     """Train the systems in turns; print their table beside the published one, and what three experts read.
 
     Args:
-        save: called after each run with what would be returned if it were the last one.
+        save: called after each run with what would be returned if it were the last one, and after each round of the
+            first run with `data` and `curves` alone.
 
     Returns:
         `data` (where sentences are from, and their numbers) and `rows` (one per system). Of the first run: `curves`
@@ -340,11 +344,15 @@ def run_translation(
         deadline = math.inf if seconds is None else began + seconds
         label = f"run {run + 1} of {num_runs}"
         with torch.random.fork_rng(devices=[]):
-            trained = _train(label, run, encoded, tested, vocabulary, deadline, arguments)
+            trained = _new_systems(1000 * arguments.seed + run, encoded, len(vocabulary), arguments)
+            if run == 0:
+                result["curves"] = {training.name: training.curve for training in trained}
+            for _ in _rounds(label, trained, tested, len(vocabulary.languages), deadline):
+                if save and run == 0:
+                    save(result)
         found.append([_measure(training, tested, vocabulary) for training in trained])
         result["rows"] = [_summarize(list(of_system)) for of_system in zip(*found, strict=True)]
         if run == 0:
-            result["curves"] = {training.name: training.curve for training in trained}
             result["loads"] = {
                 f"{row['system']}, {place}": [round(tokens / (sum(load) / len(load)), 4) for tokens in load]
                 for row in found[0]
@@ -387,28 +395,35 @@ def _read(arguments: TranslationArguments) -> tuple[list[Pair], str]:
     return pairs, "read"
 
 
-def _train(
-    label: str,
-    run: int,
-    pairs: Sequence[EncodedPair],
-    tested: Sequence[Batch],
-    vocabulary: Vocabulary,
-    deadline: float,
-    arguments: TranslationArguments,
+def _new_systems(
+    seed: int, pairs: Sequence[EncodedPair], vocab_size: int, arguments: TranslationArguments
 ) -> list[Training]:
-    """Train all systems in turns, so that they have equally many steps whenever training ends."""
-    seed = 1000 * arguments.seed + run
     systems = []
     for name in SYSTEMS:
         torch.manual_seed(seed)
-        systems.append(Training(name, pairs, len(vocabulary), arguments))
+        systems.append(Training(name, pairs, vocab_size, seed, arguments))
+    return systems
+
+
+def _rounds(
+    label: str, systems: Sequence[Training], tested: Sequence[Batch], num_languages: int, deadline: float
+) -> Iterator[None]:
+    """Train all systems in turns, so that they have equally many steps whenever training ends.
+
+    Args:
+        deadline: by `time.monotonic`; no round begins after it, except the first.
+
+    Yields:
+        after each round.
+    """
+    arguments = systems[0].arguments
     part = tested[: max(1, round(CURVE_SHARE * len(tested)))]
     notices = Every(PROGRESS_SECONDS)
     done, rounds = 0, 0
     while done < arguments.num_steps and (time.monotonic() < deadline or not done):
         steps = min(arguments.steps_per_round, arguments.num_steps - done)
         for training in systems:
-            torch.manual_seed(seed + 1_000_003 * (rounds + 1))  # of the gates' noise: the same for all systems
+            torch.manual_seed(training.seed + 1_000_003 * (rounds + 1))  # of the gates' noise: the same for all
             for _ in range(steps):
                 training.step()
                 if notices.is_due():
@@ -417,12 +432,12 @@ def _train(
                         f"loss {training.loss:.3f}",
                         flush=True,
                     )
-            perplexity = evaluate(training.model, part, len(vocabulary.languages))["perplexity"]
+            perplexity = evaluate(training.model, part, num_languages)["perplexity"]
             training.curve.append([training.steps, round(perplexity, 4)])
         done, rounds = done + steps, rounds + 1
         perplexities = ", ".join(f"{training.name} {training.curve[-1][1]:.2f}" for training in systems)
         print(f"{label}: {done:,} steps, perplexity on part of the test: {perplexities}", flush=True)
-    return systems
+        yield
 
 
 def _measure(training: Training, tested: Sequence[Batch], vocabulary: Vocabulary) -> dict[str, Any]:
