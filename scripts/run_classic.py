@@ -4,6 +4,7 @@
 python scripts/run_classic.py vowels_1991 --vowel_file peterson_barney_1952.csv
 python scripts/run_classic.py vowels_1991    # formants drawn from the means and deviations of each vowel
 python scripts/run_classic.py clusters_2022 --settings 1 2 --num_runs 3
+python scripts/run_classic.py translation_2017 --french_file eng-fra.txt.xz --german_file eng-deu.txt.xz
 """
 
 import sys

@@ -7,16 +7,24 @@ import sys
 import pytest
 from training_helpers import REPOSITORY
 
-from modeling_peer.studies.classics import clusters_2022, vowels_1991
+from modeling_peer.studies.classics import clusters_2022, translation_2017, vowels_1991
 from modeling_peer.studies.classics.classic import CLASSICS, run_classic
 from peer_command import COMMANDS, describe, main
 
-TABLES = {"vowels_1991": vowels_1991.make_table, "clusters_2022": clusters_2022.make_table}
+TABLES = {
+    "vowels_1991": vowels_1991.make_table,
+    "clusters_2022": clusters_2022.make_table,
+    "translation_2017": translation_2017.make_table,
+}
 QUICK = {
     "vowels_1991": ["--num_runs", "2", "--tuning_runs", "1", "--max_epochs", "3"],
     "clusters_2022": [
         *("--settings", "3", "--num_examples", "40", "--num_runs", "2", "--num_epochs", "3", "--single_epochs", "2"),
         *("--single_filters", "4"),
+    ],
+    "translation_2017": [
+        *("--num_runs", "2", "--test_sentences", "10", "--vocab_size", "300", "--hidden_size", "8"),
+        *("--num_experts", "4", "--expert_size", "8", "--num_steps", "2"),
     ],
 }
 
@@ -45,11 +53,10 @@ def test_the_same_seed_gives_the_same_result(tmp_path):
 
 def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
+    known = "must be one of vowels_1991, clusters_2022, translation_2017."
     cases = {
-        "error: classic 'vowels_1919' must be one of vowels_1991, clusters_2022. Did you mean 'vowels_1991'?": [
-            "vowels_1919"
-        ],
-        "error: classic '' must be one of vowels_1991, clusters_2022.": [],
+        f"error: classic 'vowels_1919' {known} Did you mean 'vowels_1991'?": ["vowels_1919"],
+        f"error: classic '' {known}": [],
         "error: unknown argument '--num_run'. Did you mean 'num_runs'?": ["vowels_1991", "--num_run", "3"],
         f"error: cannot write to --output_dir {tmp_path / 'file'}: File exists.": [
             *("vowels_1991", "--plot", "false", "--output_dir", str(tmp_path / "file")),
@@ -67,7 +74,7 @@ def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeyp
 
 def test_help_has_the_fields_of_every_classic_once():
     text = describe("classic")
-    for field in ("vowel_file", "single_filters", "num_runs", "output_dir"):
+    for field in ("vowel_file", "single_filters", "french_file", "num_runs", "output_dir"):
         assert text.count(f"--{field} ") == 1
     for name in CLASSICS:
         assert name in COMMANDS["classic"].usage
