@@ -30,6 +30,7 @@ CLASSICS = {
     "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
     "multilinear_digits": Classic("MultilinearDigitsArguments", "run_multilinear_digits", "plot_multilinear_digits"),
     "soft_digits": Classic("SoftDigitsArguments", "run_soft_digits", "plot_soft_digits"),
+    "translation_2017": Classic("TranslationArguments", "run_translation", "plot_translation"),
 }
 
 

@@ -7,7 +7,13 @@ import sys
 import pytest
 from training_helpers import REPOSITORY
 
-from modeling_peer.studies.classics import clusters_2022, multilinear_digits, soft_digits, vowels_1991
+from modeling_peer.studies.classics import (
+    clusters_2022,
+    multilinear_digits,
+    soft_digits,
+    translation_2017,
+    vowels_1991,
+)
 from modeling_peer.studies.classics.classic import CLASSICS, run_classic
 from peer_command import COMMANDS, describe, main
 
@@ -16,6 +22,7 @@ TABLES = {
     "clusters_2022": clusters_2022.make_table,
     "multilinear_digits": multilinear_digits.make_table,
     "soft_digits": soft_digits.make_table,
+    "translation_2017": translation_2017.make_table,
 }
 QUICK = {
     "vowels_1991": ["--num_runs", "2", "--tuning_runs", "1", "--max_epochs", "3"],
@@ -29,6 +36,10 @@ QUICK = {
     "soft_digits": [
         *("--num_runs", "2", "--num_steps", "2", "--steps_per_test", "1", "--width", "8", "--inner_width", "8"),
         *("--images_per_step", "10", "--contenders", "dense", "soft, 4 experts"),
+    ],
+    "translation_2017": [
+        *("--num_runs", "2", "--test_sentences", "10", "--vocab_size", "300", "--hidden_size", "8"),
+        *("--num_experts", "4", "--expert_size", "8", "--num_steps", "2"),
     ],
 }
 NEEDS_IMAGES = ("multilinear_digits", "soft_digits")
@@ -86,7 +97,15 @@ def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeyp
 
 def test_help_has_the_fields_of_every_classic_once():
     text = describe("classic")
-    for field in ("vowel_file", "single_filters", "expert_counts", "contenders", "num_runs", "output_dir"):
+    for field in (
+        "vowel_file",
+        "single_filters",
+        "expert_counts",
+        "contenders",
+        "french_file",
+        "num_runs",
+        "output_dir",
+    ):
         assert text.count(f"--{field} ") == 1
     for name in CLASSICS:
         assert name in COMMANDS["classic"].usage
