@@ -13,7 +13,7 @@ class ClassicArguments:
     num_runs: int | None = field(
         default=None,
         metadata={
-            "help": "Runs of each model. Default: as many as published, 25 in 1991, 1 in 2017, 10 in 2022; 5 for digits."
+            "help": "Runs of each model. Default: as published, 25 in 1991, 1 in 2017 and 10 in 2022; 5 for digits."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data and of all runs."})
