@@ -38,7 +38,7 @@ QUICK = {
         *("--images_per_step", "10", "--contenders", "dense", "soft, 4 experts"),
     ],
     "translation_2017": [
-        *("--num_runs", "2", "--test_sentences", "10", "--vocab_size", "300", "--hidden_size", "8"),
+        *("--num_runs", "2", "--test_sentences", "40", "--vocab_size", "400", "--hidden_size", "8"),
         *("--num_experts", "4", "--expert_size", "8", "--num_steps", "2"),
     ],
 }
