@@ -42,7 +42,8 @@ class PeerTrainingArguments(TrainingArguments):
     table_optimizer_state: str = field(
         default="float32",
         metadata={
-            "help": "How RowSparseAdamW stores moments: float32, bfloat16, or factored (one second moment per row)."
+            "help": "How RowSparseAdamW stores moments: float32, bfloat16, factored (one second moment per row) or "
+            "row (the same without a first moment)."
         },
     )
 
