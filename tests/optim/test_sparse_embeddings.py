@@ -12,7 +12,7 @@ from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, Lla
 from modeling_peer.optim import RowSparseAdamW, clip_gradients, parameter_groups, train_rows_sparsely
 
 VOCAB_SIZE = 25
-EVERY_TOKEN = torch.arange(1, VOCAB_SIZE).view(2, 12)  # but that of padding
+EVERY_TOKEN = torch.arange(1, VOCAB_SIZE).view(2, 12)  # but padding: with its row of zeros, Gemma 3n becomes NaN
 
 
 def build_llama(**overrides):
@@ -66,8 +66,8 @@ def train(model, optimizer, batches, max_norm=math.inf):
     return losses, norms
 
 
-def test_steps_that_read_every_row_are_those_of_dense_adamw():
-    model, name = build_llama(), "embed_tokens"
+def test_steps_that_read_every_row_are_those_of_dense_adamw(name):
+    model = MODELS[name]()
     twin = copy.deepcopy(model)
     (full_name,) = train_rows_sparsely(model, name)
     assert full_name.endswith(f".{name}")
@@ -75,7 +75,7 @@ def test_steps_that_read_every_row_are_those_of_dense_adamw():
     losses, norms = train(model, RowSparseAdamW(groups_of(model)), [EVERY_TOKEN] * 4)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < losses[0]
-    assert min(norms) > 0
+    assert max(norms) > 0  # that of Gemma's first step is 0: its per-layer inputs first have a weight of 0
     table = model.get_parameter(f"{full_name}.weight")
     torch.testing.assert_close(table, twin.get_parameter(f"{full_name}.weight"), atol=1e-5, rtol=1e-4)
 
