@@ -305,3 +305,27 @@ def _float8(bits):
     if (exponent, mantissa) == (15, 7):
         return math.nan
     return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+def rms_normalised_sgd(table, gradients_by_step, lr, beta2, eps, weight_decay):
+    """SGD on rows, each gradient divided by a running root mean square of its row; decay is decoupled.
+
+    Every step decays the weights and the mean square of every row: a row without a gradient has one of zeros. A row's
+    steps after its last gradient are left out: `RowSparseAdamW` does them when the row is next touched.
+
+    Args:
+        table: `(num_rows, width)`.
+        gradients_by_step: for every step a dict from row to its gradient, `(width,)`.
+
+    Returns:
+        the rows, `(num_rows, width)`, and their mean squares, `(num_rows,)`.
+    """
+    table, squares = table.clone(), torch.zeros(len(table))
+    for row in range(len(table)):
+        touched = [step for step, gradients in enumerate(gradients_by_step) if row in gradients]
+        for step in range(max(touched, default=-1) + 1):
+            gradient = gradients_by_step[step].get(row, torch.zeros(table.shape[1]))
+            squares[row] = beta2 * squares[row] + (1 - beta2) * gradient.square().mean()
+            root = (squares[row] / (1 - beta2 ** (step + 1))).sqrt()
+            table[row] = (1 - lr * weight_decay) * table[row] - lr * gradient / (root + eps)
+    return table, squares

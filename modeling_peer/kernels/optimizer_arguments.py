@@ -8,7 +8,7 @@ from .lazy_gradients import OuterProducts
 
 def check_adamw_rows(
     table: torch.Tensor,
-    exp_avg: torch.Tensor,
+    exp_avg: torch.Tensor | None,
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor | OuterProducts,
@@ -18,8 +18,8 @@ def check_adamw_rows(
     """Check the arguments of `adamw_rows_`. Values are read only on CPU, because there it needs no wait for a device.
 
     Args:
-        table, exp_avg: `(num_rows, width)`.
-        exp_avg_sq: the same shape, or `(num_rows, 1)`.
+        table, exp_avg: `(num_rows, width)`. exp_avg may be None.
+        exp_avg_sq: the same shape if there is exp_avg, or `(num_rows, 1)`.
         rows: `(num_touched,)` int64, each at most once.
         gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
         catch_up: `(num_touched, 4)`.
@@ -31,9 +31,10 @@ def check_adamw_rows(
     if table.dim() != 2:
         raise ValueError(f"table must have two dimensions; got the shape {tuple(table.shape)}.")
     num_rows, width = table.shape
-    _require_shape("exp_avg", exp_avg, (num_rows, width))
+    if exp_avg is not None:
+        _require_shape("exp_avg", exp_avg, (num_rows, width))
     if tuple(exp_avg_sq.shape) != (num_rows, 1):
-        _require_shape("exp_avg_sq", exp_avg_sq, (num_rows, width))
+        _require_shape("exp_avg_sq", exp_avg_sq, (num_rows, 1 if exp_avg is None else width))
     if rows.dim() != 1 or rows.dtype != torch.int64:
         raise ValueError(f"rows must be one-dimensional and int64; got {tuple(rows.shape)}, {rows.dtype}.")
     _require_shape("catch_up", catch_up, (len(rows), 4))

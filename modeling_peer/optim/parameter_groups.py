@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Parameter groups with separate learning rates and weight decays, and the schedule of expert tables."""
+"""Parameter groups with separate learning rates and weight decays, and the schedule of tables."""
 
 import re
 from collections import defaultdict
@@ -12,13 +12,30 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 # tables trained by an adapter (PEFT's modules_to_save) are one module deeper
 EXPERT_TABLE = re.compile(r"(^|\.)experts\.(modules_to_save\.\w+\.)?\w+_embed$")
 RETRIEVAL = re.compile(r"(^|\.)retrieval\.")
-DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP, EXPERT_TABLES = "dense", "without_decay", "retrieval", "expert_tables"
+DENSE, WITHOUT_DECAY, RETRIEVAL_GROUP = "dense", "without_decay", "retrieval"
+EXPERT_TABLES, SPARSE_EMBEDDINGS = "expert_tables", "sparse_embeddings"
+TABLE_GROUPS = (EXPERT_TABLES, SPARSE_EMBEDDINGS)
 TABLE_SCHEDULES = ("multiple", "decaying", "constant")
 
 
 def expert_tables(model: nn.Module) -> list[nn.Parameter]:
     """The trained expert tables of `model`. A table that layers share is listed once."""
     return [p for name, p in model.named_parameters() if EXPERT_TABLE.search(name) and p.requires_grad]
+
+
+def sparse_embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """The trained weights of embeddings with row-sparse gradients (`train_rows_sparsely`), each once."""
+    weights = {
+        id(module.weight): module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad
+    }
+    return list(weights.values())
+
+
+def trained_tables(model: nn.Module) -> list[nn.Parameter]:
+    """All trained tables of `model`: of experts, and of embeddings whose gradients are row-sparse."""
+    return [*expert_tables(model), *sparse_embeddings(model)]
 
 
 def expert_pools(model: nn.Module) -> list[nn.Module]:
@@ -47,26 +64,31 @@ def parameter_groups(
       it is high, they soon agree on few experts (docs/results.md).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row. There is no
       decay by default, because it would shrink the rows that no token retrieves at every step.
+    - `"sparse_embeddings"`: embeddings with row-sparse gradients (`train_rows_sparsely`), with the settings of expert
+      tables.
 
-    If a model has row-sparse gradients, `"expert_tables"` has `row_sparse=True`, so that `RowSparseAdamW` knows it
-    before the first step. Empty groups are left out. Parameters on different device meshes do not share a group,
+    A group whose gradients are row-sparse has `row_sparse=True`, so that `RowSparseAdamW` knows it before the first
+    step. Empty groups are left out. Parameters on different device meshes do not share a group,
     because no optimizer updates them in one call.
 
     Args:
         learning_rate: per step, for dense weights and those without decay. The other groups use multiples of it.
     """
+    of_tables = {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay}
     settings = {
         DENSE: {"lr": learning_rate, "weight_decay": weight_decay},
         WITHOUT_DECAY: {"lr": learning_rate, "weight_decay": 0.0},
         RETRIEVAL_GROUP: {"lr": learning_rate * retrieval_learning_rate_multiple, "weight_decay": 0.0},
-        EXPERT_TABLES: {"lr": learning_rate * table_learning_rate_multiple, "weight_decay": table_weight_decay},
+        EXPERT_TABLES: {**of_tables},
+        SPARSE_EMBEDDINGS: {**of_tables, "row_sparse": True},
     }
     if has_row_sparse_gradients(model):
         settings[EXPERT_TABLES]["row_sparse"] = True
-    members = defaultdict(list)
+    members, embeddings = defaultdict(list), {id(weight) for weight in sparse_embeddings(model)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_group_of(name, parameter), getattr(parameter, "device_mesh", None)].append(parameter)
+            group = SPARSE_EMBEDDINGS if id(parameter) in embeddings else _group_of(name, parameter)
+            members[group, getattr(parameter, "device_mesh", None)].append(parameter)
     order = list(settings)
     return [
         {"params": parameters, "name": name, **settings[name]}
@@ -83,7 +105,7 @@ def _group_of(name: str, parameter: nn.Parameter) -> str:
 
 
 def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_training_steps: int) -> LRScheduler:
-    """Give the group `"expert_tables"` a separate schedule. Its learning rate depends on `schedule`:
+    """Give the groups of tables a separate schedule. Their learning rate depends on `schedule`:
 
     - `"multiple"`: `multiple` times the others', at every step.
     - `"decaying"`: `multiple` times the others' at the first step. The factor falls linearly to 1 at the last step
@@ -115,7 +137,7 @@ def schedule_tables(scheduler: LRScheduler, schedule: str, multiple: float, num_
         partial(
             _table_factor, others=others, schedule=schedule, multiple=multiple, num_training_steps=num_training_steps
         )
-        if group.get("name") == EXPERT_TABLES
+        if group.get("name") in TABLE_GROUPS
         else others
         for group, others in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True)
     ]

@@ -15,6 +15,7 @@ from modeling_peer.optim.row_sparse_state import (
     asks_for_state,
     check_groups,
     check_state,
+    has_first_moment,
     is_blank,
     loaded_row_state,
     new_row_state,
@@ -35,8 +36,9 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay: as for `torch.optim.AdamW`; `lr` is per step. `betas[0]` must be less
-            than the square root of `betas[1]`, otherwise the movement per skipped step would grow.
-        row_state: storage of the two moments of a table; the rest of the state is 4 bytes per row.
+            than the square root of `betas[1]`, otherwise the movement per skipped step would grow. With row_state
+            "row" it need not.
+        row_state: storage of the moments of a table; the rest of the state is 4 bytes per row.
             `"float32"`: 8 bytes per weight (float64 for float64 tables).
             `"bfloat16"`: 4 bytes per weight. The second moment is rounded stochastically. Rounding to nearest would
             lose all changes by a factor of 1 - beta2 = 0.001, because they are less than half of bfloat16's spacing.
@@ -44,6 +46,11 @@ class RowSparseAdamW(torch.optim.AdamW):
             squares over the row (in float32). The first moment is bfloat16, rounded to nearest. It averages about ten
             steps, too few for errors to add up. The weights of a row cannot share it, because it is the direction of
             each weight.
+            `"row"`: 4 bytes per row, the second moment of `"factored"`. There is no first moment, so the step is
+            AdamW's with `betas[0] = 0`: the gradient over the root of the row's mean square. A skipped step multiplies
+            the weights by `1 - lr * weight_decay` and the second moment by `betas[1]`, and nothing else. `betas[0]`
+            applies to dense gradients alone. A row with a gradient once in many steps moves by up to
+            `1 / sqrt(1 - betas[1])` learning rates (32 by default) at once. AdamW moves it as far, over ten or so.
 
     State is created when a table is first touched. It keeps its dtype through `load_state_dict`, which first checks
     names, shapes and numbers. `torch.distributed.checkpoint` needs a state before the first step. For a group with
@@ -139,12 +146,14 @@ class RowSparseAdamW(torch.optim.AdamW):
         last_step = local_rows(state["last_step"])
         skipped_steps = step - 1 - last_step[rows]
         last_step[rows] = step
-        options = {"lr": lr, "betas": group["betas"], "weight_decay": group["weight_decay"]}
+        # without a first moment, the step is that of beta1 = 0
+        betas = group["betas"] if has_first_moment(group["row_state"]) else (0.0, group["betas"][1])
+        options = {"lr": lr, "betas": betas, "weight_decay": group["weight_decay"]}
         rows_here = local_rows(table)
         update = choose(ADAMW_ROWS_FUNCTIONS, None, adamw_rows_, rows_here)
         update(
             rows_here,
-            local_rows(state["exp_avg"]),
+            local_rows(state["exp_avg"]) if "exp_avg" in state else None,
             local_rows(state["exp_avg_sq"]),
             rows,
             gradients,
@@ -215,7 +224,7 @@ def _check_settings(group: dict) -> None:
     for position, beta in enumerate((beta1, beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{position}] ({beta}) must be at least 0 and less than 1.")
-    if beta1 >= math.sqrt(beta2):
+    if has_first_moment(row_state) and beta1 >= math.sqrt(beta2):
         raise ValueError(f"betas[0] ({beta1}) must be less than the square root of betas[1] ({math.sqrt(beta2):.4g}).")
     for name in UNSUPPORTED:
         if group.get(name):
@@ -268,7 +277,7 @@ def catch_up_factors(
 
 def adamw_rows_(
     table: torch.Tensor,
-    exp_avg: torch.Tensor,
+    exp_avg: torch.Tensor | None,
     exp_avg_sq: torch.Tensor,
     rows: torch.Tensor,
     gradients: torch.Tensor | OuterProducts,
@@ -282,8 +291,8 @@ def adamw_rows_(
     """AdamW (Loshchilov and Hutter 2019, algorithm 2; arXiv:1711.05101) of some rows, in place.
 
     Args:
-        table, exp_avg: `(num_rows, width)`.
-        exp_avg_sq: the same shape, or `(num_rows, 1)` for the mean over the row.
+        table, exp_avg: `(num_rows, width)`. Without exp_avg (None) the step is that of `betas[0] = 0`.
+        exp_avg_sq: the same shape, or `(num_rows, 1)` for the mean over the row. Without exp_avg only the latter.
         rows: `(num_touched,)`, int64, each at most once.
         gradients: `(num_touched, width)`, computed or still as `OuterProducts`.
         catch_up: `(num_touched, 4)`, the result of `catch_up_factors`.
@@ -298,15 +307,20 @@ def adamw_rows_(
     if isinstance(gradients, OuterProducts):
         gradients = gradients.values(dtype)
     gradients, catch_up = gradients.to(dtype), catch_up.to(dtype).unsqueeze(-1)
-    weights, mean, square = table[rows].to(dtype), exp_avg[rows].to(dtype), exp_avg_sq[rows].to(dtype)
-    weights = weights * catch_up[:, 0] + catch_up[:, 1] * mean / (square.sqrt() + eps)
+    weights, square = table[rows].to(dtype) * catch_up[:, 0], exp_avg_sq[rows].to(dtype)
+    if exp_avg is None:
+        beta1, mean = 0.0, gradients
+    else:
+        mean = exp_avg[rows].to(dtype)
+        weights += catch_up[:, 1] * mean / (square.sqrt() + eps)
+        mean = (mean * catch_up[:, 2]).lerp_(gradients, 1 - beta1)
+        exp_avg[rows] = mean.to(exp_avg.dtype)
     squared_gradients = gradients * gradients
     if exp_avg_sq.shape[1] == 1:
         squared_gradients = squared_gradients.mean(-1, keepdim=True)
-    mean = (mean * catch_up[:, 2]).lerp_(gradients, 1 - beta1)
     square = (square * catch_up[:, 3]).mul_(beta2).add_(squared_gradients, alpha=1 - beta2)
-    exp_avg[rows] = mean.to(exp_avg.dtype)
-    exp_avg_sq[rows] = round_by_chance(square, rows, step) if exp_avg_sq.dtype == torch.bfloat16 else square
+    by_chance = exp_avg_sq.dtype == torch.bfloat16
+    exp_avg_sq[rows] = round_by_chance(square, rows, step) if by_chance else square.to(exp_avg_sq.dtype)
     scale = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
     weights.mul_(1 - lr * weight_decay).addcdiv_(mean, scale, value=-lr / (1 - beta1**step))
     table[rows] = weights.to(table.dtype)

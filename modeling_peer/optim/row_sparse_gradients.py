@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_peer.kernels.lazy_gradients import LazyRowGradient, OuterProducts
-from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_pools, expert_tables
+from modeling_peer.optim.parameter_groups import EXPERT_TABLE, expert_pools, trained_tables
 
 
 @contextmanager
@@ -118,13 +118,15 @@ class GradientNorms(NamedTuple):
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float) -> GradientNorms:
-    """Clip the gradients of expert tables to `max_norm`, and separately all others to `max_norm`.
+    """Clip the gradients of tables to `max_norm`, and separately all others to `max_norm`.
+
+    Tables are those of experts, and embeddings whose gradients are row-sparse (`train_rows_sparsely`).
 
     It replaces `torch.nn.utils.clip_grad_norm_`, which does not support sparse gradients. Clipping is separate, as in
     the code of Memory Layers at Scale (arXiv:2412.09764). An unusual gradient of the tables then does not change the
     step of the dense weights. `float("inf")` measures and does not clip.
     """
-    tables = expert_tables(model)
+    tables = trained_tables(model)
     table_ids = {id(table) for table in tables}
     others = [parameter for parameter in model.parameters() if id(parameter) not in table_ids]
     return GradientNorms(_clip(tables, max_norm), _clip(others, max_norm))
@@ -157,9 +159,9 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
     """Make `DistributedDataParallel` train a model whose tables have row-sparse gradients. Call it before wrapping.
 
     DDP reduces only sparse gradients that come from `nn.Embedding`, and NCCL reduces none. Tables are therefore left
-    out of DDP. They start with the first process's values. As soon as a backward has accumulated a table's gradient,
-    the processes exchange the rows they touched and take the mean. If the outer products of all processes are no
-    larger than the table, they exchange these instead.
+    out of DDP, embeddings with row-sparse gradients too. They start with the first process's values. As soon as a
+    backward has accumulated a table's gradient, the processes exchange the rows they touched and take the mean. If the
+    outer products of all processes are no larger than the table, they exchange these instead.
 
     The mean of equal gradients is the gradient itself, so extra exchanges, such as under `DDP.no_sync`, are harmless.
     Inside `Accelerator.accumulate` and Trainer, only the last micro-batch causes an exchange, as in DDP. All processes
@@ -168,10 +170,12 @@ def average_over_processes(model: nn.Module, process_group: dist.ProcessGroup | 
     Raises:
         ValueError: the tables are sharded, so no process has them whole.
     """
-    tables = expert_tables(model)
+    tables = trained_tables(model)
     if any(hasattr(table, "device_mesh") for table in tables):
         raise ValueError("The expert tables are sharded over processes. Set row_sparse_gradients to false.")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if EXPERT_TABLE.search(name)]
+    ids = {id(table) for table in tables}
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if EXPERT_TABLE.search(name) or id(parameter) in ids]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     for table in tables:
         dist.broadcast(table.data, dist.get_global_rank(process_group, 0) if process_group else 0, process_group)
@@ -183,7 +187,7 @@ def _average(table: nn.Parameter, process_group: dist.ProcessGroup | None) -> No
         return
     if not table.grad.is_sparse:
         raise ValueError(
-            f"The gradient of an expert table of shape {tuple(table.shape)} is dense. After average_over_processes, "
+            f"The gradient of a table of shape {tuple(table.shape)} is dense. After average_over_processes, "
             "DistributedDataParallel does not average it. Set row_sparse_gradients, or do not call "
             "average_over_processes."
         )

@@ -9,11 +9,12 @@ from torch.distributed.tensor import DTensor
 
 from modeling_peer.optim.row_sparse_gradients import local_rows, sharded_as
 
-# dtypes of the first and second moment, and whether the weights of a row share one second moment
+# dtypes of the first moment (None: there is none) and of the second, and whether the weights of a row share the second
 ROW_STATES = {
     "float32": (torch.float32, torch.float32, False),
     "bfloat16": (torch.bfloat16, torch.bfloat16, False),
     "factored": (torch.bfloat16, torch.float32, True),
+    "row": (None, torch.float32, True),
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LAST_STEP = "last_step"
@@ -27,11 +28,15 @@ def row_state_shapes(table: torch.Tensor, row_state: str) -> dict[str, tuple[tup
     if table.dtype == torch.float64 and row_state == "float32":
         mean_dtype = square_dtype = torch.float64
     num_rows, width = table.shape
-    return {
-        LAST_STEP: ((num_rows,), torch.int32),
-        "exp_avg": ((num_rows, width), mean_dtype),
-        "exp_avg_sq": ((num_rows, 1 if factored else width), square_dtype),
-    }
+    shapes = {LAST_STEP: ((num_rows,), torch.int32)}
+    if mean_dtype is not None:
+        shapes["exp_avg"] = ((num_rows, width), mean_dtype)
+    return {**shapes, "exp_avg_sq": ((num_rows, 1 if factored else width), square_dtype)}
+
+
+def has_first_moment(row_state: str) -> bool:
+    """Whether this storage of the state has `exp_avg`."""
+    return ROW_STATES[row_state][0] is not None
 
 
 def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor]:
@@ -40,7 +45,8 @@ def new_row_state(table: torch.Tensor, row_state: str) -> dict[str, torch.Tensor
     Returns:
         step: `()`, int64 on the CPU, whatever the default dtype and device, so that it counts every step.
         last_step: step in which a row was last touched, `(num_rows,)`.
-        exp_avg, exp_avg_sq: `(num_rows, width)`. If factored, exp_avg_sq is `(num_rows, 1)`.
+        exp_avg, exp_avg_sq: `(num_rows, width)`. For "factored" and "row", exp_avg_sq is `(num_rows, 1)`. For "row"
+        there is no exp_avg.
         All but step are sharded like `table`.
     """
     rows = local_rows(table)
@@ -104,6 +110,8 @@ def check_state(index: int, parameter: torch.Tensor, state: Any, row_state: str)
     """
     place = f"state of parameter {index}, of shape {tuple(parameter.shape)}:"
     names = {"step", *MOMENTS}
+    if isinstance(state, dict) and LAST_STEP in state:
+        names = {"step", *MOMENTS} if has_first_moment(row_state) else {"step", "exp_avg_sq"}
     if not isinstance(state, dict) or not names <= state.keys():
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{place} needs {', '.join(sorted(names))}; got {found}. {WAY_OUT}")
@@ -119,19 +127,22 @@ def check_state(index: int, parameter: torch.Tensor, state: Any, row_state: str)
 def _check_row_state(place: str, table: torch.Tensor, state: dict, step: int, row_state: str) -> None:
     if table.dim() != 2:
         raise ValueError(f"{place} has last_step, which only a table of rows has. {WAY_OUT}")
-    if unknown := state.keys() - {"step", LAST_STEP, *MOMENTS}:
-        raise ValueError(f"{place} has {', '.join(map(str, sorted(unknown, key=str)))} beside last_step. {WAY_OUT}")
-    for name, (shape, _) in row_state_shapes(table, row_state).items():
-        why = f" with row_state={row_state!r}"
+    shapes, why = row_state_shapes(table, row_state), f" with row_state={row_state!r}"
+    if unknown := state.keys() - {"step", *shapes}:
+        found = ", ".join(map(str, sorted(unknown, key=str)))
+        raise ValueError(f"{place} has {found} beside last_step{why}. {WAY_OUT}")
+    for name, (shape, _) in shapes.items():
         _check_tensor(place, name, state[name], table, shape, is_floating_point=name != LAST_STEP, why=why)
-    last_step, mean, square = (local_rows(state[name]) for name in (LAST_STEP, *MOMENTS))
+    last_step, *means, square = (local_rows(state[name]) for name in shapes)
     if last_step.is_meta or not last_step.numel():
         return
     lowest, highest = (int(value) for value in last_step.aminmax())
     if lowest < 0 or highest > step:
         raise ValueError(f"{place} last_step ranges from {lowest} to {highest}, but step is {step}. {WAY_OUT}")
-    if mean.isnan().any() or not (square >= 0).all():
-        raise ValueError(f"{place} exp_avg has NaN, or exp_avg_sq has NaN or negative numbers. {WAY_OUT}")
+    if any(mean.isnan().any() for mean in means):
+        raise ValueError(f"{place} exp_avg has NaN. {WAY_OUT}")
+    if not (square >= 0).all():
+        raise ValueError(f"{place} exp_avg_sq has NaN or negative numbers. {WAY_OUT}")
 
 
 def _checked_step(place: str, value: Any) -> int:

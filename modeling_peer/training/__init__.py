@@ -18,6 +18,7 @@ from modeling_peer.optim import (  # noqa: E402
     parameter_groups,
     row_sparse_gradients,
     schedule_tables,
+    train_rows_sparsely,
 )
 from modeling_peer.training.arguments import PeerTrainingArguments  # noqa: E402
 from modeling_peer.training.expert_usage_callback import ExpertUsageCallback  # noqa: E402
@@ -33,4 +34,5 @@ __all__ = [
     "parameter_groups",
     "row_sparse_gradients",
     "schedule_tables",
+    "train_rows_sparsely",
 ]

@@ -21,6 +21,13 @@ class PeerTrainingArguments(TrainingArguments):
             "only those. Needs --optim adamw_torch (or adamw_torch_fused), and one process or DistributedDataParallel."
         },
     )
+    row_sparse_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Embeddings to train as row-sparse gradients train expert tables, by name or the end of a name, "
+            "with wildcards: embed_tokens_per_layer, 'ngram_tables.*'. Tied embeddings are refused."
+        },
+    )
     retrieval_learning_rate_multiple: float = field(
         default=1.0,
         metadata={"help": "Learning rate of query networks and sub-keys, as a multiple of learning_rate."},
@@ -42,7 +49,8 @@ class PeerTrainingArguments(TrainingArguments):
     table_optimizer_state: str = field(
         default="float32",
         metadata={
-            "help": "How RowSparseAdamW stores moments: float32, bfloat16, or factored (one second moment per row)."
+            "help": "How RowSparseAdamW stores moments: float32, bfloat16, factored (one second moment per row) or "
+            "row (the same without a first moment)."
         },
     )
 

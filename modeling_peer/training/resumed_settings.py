@@ -31,7 +31,10 @@ TREATMENTS = {
         *("retrieval_learning_rate_multiple", "neftune_noise_alpha", "label_smoothing_factor"),
         *("dtype", "bf16", "fp16", "tf32", "experts_implementation"),
     ),
-    REFUSED: ("optim", "optim_args", "optim_target_modules", "row_sparse_gradients", "table_optimizer_state"),
+    REFUSED: (
+        *("optim", "optim_args", "optim_target_modules"),
+        *("row_sparse_gradients", "row_sparse_modules", "table_optimizer_state"),
+    ),
     KEPT: ("tokenizer", "tokenizer_vocab_size"),
     ANNOUNCED: (
         # which examples a step sees
@@ -233,8 +236,8 @@ def take_hyperparameters(
         if kinds[0] != kinds[1] or group.get("row_state") != wanted.get("row_state"):
             raise SettingsError(
                 f"the optimizer of {checkpoint} is of another kind: it has {_describe_group(group)}, "
-                f"this run's {_describe_group(wanted)}. Resume with the original --optim, --row_sparse_gradients and "
-                "--table_optimizer_state, or start a new run with its weights (--model)."
+                f"this run's {_describe_group(wanted)}. Resume with the original --optim, --row_sparse_gradients, "
+                "--row_sparse_modules and --table_optimizer_state, or start a new run with its weights (--model)."
             )
         before, after = float(group.get("initial_lr", group["lr"])), float(wanted.get("initial_lr", wanted["lr"]))
         rate = group["lr"] if before == after or not before else group["lr"] * (after / before)
@@ -254,7 +257,8 @@ def _require_state_of_rows(optimizer, checkpoint: str | Path) -> None:
     if any("last_step" not in state for state in states):
         raise SettingsError(
             f"the optimizer of {checkpoint} has moments of dense gradients, and this run has row-sparse gradients. "
-            "Resume with the original --row_sparse_gradients, or start a new run with its weights (--model)."
+            "Resume with the original --row_sparse_gradients and --row_sparse_modules, or start a new run with its "
+            "weights (--model)."
         )
 
 

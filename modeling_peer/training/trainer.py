@@ -9,11 +9,12 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_peer.console.errors import SettingsError, require_numbers
 from modeling_peer.optim.parameter_groups import (
-    EXPERT_TABLES,
-    expert_tables,
+    TABLE_GROUPS,
     has_row_sparse_gradients,
     parameter_groups,
     schedule_tables,
+    sparse_embeddings,
+    trained_tables,
 )
 from modeling_peer.optim.row_sparse_adamw import RowSparseAdamW
 from modeling_peer.optim.row_sparse_gradients import (
@@ -21,6 +22,7 @@ from modeling_peer.optim.row_sparse_gradients import (
     clip_gradients,
     row_sparse_gradients,
 )
+from modeling_peer.optim.sparse_embeddings import train_rows_sparsely
 from modeling_peer.training.arguments import PeerTrainingArguments
 from modeling_peer.training.complete_checkpoints import CompleteCheckpoints
 from modeling_peer.training.private_settings import PrivateArguments
@@ -43,6 +45,7 @@ require_arguments(Trainer.compute_loss, "num_items_in_batch")  # the model divid
 class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, ShardedCheckpoints, Trainer):
     """Trainer for models with expert tables. It replaces `transformers.Trainer` and has the same arguments.
 
+    - Embeddings may be trained as expert tables are, in any model (`row_sparse_modules`, `train_rows_sparsely`).
     - Expert tables have a separate parameter group (`parameter_groups`) and a separate schedule.
     - Their gradients are clipped to `max_grad_norm` separately from those of the other weights.
     - Logs have `table_grad_norm` and `table_learning_rate`. `grad_norm` and `learning_rate` are those of the others.
@@ -69,8 +72,12 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return self.args if isinstance(self.args, PeerTrainingArguments) else PeerTrainingArguments
 
     @property
-    def _row_sparse(self) -> bool:
+    def _row_sparse_experts(self) -> bool:
         return self._table_settings.row_sparse_gradients or has_row_sparse_gradients(self.model)
+
+    @property
+    def _row_sparse(self) -> bool:
+        return self._row_sparse_experts or bool(sparse_embeddings(self.model))
 
     def train(self, *args, **kwargs):
         """Train as Trainer does. Raise SettingsError if a number is out of its range (`RANGES`)."""
@@ -80,6 +87,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     def create_optimizer(self, model=None):
         """The optimizer that the arguments name, with `parameter_groups`."""
         given = self.optimizer_cls_and_kwargs
+        self._train_rows_sparsely()
         if self._row_sparse and self._row_sparse_model is not self.model:  # a second train() calls this again
             self._prepare_row_sparse()
             self._row_sparse_model = self.model
@@ -100,7 +108,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
     def _optimizer_class_and_groups(self, model):
         settings, network = self._table_settings, self.model if model is None else model
         optimizer_class, options = self.optimizer_cls_and_kwargs or self._optimizer_class_and_options(network)
-        with row_sparse_gradients(self.model, self._row_sparse):  # the groups then have `row_sparse`
+        with row_sparse_gradients(self.model, self._row_sparse_experts):  # the groups then have `row_sparse`
             groups = parameter_groups(
                 network,
                 options.get("lr", self.args.learning_rate),
@@ -118,13 +126,22 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
             if optimizer_class is not torch.optim.AdamW:
                 raise SettingsError(
                     f"--optim {self.args.optim.value} does not support row-sparse gradients: use adamw_torch, or "
-                    "set row_sparse_gradients to false."
+                    "set row_sparse_gradients to false and leave out row_sparse_modules."
                 )
             options.pop("fused", None)
             return RowSparseAdamW, {**options, "row_state": state}
         if state != "float32":
-            raise SettingsError(f"--table_optimizer_state {state} needs --row_sparse_gradients true.")
+            raise SettingsError(
+                f"--table_optimizer_state {state} needs --row_sparse_gradients true or --row_sparse_modules."
+            )
         return optimizer_class, options
+
+    def _train_rows_sparsely(self):
+        if names := self._table_settings.row_sparse_modules:
+            try:
+                train_rows_sparsely(self.model, names)
+            except ValueError as error:
+                raise SettingsError(f"--row_sparse_modules {' '.join(names)}: {error}") from error
 
     def _prepare_row_sparse(self):
         kind = self.accelerator.distributed_type
@@ -133,7 +150,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         elif kind != DistributedType.NO:
             raise SettingsError(
                 f"row-sparse gradients need one process or DistributedDataParallel; {kind.value} reduces only dense "
-                "gradients. Set row_sparse_gradients to false."
+                "gradients. Set row_sparse_gradients to false and leave out row_sparse_modules."
             )
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -158,7 +175,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
 
     def training_step(self, *args, **kwargs):
         """Forward and backward, with the kind of gradients that the run asks for."""
-        with row_sparse_gradients(self.model, self._row_sparse):
+        with row_sparse_gradients(self.model, self._row_sparse_experts):
             return super().training_step(*args, **kwargs)
 
     def _clip_grad_norm(self, model):
@@ -174,7 +191,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         """The gradient norm of all weights but the tables; None if there are no separate tables to clip."""
         engines = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
         flattened = self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
-        if flattened or self.accelerator.distributed_type in engines or not expert_tables(model):
+        if flattened or self.accelerator.distributed_type in engines or not trained_tables(model):
             return None
         self.accelerator.unscale_gradients()
         norms = clip_gradients(model, max_norm)
@@ -182,7 +199,7 @@ class PeerTrainer(ResumesAsAsked, PrivateArguments, CompleteCheckpoints, Sharded
         return norms.others
 
     def _get_learning_rate(self):
-        rates = [group["lr"] for group in self.optimizer.param_groups if group.get("name") == EXPERT_TABLES]
+        rates = [group["lr"] for group in self.optimizer.param_groups if group.get("name") in TABLE_GROUPS]
         self._table_learning_rate = float(rates[0]) if rates else None
         return super()._get_learning_rate()
 

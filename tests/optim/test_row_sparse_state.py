@@ -82,11 +82,11 @@ def test_state_is_on_the_tables_device_and_its_counter_on_the_cpu_whatever_the_d
     assert {value.device.type for value in optimizer.state[table].values()} == {"cpu"}
 
 
-def build(config):
+def build(config, row_state="factored"):
     torch.manual_seed(1)
     model = PeerForCausalLM(config).train()
     groups = parameter_groups(model, 0.01, table_learning_rate_multiple=2.0)
-    return model, RowSparseAdamW(groups, row_state="factored")
+    return model, RowSparseAdamW(groups, row_state=row_state)
 
 
 def train(model, optimizer, num_steps, first=0):
@@ -144,13 +144,16 @@ def distributed(write=dcp.save, **options):
     ],
     ids=["torch.save", "nested", "flattened", "full", "DCP", "flattened DCP", "asynchronous DCP"],
 )
-def test_a_run_that_was_saved_anywhere_goes_on_as_if_it_had_not_been(tmp_path, tiny_config, save, num_steps):
+@pytest.mark.parametrize("row_state", ["factored", "row"])
+def test_a_run_that_was_saved_anywhere_goes_on_as_if_it_had_not_been(
+    tmp_path, tiny_config, save, num_steps, row_state
+):
     config = tiny_config(row_sparse_gradients=True, num_hidden_layers=2)
-    (model, optimizer), (expected, undisturbed) = build(config), build(config)
+    (model, optimizer), (expected, undisturbed) = build(config, row_state), build(config, row_state)
     train(model, optimizer, num_steps)
     train(expected, undisturbed, num_steps + 2)
     load = save(model, optimizer, tmp_path)
-    resumed, other = build(config)
+    resumed, other = build(config, row_state)
     resumed.load_state_dict(model.state_dict())
     load(resumed, other)
     for one, its_optimizer in ((model, optimizer), (resumed, other)):
@@ -236,7 +239,7 @@ def test_hooks_of_loading_change_and_see_what_is_loaded():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"row_state": "int8"}, "row_state must be one of float32, bfloat16, factored; got 'int8'"),
+        ({"row_state": "int8"}, "row_state must be one of float32, bfloat16, factored, row; got 'int8'"),
         ({"betas": (0.99, 0.9)}, r"betas\[0\] \(0.99\) must be less than the square root of betas\[1\]"),
         ({"betas": (0.5, 1.0)}, r"betas\[1\] \(1.0\) must be at least 0 and less than 1"),
         ({"maximize": True}, "maximize=True"),
@@ -317,6 +320,33 @@ def test_a_state_that_is_not_of_this_table_is_refused_and_changes_nothing(change
     assert optimizer.state_dict()["param_groups"] == before["param_groups"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exp_avg": torch.zeros(6, 4)}, "has exp_avg beside last_step with row_state='row'"),
+        ({"exp_avg_sq": torch.ones(6, 4)}, r"exp_avg_sq must have the shape \(6, 1\) with row_state='row'"),
+        ({"exp_avg_sq": -torch.ones(6, 1)}, "exp_avg_sq has NaN or negative numbers"),
+        ({"exp_avg_sq": torch.full((6, 1), float("nan"))}, "exp_avg_sq has NaN or negative numbers"),
+        ({"last_step": torch.full((6,), 4)}, "last_step ranges from 4 to 4, but step is 3"),
+        ({"exp_avg_sq": {}}, "needs exp_avg_sq, step; got step, last_step"),
+    ],
+)
+def test_a_state_of_one_scalar_per_row_is_checked_too(changes, message):
+    _, optimizer = stepped(row_state="row")
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    state["state"][0] |= changes
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("row_state", ["float32", "factored", "row"])
+def test_bytes_of_state_per_row_are_as_documented(row_state):
+    table, optimizer = stepped((6, 256), row_state=row_state)
+    num_bytes = sum(value.nbytes for value in optimizer.state[table].values() if value.dim()) / len(table)
+    assert num_bytes == {"float32": 4 + 8 * 256, "factored": 4 + 2 * 256 + 4, "row": 4 + 4}[row_state]
+
+
 def test_dense_state_of_another_shape_and_other_groups_are_refused_with_the_numbers():
     weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(5))]
     optimizer = RowSparseAdamW(weights)
@@ -379,6 +409,7 @@ WRONG_ARGUMENTS = [
     ({"gradients": torch.ones(3, 4)}, r"gradients has the shape \(3, 4\)"),
     ({"gradients": torch.ones(2, 5)}, r"gradients has the shape \(2, 5\)"),
     ({"catch_up": torch.ones(1, 4)}, r"catch_up has the shape \(1, 4\)"),
+    ({"exp_avg": None}, r"exp_avg_sq has the shape \(6, 4\); the table and its rows need \(6, 1\)"),
     ({"step": 0}, r"step \(0\) must be at least 1"),
     ({"table": torch.ones(24)}, "table must have two dimensions"),
     ({"gradients": products(starts=torch.tensor([0, 1]))}, r"starts has the shape \(2,\)"),
@@ -443,7 +474,7 @@ def change(state):
     of_table, group = state["state"][0], state["param_groups"][0]
     value = of_table.get(name)
     if kind == "row_state":
-        group["row_state"] = random.choice(("float32", "bfloat16", "factored"))
+        group["row_state"] = random.choice(("float32", "bfloat16", "factored", "row"))
     elif value is None:
         return
     elif kind == "truncate" and value.dim():
@@ -463,7 +494,7 @@ def change(state):
 loaded = refused = 0
 for _ in range(300):
     sizes = [(random.choice((1, 7, 256)), random.choice((1, 3, 16))) for _ in range(2)]
-    states = random.choices(("float32", "bfloat16", "factored"), k=2)
+    states = random.choices(("float32", "bfloat16", "factored", "row"), k=2)
     (_, source), (table, made) = (optimizer(*size, state) for size, state in zip(sizes, states))
     if random.random() < 0.7:
         _, source = optimizer(*sizes[1], source.param_groups[0]["row_state"])

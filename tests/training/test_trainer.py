@@ -128,7 +128,7 @@ def test_gradients_are_averaged_by_one_hook_however_often_a_model_is_trained(tmp
     assert averaged[1:] == [other]
 
 
-@pytest.mark.parametrize("state", ["float32", "bfloat16", "factored"])
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "factored", "row"])
 def test_a_resumed_run_continues_the_same_losses(tmp_path, model, state):
     settings = {"row_sparse_gradients": True, "table_optimizer_state": state, "max_steps": 6}
     settings |= {"lr_scheduler_type": "linear", "table_learning_rate_multiple": 4.0}
@@ -193,7 +193,7 @@ def test_an_optimizer_that_the_user_names_gets_the_groups_too(tmp_path, model):
             r"--retrieval_learning_rate_multiple \(-1.0\) must be more than 0",
         ),
         ({"table_learning_rate_schedule": "x"}, r"\(x\) must be one of multiple, decaying, constant"),
-        ({"table_optimizer_state": "int8"}, r"\(int8\) must be one of float32, bfloat16, factored"),
+        ({"table_optimizer_state": "int8"}, r"\(int8\) must be one of float32, bfloat16, factored, row"),
         ({"table_optimizer_state": "factored"}, "factored needs --row_sparse_gradients true"),
         ({"row_sparse_gradients": True, "optim": "adafactor"}, "adafactor does not support row-sparse gradients"),
     ],
