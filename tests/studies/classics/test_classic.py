@@ -89,7 +89,8 @@ def test_what_is_wrong_is_one_line_before_any_training(tmp_path, capsys, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     assert main(["classic", "vowels_1991", "--output_dir", str(tmp_path)]) == 2
     assert "`classic` needs matplotlib" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for module in ("sklearn", "sklearn.datasets"):  # the second may have been imported by another test
+        monkeypatch.setitem(sys.modules, module, None)
     for name in NEEDS_IMAGES:
         assert main(["classic", name, "--plot", "false", "--output_dir", str(tmp_path)]) == 2
         assert "`classic` needs sklearn" in capsys.readouterr().err
