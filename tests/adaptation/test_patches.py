@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 
 from modeling_peer import PeerForCausalLM, PeerModel, quantise_expert_tables
 from modeling_peer.adaptation import checkpoint_differences
+from modeling_peer.adaptation.patch_command import run_patch_command
 from modeling_peer.adaptation.patch_files import open_patch, write_patch
 from modeling_peer.adaptation.patches import apply_patch, merge_patches, remove_patch, save_patch
 from modeling_peer.adaptation.slicing import slice_experts
+from modeling_peer.console.errors import SettingsError
 
 TWO_LAYERS = {"mlp_layer_types": ["sparse", "dense", "sparse"]}
 KINDS = [
@@ -373,6 +375,35 @@ def test_no_path_of_the_machine_is_in_a_patch(pair, tmp_path):
     assert json.loads(json.dumps(patch.describe()))["num_rows"] == 6
 
 
+def test_the_command_saves_merges_shows_and_applies(pair, tmp_path, capsys):
+    base, tuned, *_ = pair(rows=(1, 2))
+    second = change(PeerForCausalLM.from_pretrained(base), [9])
+    save_patch(base, second, tmp_path / "b.safetensors")
+    a, b, both = (str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "both"))
+    saved = run_patch_command(["save", "--base", str(base), "--tuned", str(tuned), "--output_file", a])
+    assert saved["num_rows"] == 4
+    assert saved["base"] == "base"
+    assert run_patch_command(["merge", a, b, "--output_file", both])["num_rows"] == 6
+    assert run_patch_command(["show", both])["tensors"][0]["rows"] == 3
+    assert "| 64 x 32 |" in capsys.readouterr().out
+    run_patch_command(["apply", a, b, "--model", str(base), "--output_dir", str(tmp_path / "out")])
+    loaded = PeerForCausalLM.from_pretrained(base)
+    apply_patch(loaded, both)
+    assert_same_bits(loaded, bits(PeerForCausalLM.from_pretrained(tmp_path / "out")))
+    for words, message in (
+        ([], "the first word must be one of save, apply, merge, show"),
+        (["sho"], "Did you mean 'show'"),
+        (["show", a, b], "show takes one patch; got 2"),
+        (["show", str(tmp_path / "absent.safetensors")], "there is no patch"),
+        (["merge", a, a, "--output_file", both], "are in several patches"),
+        (["apply", a, "--model", str(base)], "apply: --output_dir is missing"),
+        (["apply", a, "--model", str(base), "--output_dir", str(base)], "is the folder of the model"),
+        (["save", "--base", str(base), "--tuned", str(base), "--output_file", a], "no tensor differs"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run_patch_command(words)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["memory", "mapped"])
 def test_a_thousandth_of_a_million_experts_is_a_thousandth_of_the_checkpoint(tiny_config, tmp_path, placement):
@@ -406,8 +437,8 @@ def test_a_thousandth_of_a_million_experts_is_a_thousandth_of_the_checkpoint(tin
     size = (tmp_path / "fine.safetensors").stat().st_size
     shutil.rmtree(tmp_path / "base")
     print(
-        f"\n{placement}: checkpoint {checkpoint:,} bytes, patch {size:,} ({size / checkpoint:.4%}); save {saved:.1f} s, "
-        f"apply {seconds:.3f} s ({cpu_seconds:.3f} s of CPU), remove {removed:.3f} s"
+        f"\n{placement}: checkpoint {checkpoint:,} bytes, patch {size:,} ({size / checkpoint:.4%}), "
+        f"save {saved:.1f} s, apply {seconds:.3f} s ({cpu_seconds:.3f} s of CPU), remove {removed:.3f} s"
     )
     assert size < 0.0011 * checkpoint
     assert cpu_seconds < 1  # wall time depends on what else runs
