@@ -407,7 +407,7 @@ def test_the_command_saves_merges_shows_and_applies(pair, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", ["memory", "mapped"])
 def test_a_thousandth_of_a_million_experts_is_a_thousandth_of_the_checkpoint(tiny_config, tmp_path, placement):
-    """`pytest -m slow -s -k thousandth tests/adaptation/test_patches.py` prints the figures of docs/patches.md."""
+    """`pytest -m slow -s -k thousandth tests/adaptation/test_patches.py` prints bytes and seconds."""
     sizes = {"hidden_size": 256, "num_sub_keys": 1024, "query_dim": 256, "dtype": torch.bfloat16}
     model = PeerForCausalLM._from_config(tiny_config(**sizes))
     model.save_pretrained(tmp_path / "base")
