@@ -147,6 +147,13 @@ def run_retrofit(words: Sequence[str]) -> dict[str, Any]:
     return retrofit_checkpoint(parse_with_checkpoint(RetrofitArguments, words))
 
 
+def run_patch(words: Sequence[str]) -> dict[str, Any]:
+    """Save, apply, merge or show patches."""
+    from modeling_peer.adaptation.patch_command import run_patch_command
+
+    return run_patch_command(words)
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -264,6 +271,11 @@ def summarize_scores(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "rows"}
 
 
+def summarize_patch(result: dict[str, Any]) -> dict[str, Any]:
+    """All but the tensors, which the table has."""
+    return {name: value for name, value in result.items() if name != "tensors"}
+
+
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and the validation loss of each group: mean and standard deviation."""
     losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
@@ -375,6 +387,14 @@ COMMANDS = {
         run_retrofit,
         "CHECKPOINT --output_dir FOLDER [--layers NUMBERS] [--num_sub_keys N] [--field value ...]",
         (CHECKPOINT, "adaptation/retrofit_checkpoint.py:RetrofitArguments"),
+    ),
+    "patch": Command(
+        "a fine-tune that changed few rows, as a small file: save, apply, merge or show it",
+        run_patch,
+        "save | apply | merge | show [PATCH ...] [--field value ...]",
+        ("adaptation/patch_command.py:PatchArguments",),
+        "docs/patches.md has an example of each.",
+        summarize=summarize_patch,
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

@@ -15,7 +15,7 @@ from .exchange_peer import staged_save, staging_folders
 from .file_names_peer import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .files_peer import write_text
 from .parallel_peer import gather_on_first_rank, rows_of_rank
-from .quantised_tables_peer import refuse_other_format
+from .quantised_tables_peer import refuse_other_format, refuse_overlays
 from .query_norms_peer import freeze_running_statistics
 from .table_placement_peer import check_placement, device_beside_mapped_tables, place_tables
 from .table_shards_peer import lay_out_weights
@@ -132,6 +132,7 @@ class PeerCheckpoints:
         The folder's files are replaced once the new ones are complete. The code to load the model with every Auto
         class is saved too. Each weight file contains its checksum (`verify_checkpoint`).
         """
+        refuse_overlays(self, "saving would write")
         self.config.auto_map = dict(AUTO_MAP)
         # Staging needs one process that writes everything. In a distributed checkpoint every rank writes its part.
         if kwargs.get("distributed_checkpoint"):

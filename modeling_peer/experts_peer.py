@@ -239,6 +239,7 @@ class PeerExperts(QuantisableTables):
     id of an expert to its row, or to -1: such an expert adds nothing.
 
     `row_sparse` says whether gradients of the tables are row-sparse in this run; with `None` the configuration does.
+    `overlay` has rows that replace rows of the tables.
     """
 
     row_sparse: bool | None = None
@@ -306,6 +307,12 @@ class PeerExperts(QuantisableTables):
             expert_ids = self.rows_of(expert_ids)
         if num_rows < self.num_peer_experts:
             expert_ids, gates = own_assignments(expert_ids, gates, num_rows)
+        if self.overlay is not None:
+            return self._mix_with_overlay(hidden_states, expert_ids, gates)
+        return self._mix_rows(hidden_states, expert_ids, gates)
+
+    def _mix_rows(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """`forward` for rows of the tables in place of experts."""
         if self.mapped_tables is not None:
             self._use_mapped_tables(expert_ids)
             if self.up_embed.device != hidden_states.device:
@@ -320,6 +327,25 @@ class PeerExperts(QuantisableTables):
         if torch.is_grad_enabled() and self.has_row_sparse_gradients():
             return _with_row_sparse_gradients(mixture, *inputs)
         return mixture(*inputs)
+
+    def _mix_with_overlay(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor):
+        """`_mix_rows` where an overlay replaces some rows: the sum over the others, plus the sum over replacements."""
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "A patch is applied as an overlay, because the expert tables are mapped or quantised. Such a model is "
+                "not trained. Load the float checkpoint into memory, apply the patch, and train that."
+            )
+        overlay = self.overlay.on(hidden_states.device)
+        places = overlay.places_of(expert_ids)
+        replaced = places >= 0
+        if not torch.compiler.is_compiling() and not replaced.any():
+            return self._mix_rows(hidden_states, expert_ids, gates)
+        others = own_assignments(expert_ids.masked_fill(replaced, -1), gates, self.up_embed.shape[0])
+        replacements = own_assignments(places, gates, len(overlay.row_ids))
+        implementation, up_embed = self.config._experts_implementation, overlay.tables[1]
+        mixture = choose(EXPERT_MIXTURE_FUNCTIONS, implementation, expert_mixture, up_embed)
+        output = mixture(hidden_states, *replacements, *overlay.tables, self.activation)
+        return output + self._mix_rows(hidden_states, *others)
 
     def _use_mapped_tables(self, expert_ids: torch.Tensor):
         """Request the rows of these experts if they may have to be read from the disk.

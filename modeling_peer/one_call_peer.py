@@ -79,7 +79,7 @@ def run_in_one_call(retrieval: nn.Module, experts: nn.Module, tokens: torch.Tens
     # Offloaded tables are loaded, and sharded ones become this rank's rows, when the parts are called.
     if retrieval.training or sub_keys is None or tables is None or tables[1].is_meta:
         return None
-    if experts._buffers.get("row_of_expert") is not None:  # the call takes ids as rows
+    if experts._buffers.get("row_of_expert") is not None or experts.overlay is not None:  # the call takes ids as rows
         return None
     if type(tables[1]) not in (nn.Parameter, torch.Tensor):
         return None

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .checksums_peer import read_header
 from .parallel_peer import draw_rows_
 from .row_formats_peer import TABLE_FORMATS, format_of, quantise_rows, row_chunks, row_width, stored_width
+from .row_overlay_peer import RowOverlay
 
 SCALE_NAMES = {"down_embed": "down_scale", "up_embed": "up_scale", "gate_embed": "gate_scale"}
 _NAMES = (*SCALE_NAMES, *SCALE_NAMES.values())
@@ -32,6 +33,8 @@ class QuantisableTables(nn.Module):
     Beside a quantised table `down_embed` stands `down_scale`, `(num_expert_rows,)` in float32, with the scales of its
     rows. Both are frozen, and keep their dtypes when the model is cast.
     """
+
+    overlay: RowOverlay | None = None
 
     def register_table(self, name: str, exists: bool):
         """Register the table `name`, and its scale if it has one; as None if it does not exist."""
@@ -172,6 +175,16 @@ def expert_pools(model: nn.Module) -> dict[str, QuantisableTables]:
     return {name: module for name, module in model.named_modules() if hasattr(type(module), "quantise_tables")}
 
 
+def refuse_overlays(model: nn.Module, action: str) -> None:
+    """Raise ValueError if rows of a pool are replaced by an overlay, which `action` would leave out."""
+    for name, pool in expert_pools(model).items():
+        if getattr(pool, "overlay", None) is not None:
+            raise ValueError(
+                f"{name or 'The pool'}: a patch is applied as an overlay, and {action} the tables without it. Remove "
+                "it (remove_patch), or load the float checkpoint into memory and apply the patch there."
+            )
+
+
 @torch.no_grad()
 def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     """Quantise the expert tables of a model in place, one after the other.
@@ -192,6 +205,7 @@ def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
     """
     if table_format not in TABLE_FORMATS:
         raise ValueError(f"expert_table_format={table_format!r} is unknown. Known: {', '.join(TABLE_FORMATS)}.")
+    refuse_overlays(model, "quantising would round")
     pools = expert_pools(model)
     if not pools:
         raise ValueError(

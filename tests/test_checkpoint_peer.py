@@ -50,6 +50,7 @@ TRAVELLING_FILES = {
     "balance_loss_peer.py",
     "masks_peer.py",
     "row_formats_peer.py",
+    "row_overlay_peer.py",
     "quantised_tables_peer.py",
     "table_shards_peer.py",
     "table_placement_peer.py",

@@ -65,6 +65,14 @@ def test_the_python_of_the_page_on_retrofit_runs(tmp_path, monkeypatch):
     assert (tmp_path / "peer-adapter" / "adapter_model.safetensors").exists()
 
 
+def test_the_python_of_the_page_on_patches_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    left = run_python((REPOSITORY / "docs" / "patches.md").read_text(encoding="utf-8"))
+    assert len(left["applied"].replaced) == 1
+    assert all(0 < len(ids) <= 32 for ids in left["experts"].values())
+
+
 def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
     monkeypatch.chdir(tmp_path)
     PeerForCausalLM(tiny_config()).save_pretrained("my-peer")

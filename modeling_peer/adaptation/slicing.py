@@ -17,7 +17,7 @@ from torch import nn
 
 from modeling_peer.analysis.expert_importance import ExpertImportance
 from modeling_peer.analysis.routing_hooks import RoutedLayer, checked_experts, find_routed_layer, find_routed_layers
-from modeling_peer.quantised_tables_peer import renew_ties
+from modeling_peer.quantised_tables_peer import refuse_overlays, renew_ties
 
 
 def most_important(
@@ -40,7 +40,7 @@ def most_important(
     """
     values = {entry.name: entry.by(measure) for entry in importance}
     kept: dict[str, torch.Tensor] = {}
-    for layers in _layers_by_tables(model):
+    for layers in layers_by_tables(model):
         total = sum(values[layer.name] for layer in layers)
         rows = getattr(layers[0].experts, "row_of_expert", None)
         if rows is not None:  # experts that are gone cannot be kept
@@ -69,7 +69,8 @@ def slice_experts(model: nn.Module, kept: Mapping[int | str, Sequence[int] | tor
             keep different numbers of experts or share tables and keep different ones, or tables are adapted, sharded
             or offloaded. Nothing has changed then.
     """
-    groups = _layers_by_tables(model)
+    refuse_overlays(model, "a slice would keep")
+    groups = layers_by_tables(model)
     chosen = {}
     for key, expert_ids in kept.items():
         layer = find_routed_layer(model, key)
@@ -118,7 +119,8 @@ def scale_expert_rows(
     chosen = checked_experts(found, expert_ids)
     if not math.isfinite(factor):
         raise ValueError(f"factor ({factor}) must be finite.")
-    _layers_by_tables(model)  # refuses whole MLPs
+    refuse_overlays(model, "this would scale")
+    layers_by_tables(model)  # refuses whole MLPs
     pool = found.experts
     rows = pool.rows_of(chosen.to(pool.up_embed.device)).unique()
     # of a quantised row, its scale
@@ -131,7 +133,7 @@ def _rows(table: nn.Parameter, rows: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(table.detach()[rows.to(table.device)].clone(), requires_grad=table.requires_grad)
 
 
-def _layers_by_tables(model: nn.Module) -> list[list[RoutedLayer]]:
+def layers_by_tables(model: nn.Module) -> list[list[RoutedLayer]]:
     """The routed layers, those that share their tables together."""
     groups: dict[int, list[RoutedLayer]] = {}
     for layer in find_routed_layers(model):

@@ -59,6 +59,8 @@ def table_rows(layer: RoutedLayer, name: str, expert_ids: torch.Tensor) -> torch
         rows = rows.float()
     else:
         rows = dequantise_rows(rows, layer.experts.scales()[name.replace("embed", "scale")].detach()[kept])
+    if getattr(layer.experts, "overlay", None) is not None:
+        rows = layer.experts.overlay.replace(places, TABLE_NAMES.index(name), rows)
     return rows.masked_fill(places.unsqueeze(-1) < 0, 0.0)
 
 
