@@ -15,7 +15,7 @@ from modeling_peer import PeerConfig
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Of a test marked `slow_but_first`, mark all cases but the first as slow."""
+    """Mark as slow: all cases but the first (`slow_but_first`), Triton without a GPU (`slow_in_the_interpreter`)."""
     seen = set()
     for item in items:
         if item.get_closest_marker("slow_but_first"):
@@ -23,6 +23,9 @@ def pytest_collection_modifyitems(items):
             if name in seen:
                 item.add_marker(pytest.mark.slow)
             seen.add(name)
+        in_interpreter = "triton" in item.name.partition("[")[2] and not torch.cuda.is_available()
+        if in_interpreter and item.get_closest_marker("slow_in_the_interpreter"):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

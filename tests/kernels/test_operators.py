@@ -72,6 +72,7 @@ class TestRetrieval:
         sub_keys = torch.randn(codebooks, device=device)
         assert_is_exact(query, sub_keys, top_k, retrieve(query, sub_keys, top_k))
 
+    @pytest.mark.slow_in_the_interpreter
     def test_equals_exhaustive_search_in_a_million_experts(self, retrieve, device):
         query, sub_keys = torch.randn(1, 2, 16, device=device), torch.randn(2, 1024, 8, device=device)
         assert_is_exact(query, sub_keys, 16, retrieve(query, sub_keys, 16))
@@ -200,6 +201,7 @@ class TestMixture:
         inputs["expert_ids"] = torch.randperm(12, device=device).view(4, 3)
         assert_equals_the_loop(mixture, inputs)
 
+    @pytest.mark.slow_in_the_interpreter
     def test_when_every_token_picks_one_expert_many_times(self, mixture, device):
         inputs = mixture_inputs(device, num_tokens=40, num_active=8, num_experts=5)
         inputs["expert_ids"] = torch.full_like(inputs["expert_ids"], 2)
@@ -263,6 +265,7 @@ class TestMixture:
             assert gradient.shape == (50, 7)
             assert torch.equal(gradient._indices()[0], inputs["expert_ids"].unique())
 
+    @pytest.mark.slow_in_the_interpreter
     def test_is_bit_identical_from_run_to_run(self, mixture, device):
         inputs = mixture_inputs(device, num_tokens=20, width=40, num_experts=15, gated=True)
         first_output, first = output_and_gradients(mixture, inputs)
@@ -400,6 +403,7 @@ class TestOperators:
 
 
 class TestLayer:
+    @pytest.mark.slow_in_the_interpreter
     def test_a_layer_gives_the_same_with_any_implementation(self, implementation, device, tiny_config):
         config = tiny_config(query_norm="rms_norm", gated_experts=True)
         config._experts_implementation = "eager"
