@@ -1,21 +1,18 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """The console command `peer`. Each script in scripts/, except `kernel_tests.py`, calls one of its subcommands.
 
-It is outside the package, because importing the package imports torch and Transformers, which takes seconds. For
-`--help` it parses the source of the argument classes instead.
+It is outside the package, because importing the package imports torch and Transformers, which takes seconds. So is
+`peer_help.py`, which reads fields for `--help` from the source of their classes.
 """
 
-import ast
 import os
 import sys
-import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-WIDTH = 100
+from peer_help import field_lines, read_fields, read_options
+
 TRAINER_HELP = (
     "Also every field of transformers.TrainingArguments: --learning_rate, --max_steps, --save_steps and so on."
 )
@@ -311,7 +308,9 @@ TRAINING = (
     "training/arguments.py:RunArguments",
 )
 CHECKPOINT = "hub/loading.py:CheckpointArguments"
+TEXT_FORM = "data/corpus.py:TextForm"
 TEXT = "data/corpus.py:TextArguments"
+READING = "analysis/named_texts.py:ReadingArguments"
 BENCHMARK = "benchmarks/settings.py:BenchmarkArguments"
 PRESET = "benchmarks/settings.py:PresetBenchmark"
 RECIPE = "[recipe.yaml] [--field value ...]"
@@ -331,7 +330,7 @@ COMMANDS = {
     "evaluate": Command(
         "perplexity and bits per byte of any causal checkpoint on any text",
         run_evaluate,
-        arguments=(CHECKPOINT, TEXT, "evaluation/checkpoints.py:EvaluationArguments"),
+        arguments=(CHECKPOINT, TEXT, TEXT_FORM, "evaluation/checkpoints.py:EvaluationArguments"),
     ),
     "generate": Command(
         "continue prompts with any causal checkpoint",
@@ -359,27 +358,27 @@ COMMANDS = {
         "what the experts of a checkpoint do on any text: tables, and a page to open in a browser",
         run_inspect,
         "CHECKPOINT --output_dir FOLDER [--field value ...]",
-        (CHECKPOINT, TEXT, "analysis/analyze.py:InspectionArguments"),
+        (CHECKPOINT, READING, TEXT, TEXT_FORM, "analysis/analyze.py:InspectionArguments"),
         summarize=summarize_inspection,
     ),
     "probe": Command(
         "how well single experts say what a token is, beside the neurons of another checkpoint",
         run_probe,
         "CHECKPOINT --text FILES [--beside CHECKPOINT] [--field value ...]",
-        (CHECKPOINT, TEXT, "analysis/probe_checkpoint.py:ProbeArguments"),
+        (CHECKPOINT, READING, TEXT_FORM, "analysis/probe_checkpoint.py:ProbeArguments"),
         summarize=summarize_scores,
     ),
     "domains": Command(
         "which experts belong to one of several domains, and what each domain loses without them",
         run_domains,
         "CHECKPOINT --text FILES --score_text FILES [--field value ...]",
-        (CHECKPOINT, TEXT, "analysis/domain_experts.py:DomainArguments"),
+        (CHECKPOINT, READING, TEXT_FORM, "analysis/domain_experts.py:DomainArguments"),
     ),
     "slice": Command(
         "keep the experts that a text uses: a smaller checkpoint, and its perplexity against the whole one's",
         run_slice,
         "CHECKPOINT --text FILE --output_dir FOLDER [--field value ...]",
-        (CHECKPOINT, TEXT, "adaptation/slice_checkpoint.py:SliceArguments"),
+        (CHECKPOINT, READING, TEXT_FORM, "adaptation/slice_checkpoint.py:SliceArguments"),
         summarize=summarize_scores,
     ),
     "retrofit": Command(
@@ -535,80 +534,15 @@ def describe(name: str) -> str:
     lines = [f"usage: peer {name} {command.usage}".rstrip(), "", f"{command.help[0].upper()}{command.help[1:]}."]
     described = set()
     for place in reversed(command.arguments):  # a later class overrides fields of an earlier one
-        heading, fields = _read_fields(place)
+        heading, fields = read_fields(place)
         own = [one for one in fields if one[0] not in described]
         described |= {one[0] for one in own}
-        lines[3:3] = ["", heading, *(line for one in own for line in _field_lines(*one))]
+        lines[3:3] = ["", heading, *(line for one in own for line in field_lines(*one))]
     if command.summarize:
-        lines += _field_lines("full_json", "bool", "False", FULL_JSON_HELP)
+        lines += field_lines("full_json", "bool", "False", FULL_JSON_HELP)
     if command.options_of:
-        lines += ["", *(line for one in _read_options(command.options_of) for line in _field_lines(*one))]
+        lines += ["", *(line for one in read_options(command.options_of) for line in field_lines(*one))]
     return "\n".join([*lines, *(["", command.more] if command.more else [])])
-
-
-def _field_lines(name: str, kind: str, default: str | None, text: str) -> Iterator[str]:
-    yield f"  --{name} {kind}" + ("" if default in (None, "None") else f" (default {default})")
-    yield from textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-
-
-def _read_fields(place: str) -> tuple[str, list[tuple[str, str, str | None, str]]]:
-    """A heading, and (name, type, default, help) of each field, from the source of a dataclass."""
-    group = _read_class("modeling_peer", place)
-    return ast.get_docstring(group).splitlines()[0], [
-        found for node in group.body if isinstance(node, ast.AnnAssign) and (found := _read_field(node))
-    ]
-
-
-def _read_class(package: str, place: str) -> ast.ClassDef:
-    path, _, class_name = place.partition(":")
-    source = (Path(find_spec(package).submodule_search_locations[0]) / path).read_text(encoding="utf-8")
-    (group,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    return group
-
-
-def _read_options(place: str) -> Iterator[tuple[str, str, str | None, str]]:
-    """Of a command of Transformers' command line, by the source of the installed release: as `_read_fields`.
-
-    It is declared as a function: `name: Annotated[type, typer.Option(help=...)] = default`. What is not is left out.
-    """
-    try:
-        body = _read_class("transformers", place).body
-    except (OSError, ValueError):  # a release that has it elsewhere; the command itself names that
-        return
-    for function in (node for node in body if isinstance(node, ast.FunctionDef) and node.name == "__init__"):
-        named = function.args.args[len(function.args.args) - len(function.args.defaults) :]
-        for argument, default in zip(named, function.args.defaults, strict=True):
-            match argument.annotation:
-                case ast.Subscript(
-                    slice=ast.Tuple(elts=[kind, ast.Call(func=ast.Attribute(attr="Option")) as option])
-                ):
-                    keywords = {keyword.arg: keyword.value for keyword in option.keywords}
-                    if "hidden" not in keywords:
-                        name = argument.arg.replace("_", "-")
-                        kind = ast.unparse(kind).replace(" | None", "")
-                        kind = f"| --no-{name}" if kind == "bool" else kind
-                        text = _text_of(keywords["help"])
-                        yield name, kind, ast.unparse(default), text
-
-
-def _read_field(node: ast.AnnAssign) -> tuple[str, str, str | None, str] | None:
-    options = {option.arg: option.value for option in getattr(node.value, "keywords", [])}
-    metadata = options.get("metadata")
-    if not isinstance(metadata, ast.Dict):
-        return None
-    entries = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}
-    kind = ast.unparse(node.annotation).replace(" | None", "")
-    default = ast.unparse(options["default"]) if "default" in options else None
-    return node.target.id, kind, default, _text_of(entries["help"])
-
-
-def _text_of(node: ast.expr) -> str:
-    """The text of a string literal. In an f-string, names are in braces."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    return "".join(
-        part.value if isinstance(part, ast.Constant) else f"{{{ast.unparse(part.value)}}}" for part in node.values
-    )
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -47,9 +47,16 @@ def write_text(path: str | os.PathLike, text: str):
     if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
+    with replaced_when_written(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replaced_when_written(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to. It replaces `path` when the block ends, and is deleted if the block raises."""
     unfinished = path.with_name(f"_{path.name}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        yield unfinished
         flush(unfinished)
         os.replace(unfinished, path)
     except BaseException:

@@ -214,6 +214,10 @@ def quantise_expert_tables(model: nn.Module, table_format: str) -> nn.Module:
         )
     tables = {}  # those that layers share once
     for name, pool in pools.items():
+        if name.endswith(".base_layer"):  # PEFT wraps the pool, and replaces tables only while it runs
+            raise ValueError(
+                f"{name}: an adapter of expert tables (target_parameters) is on it. Merge adapters first."
+            )
         for table_name, table in pool.tables_to_quantise(table_format).items():
             tables.setdefault(id(table), (f"{name}.{table_name}".lstrip("."), table))
     for name, table in tables.values():

@@ -2,6 +2,7 @@
 """The last line of a command: short, JSON, with the path of the file that has the rest; whole if asked for."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -60,6 +61,11 @@ def test_the_last_line_of_a_benchmark_has_its_file_and_counts():
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.summarize])
 def test_help_names_the_option_for_the_whole_result(name):
     assert "--full_json" in describe(name)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_no_code(name):
+    assert not re.search(r"\{[^}]*[(.\[]", describe(name))
 
 
 def test_a_command_with_a_short_result_has_no_such_option(capsys):

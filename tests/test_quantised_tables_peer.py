@@ -260,6 +260,11 @@ def test_what_cannot_be_quantised_is_refused_and_stays_as_it_was(tiny_config):
     assert all(p.is_floating_point() for p in model.parameters())
     with pytest.raises(ValueError, match="has no expert tables to quantise"):
         quantise_expert_tables(PeerForCausalLM(tiny_config(mlp_layer_types=["dense"] * 3)), "int8")
+    on_tables = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_embed"])
+    adapted = peft.get_peft_model(PeerForCausalLM(tiny_config()), on_tables)
+    with pytest.raises(ValueError, match=r"experts\.base_layer: an adapter .* is on it\. Merge adapters first"):
+        quantise_expert_tables(adapted, "int8")
+    assert all(p.is_floating_point() for p in adapted.parameters())
     layer = quantise_expert_tables(PeerLayer(tiny_config()), "int8")
     with pytest.raises(ValueError, match="quantised already"):
         quantise_expert_tables(layer, "int8")

@@ -19,6 +19,20 @@ from modeling_peer.layer_peer import PeerLayer
 from modeling_peer.row_formats_peer import row_chunks
 
 READERS = ("random", "neurons")
+# Fields of PeerConfig that describe one new layer, beside num_sub_keys.
+LAYER_FIELDS = (
+    "num_retrieval_heads",
+    "num_experts_per_head",
+    "query_dim",
+    "share_sub_keys",
+    "query_norm",
+    "gate_activation",
+    "expert_act",
+    "gated_experts",
+    "expert_dropout",
+    "expert_init_gain",
+    "row_sparse_gradients",
+)
 # What models of Transformers call the projections whose rows read a token, and the gates among them.
 READING_PROJECTIONS = ("up_proj", "gate_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "w1", "w3")
 GATES = ("gate_proj", "w1")

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
-import modeling_peer
 from modeling_peer.adaptation.patch_files import Patch, open_patch
 from modeling_peer.adaptation.patches import apply_patch, merge_patches, save_patch
 from modeling_peer.console.command_line import parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.console.names import locate_model
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.hub.quantise_checkpoint import other_folder, save_with_tokenizer
+from modeling_peer.hub.loading import own_model_class
+from modeling_peer.hub.saving import other_folder, save_with_tokenizer
 
 
 @dataclass
@@ -76,11 +76,9 @@ def _save(arguments: PatchArguments) -> dict[str, Any]:
 def _apply(arguments: PatchArguments) -> dict[str, Any]:
     source = locate_model(arguments.model, trained=True)
     output_dir = other_folder(arguments.output_dir, source, "the base is needed to take the patch back")
-    name = (AutoConfig.from_pretrained(source).architectures or ["PeerForCausalLM"])[0]
-    model_class = getattr(modeling_peer, name, None)
-    if model_class is None:
-        raise SettingsError(f"{arguments.model!r} is a {name}, which modeling_peer does not have. Use apply_patch.")
-    model = model_class.from_pretrained(source, dtype="auto")
+    config = AutoConfig.from_pretrained(source)
+    model_class = own_model_class(config, arguments.model, "apply_patch(model, ...)")
+    model = model_class.from_pretrained(source, config=config, dtype="auto")
     for file in arguments.patch:
         print(f"applying {apply_patch(model, file).patch}")
     save_with_tokenizer(model, source, output_dir)

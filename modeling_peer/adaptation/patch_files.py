@@ -13,7 +13,6 @@ import os
 import tempfile
 import zlib
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from modeling_peer.checksums_peer import StoredTensor, read_header, stored_checksum, write_tensors
 from modeling_peer.damage_peer import UNREADABLE, find_safetensors_damage, weight_files
 from modeling_peer.file_names_peer import is_weight_file
-from modeling_peer.files_peer import flush
+from modeling_peer.files_peer import replaced_when_written
 from modeling_peer.row_formats_peer import TABLE_FORMATS, quantise_rows
 
 ROW_IDS, METADATA, VERSION = ".row_ids", "patch", 1
@@ -153,7 +152,6 @@ def write_patch(file: str | os.PathLike, base: Base, tensors: Iterable[tuple[str
     file = Path(file).expanduser()
     if file.suffix != ".safetensors" or is_weight_file()(file.name):
         raise ValueError(f"a patch is a file named *.safetensors, and not as the weights of a model; got {file.name}.")
-    unfinished = file.with_name(f"_{file.name}")
     with tempfile.TemporaryDirectory(prefix=".patch-", dir=file.parent) as folder:
         stored: dict[str, StoredTensor] = {}
         entries = {}
@@ -168,15 +166,8 @@ def write_patch(file: str | os.PathLike, base: Base, tensors: Iterable[tuple[str
         if not entries:
             raise ValueError(f"no tensor differs from the base {base.name!r}: there is nothing to store.")
         content = {"version": VERSION, "base": vars(base), "tensors": entries}
-        try:
+        with replaced_when_written(file) as unfinished:
             write_tensors(unfinished, stored, {"format": "pt", METADATA: json.dumps(content)})
-            flush(unfinished)
-            os.replace(unfinished, file)
-        except BaseException:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise
-    flush(file.parent)
     return file
 
 

@@ -36,6 +36,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from modeling_peer.adaptation.added_layers import (
+    LAYER_FIELDS,
     build_layer,
     check_readers,
     checked_config,
@@ -46,21 +47,6 @@ from modeling_peer.configuration_peer import PeerConfig
 from modeling_peer.layer_peer import PeerLayer
 
 METHOD = "peer"
-# Fields of the adapter that PeerConfig has too.
-LAYER_FIELDS = (
-    "num_sub_keys",
-    "num_retrieval_heads",
-    "num_experts_per_head",
-    "query_dim",
-    "share_sub_keys",
-    "query_norm",
-    "gate_activation",
-    "expert_act",
-    "gated_experts",
-    "expert_dropout",
-    "expert_init_gain",
-    "row_sparse_gradients",
-)
 
 
 @dataclass
@@ -110,7 +96,7 @@ class PeerAdapterConfig(PeftConfig):
 
     def peer_config(self, hidden_size: int, initializer_range: float) -> PeerConfig:
         """The configuration of one PEER layer in a model of this width."""
-        fields = {name: getattr(self, name) for name in LAYER_FIELDS}
+        fields = {name: getattr(self, name) for name in ("num_sub_keys", *LAYER_FIELDS)}
         return checked_config(
             hidden_size=hidden_size,
             num_attention_heads=1,

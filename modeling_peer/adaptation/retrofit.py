@@ -19,27 +19,18 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_peer import PeerForCausalLM
-from modeling_peer.adaptation.added_layers import build_layer, check_readers, checked_config, chosen_layers
+from modeling_peer.adaptation.added_layers import (
+    LAYER_FIELDS,
+    build_layer,
+    check_readers,
+    checked_config,
+    chosen_layers,
+)
 from modeling_peer.adaptation.dense_checkpoints import as_peer_fields, share_weights
 from modeling_peer.console.errors import nearest
 
-# Fields of PeerConfig that describe the new layers.
-LAYER_FIELDS = (
-    "num_retrieval_heads",
-    "num_experts_per_head",
-    "query_dim",
-    "share_sub_keys",
-    "query_norm",
-    "gate_activation",
-    "expert_act",
-    "gated_experts",
-    "share_expert_tables",
-    "expert_dropout",
-    "expert_init_gain",
-    "row_sparse_gradients",
-    "balance_loss",
-    "router_aux_loss_coef",
-)
+# Fields of PeerConfig that a new layer may have in a PEER model: those of the layer, and what concerns all of them.
+MODEL_FIELDS = (*LAYER_FIELDS, "share_expert_tables", "balance_loss", "router_aux_loss_coef")
 # Random tokens of a receipt: sequences, and tokens of each.
 SAMPLE_SHAPE = (4, 64)
 
@@ -64,15 +55,15 @@ def retrofit(
         num_sub_keys: n; each pool has n² experts.
         readers: how the reading vectors of experts start: `"random"` as in a new model, or `"neurons"`, the MLP's own.
         ignored_fields: fields of the model's configuration that are known to have no effect.
-        layer_fields: other fields of `PeerConfig` for the new layers, one of `LAYER_FIELDS`.
+        layer_fields: other fields of `PeerConfig` for the new layers, of `MODEL_FIELDS`.
 
     Raises:
         ValueError: the model is of another shape, is quantised, adapted or offloaded, has a field that PEER cannot
             represent, or there is no such layer. The model is as it was then.
     """
     for name in layer_fields:
-        if name not in LAYER_FIELDS:
-            known = nearest(name, LAYER_FIELDS) or f" Known: {', '.join(LAYER_FIELDS)}."
+        if name not in MODEL_FIELDS:
+            known = nearest(name, MODEL_FIELDS) or f" Known: {', '.join(MODEL_FIELDS)}."
             raise ValueError(f"{name!r} is no field of a new PEER layer.{known}")
     fields = as_peer_fields(model, tuple(ignored_fields))
     _check_tied_embeddings(model)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
-import modeling_peer
 from modeling_peer.adaptation.added_layers import READERS
 from modeling_peer.adaptation.retrofit import SAMPLE_SHAPE, compare_logits, retrofit
 from modeling_peer.console.command_line import Overrides
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import locate_model
+from modeling_peer.costs.provenance import describe_versions
 from modeling_peer.files_peer import write_text
 from modeling_peer.hub.loading import CheckpointArguments
-from modeling_peer.hub.quantise_checkpoint import other_folder, save_with_tokenizer
+from modeling_peer.hub.saving import other_folder, save_with_tokenizer
 
 RECEIPT = "retrofit.json"
 
@@ -104,11 +103,7 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
         "parameters_before": dense.num_parameters(),
         "parameters_after": model.num_parameters(),
         "logits": logits,
-        "versions": {
-            "modeling_peer": modeling_peer.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
+        "versions": describe_versions(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     save_with_tokenizer(model, source, output_dir)

@@ -9,31 +9,22 @@ from typing import Any
 
 from modeling_peer.adaptation.slicing import most_important, slice_experts
 from modeling_peer.analysis.expert_importance import MEASURES, record_importance
-from modeling_peer.analysis.named_texts import load_named_texts, score_texts, sequence_length
+from modeling_peer.analysis.named_texts import ReadingArguments, load_named_texts, score_texts
 from modeling_peer.analysis.routing_hooks import keep_experts
 from modeling_peer.analysis.routing_trace import token_batches
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.console.names import locate_model
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.data.corpus import TextArguments
 from modeling_peer.files_peer import write_text
-from modeling_peer.hub.loading import CheckpointArguments
-from modeling_peer.hub.quantise_checkpoint import other_folder, save_with_tokenizer
+from modeling_peer.hub.saving import other_folder, save_with_tokenizer
 
 DATA, PLOT = "slice.json", "slice.png"
 
 
 @dataclass
-class SliceArguments(TextArguments, CheckpointArguments):
-    """What the slice is for, how large it is, and where it goes."""
+class SliceArguments(ReadingArguments):
+    """The slice for some texts (--text): which experts it keeps, and where it goes."""
 
-    text: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Texts that the slice is for: files or folders (UTF-8; also .jsonl with a text column, .gz, .xz).",
-            "nargs": "+",
-        },
-    )
     score_text: list[str] = field(
         default_factory=list,
         metadata={"help": "Other texts, to score slices of all shares on. Unset: none is scored.", "nargs": "+"},
@@ -56,10 +47,6 @@ class SliceArguments(TextArguments, CheckpointArguments):
     )
     max_tokens: int = field(default=200_000, metadata={"help": "Tokens to find the experts on, at most."})
     max_bytes: int | None = field(default=100_000, metadata={"help": "Bytes of each text to score, at most."})
-    context_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Unset: max_position_embeddings, at most 1024."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,15 +70,13 @@ def slice_checkpoint(arguments: SliceArguments) -> dict[str, Any]:
         SettingsError: a checkpoint, a text or the folder does not exist or cannot be used.
     """
     started = time.perf_counter()
-    for name in ("model", "text", "output_dir"):
-        if not getattr(arguments, name):
-            raise SettingsError(f"--{name} is missing.")
+    arguments.require("model", "text", "output_dir")
     source = locate_model(arguments.model, trained=True)
     output_dir = other_folder(arguments.output_dir, source, "what a slice leaves out cannot be restored")
     texts = load_named_texts(arguments, arguments.text)
     scored = load_named_texts(arguments, arguments.score_text, streaming=False)
     model, tokenizer = arguments.load()
-    length = sequence_length(model, arguments.context_length)
+    length = arguments.sequence_length(model)
     try:
         batches = token_batches(texts.corpora, tokenizer, length, arguments.batch_size)
         importance = record_importance(model, batches, arguments.max_tokens)

@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from modeling_peer.adaptation.expert_pools import layers_by_tables, plain_tables
 from modeling_peer.analysis.expert_importance import ExpertImportance
-from modeling_peer.analysis.routing_hooks import RoutedLayer, checked_experts, find_routed_layer, find_routed_layers
+from modeling_peer.analysis.routing_hooks import RoutedLayer, checked_experts, find_routed_layer
 from modeling_peer.quantised_tables_peer import refuse_overlays, renew_ties
 
 
@@ -113,7 +114,8 @@ def scale_expert_rows(
         `model`.
 
     Raises:
-        ValueError: no such layer or expert, or a factor that is not finite.
+        ValueError: no such layer or expert, a factor that is not finite, or tables that are adapted, sharded or
+            offloaded.
     """
     found = find_routed_layer(model, layer)
     chosen = checked_experts(found, expert_ids)
@@ -121,6 +123,7 @@ def scale_expert_rows(
         raise ValueError(f"factor ({factor}) must be finite.")
     refuse_overlays(model, "this would scale")
     layers_by_tables(model)  # refuses whole MLPs
+    plain_tables(found)
     pool = found.experts
     rows = pool.rows_of(chosen.to(pool.up_embed.device)).unique()
     # of a quantised row, its scale
@@ -131,22 +134,6 @@ def scale_expert_rows(
 
 def _rows(table: nn.Parameter, rows: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(table.detach()[rows.to(table.device)].clone(), requires_grad=table.requires_grad)
-
-
-def layers_by_tables(model: nn.Module) -> list[list[RoutedLayer]]:
-    """The routed layers, those that share their tables together."""
-    groups: dict[int, list[RoutedLayer]] = {}
-    for layer in find_routed_layers(model):
-        if not layer.has_single_neurons:
-            raise ValueError(f"{layer.name}: experts are whole MLPs. Only pools of single neurons can be sliced.")
-        if not hasattr(layer.experts, "rows_of"):
-            raise ValueError(
-                f"{layer.name}: the model runs its checkpoint's own code, which is older than slices. Load it "
-                "without trust_remote_code, after `import modeling_peer`."
-            )
-        table = layer.experts._parameters.get("up_embed")
-        groups.setdefault(id(layer.experts) if table is None else id(table), []).append(layer)
-    return list(groups.values())
 
 
 def _check(groups: list[list[RoutedLayer]], chosen: dict[str, torch.Tensor]) -> int:
@@ -164,12 +151,5 @@ def _check(groups: list[list[RoutedLayer]], chosen: dict[str, torch.Tensor]) -> 
                 raise ValueError(f"{layer.name}: an earlier slice did not keep {gone[:5].tolist()}.")
             if not torch.equal(chosen[layer.name], chosen[layers[0].name]):
                 raise ValueError(f"{layer.name} shares the tables of {layers[0].name} and must keep the same experts.")
-            tables = None if "base_layer" in layer.path.split(".") else layer.experts.tables()  # PEFT wraps it so
-            kinds = {type(table).__name__ for table in tables or () if table is not None} - {"Parameter"}
-            if tables is None or kinds or any(table.is_meta for table in tables if table is not None):
-                kind = "adapted" if tables is None else f"a {min(kinds)}" if kinds else "offloaded"
-                raise ValueError(
-                    f"{layer.name}: its tables are {kind}. Merge adapters, and load the model on one device, without "
-                    "sharding or offloading."
-                )
+            plain_tables(layer)
     return next(iter(sizes.values()))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from modeling_peer.adaptation.slicing import layers_by_tables
+from modeling_peer.adaptation.expert_pools import layers_by_tables, plain_tables
 from modeling_peer.analysis.routing_hooks import checked_experts, find_routed_layer
 from modeling_peer.kernels.lazy_gradients import LazyRowGradient, OuterProducts
 from modeling_peer.optim.row_sparse_gradients import coalesced, is_row_sparse, lazy_products
@@ -53,15 +53,9 @@ def train_only_experts(
         chosen[layer.name] = checked_experts(layer, expert_ids)
     masks: dict[nn.Parameter, torch.Tensor] = {}
     for layers in layers_by_tables(model):
-        pool = layers[0].experts
-        tables = pool.tables()
-        kinds = {type(table).__name__ for table in tables or () if table is not None} - {"Parameter"}
-        if tables is None or kinds or tables[1].is_meta or pool.scales():
-            kind = "adapted" if tables is None else f"a {min(kinds)}" if kinds else "quantised or offloaded"
-            raise ValueError(
-                f"{layers[0].name}: its tables are {kind}. Load the float model on one device, without adapters and "
-                "sharding."
-            )
+        pool, tables = layers[0].experts, plain_tables(layers[0])
+        if pool.scales():
+            raise ValueError(f"{layers[0].name}: its tables are quantised and do not train. Load the float model.")
         mask = torch.zeros(len(tables[1]), dtype=torch.bool, device=tables[1].device)
         for layer in layers:
             rows = pool.rows_of(chosen.get(layer.name, torch.empty(0, dtype=torch.int64)).to(mask.device))

@@ -17,7 +17,7 @@ import modeling_peer
 from modeling_peer.analysis import figures as figure_tables
 from modeling_peer.analysis.figures import collect_figures
 from modeling_peer.analysis.html_report import render, without_nan
-from modeling_peer.analysis.named_texts import NamedTexts, load_named_texts, sequence_length
+from modeling_peer.analysis.named_texts import NamedTexts, ReadingArguments, load_named_texts
 from modeling_peer.analysis.routing_hooks import find_routed_layers
 from modeling_peer.analysis.routing_trace import RoutingTrace, record_routing, token_batches
 from modeling_peer.console.errors import SettingsError
@@ -25,23 +25,14 @@ from modeling_peer.console.tables import as_markdown
 from modeling_peer.data.corpus import TextArguments, load_text
 from modeling_peer.data.tokenizers import encode_texts
 from modeling_peer.files_peer import give_default_permissions, write_text
-from modeling_peer.hub.loading import CheckpointArguments
 
 HTML, DATA, TENSORS = "report.html", "report.json", "report.safetensors"
 
 
 @dataclass
-class InspectionArguments(TextArguments, CheckpointArguments):
-    """What is read, and where the report goes."""
+class InspectionArguments(ReadingArguments, TextArguments):
+    """What is reported, and where the report goes. Several texts are read in turn, and told apart."""
 
-    text: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Texts: files or folders (UTF-8; also .jsonl with a text column, .gz, .xz). Several are read in "
-            "turn, a sequence of each, and told apart in the report.",
-            "nargs": "+",
-        },
-    )
     output_dir: str | None = field(
         default=None,
         metadata={
@@ -56,10 +47,6 @@ class InspectionArguments(TextArguments, CheckpointArguments):
         metadata={"help": "Text whose experts the report shows word by word. Unset: the beginning of each text."},
     )
     max_tokens: int = field(default=1_000_000, metadata={"help": "Tokens to read, at most."})
-    context_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Unset: max_position_embeddings, at most 1024."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
     num_contexts: int = field(default=10, metadata={"help": "Contexts that are kept for each expert."})
     seed: int = field(
         default=0, metadata={"help": "Seed of what is drawn: the sample of tokens, some of the experts."}
@@ -135,7 +122,7 @@ def _inspect(
         layers = find_routed_layers(model)
     except ValueError as error:
         raise SettingsError(str(error)) from error
-    length = sequence_length(model, arguments.context_length)
+    length = arguments.sequence_length(model)
     print(f"model: {type(model).__name__}, {model.num_parameters():,} parameters, on {model.device}")
     print(f"routed layers: {', '.join(f'{layer.name} ({layer.num_experts:,} experts)' for layer in layers)}")
     batches = token_batches(texts.corpora, tokenizer, length, arguments.batch_size)

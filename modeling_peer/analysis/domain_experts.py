@@ -16,30 +16,21 @@ from typing import Any
 import torch
 
 from modeling_peer.analysis.expert_importance import ExpertImportance, record_importance
-from modeling_peer.analysis.named_texts import load_named_texts, score_texts, sequence_length
+from modeling_peer.analysis.named_texts import ReadingArguments, load_named_texts, score_texts
 from modeling_peer.analysis.routing_hooks import scale_experts
 from modeling_peer.analysis.routing_trace import token_batches
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import require_writable
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.data.corpus import TextArguments
 from modeling_peer.files_peer import write_text
-from modeling_peer.hub.loading import CheckpointArguments
 
 WHOLE = "none"
 
 
 @dataclass
-class DomainArguments(TextArguments, CheckpointArguments):
-    """The domains, and what counts as an expert of one."""
+class DomainArguments(ReadingArguments):
+    """A text of each domain (--text) to find its experts, others to score, and what counts as an expert of one."""
 
-    text: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "A text of each domain, to find its experts: files or folders (UTF-8; also .jsonl with a text "
-            "column, .gz, .xz).",
-            "nargs": "+",
-        },
-    )
     score_text: list[str] = field(
         default_factory=list,
         metadata={"help": "Another text of each domain to score, with the same names, in any order.", "nargs": "+"},
@@ -53,10 +44,6 @@ class DomainArguments(TextArguments, CheckpointArguments):
     )
     max_tokens: int = field(default=100_000, metadata={"help": "Tokens of each text to find experts on, at most."})
     max_bytes: int | None = field(default=100_000, metadata={"help": "Bytes of each text to score, at most."})
-    context_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Unset: max_position_embeddings, at most 1024."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
     output_file: str | None = field(default=None, metadata={"help": "Write the result to this JSON file."})
 
     def __post_init__(self):
@@ -101,9 +88,9 @@ def inspect_domains(arguments: DomainArguments) -> dict[str, Any]:
         SettingsError: a checkpoint or a text does not exist or cannot be used, or names of texts do not agree.
     """
     started = time.perf_counter()
-    for name in ("model", "text", "score_text"):
-        if not getattr(arguments, name):
-            raise SettingsError(f"--{name} is missing.")
+    arguments.require("model", "text", "score_text")
+    if arguments.output_file:
+        require_writable("output_file", arguments.output_file)
     texts = load_named_texts(arguments, arguments.text)
     scored = load_named_texts(arguments, arguments.score_text, streaming=False)
     if len(texts.names) < 2 or sorted(texts.names) != sorted(scored.names):
@@ -112,7 +99,7 @@ def inspect_domains(arguments: DomainArguments) -> dict[str, Any]:
             "in each, in files of the same names, such as train/french.txt and held_out/french.txt."
         )
     model, tokenizer = arguments.load()
-    length = sequence_length(model, arguments.context_length)
+    length = arguments.sequence_length(model)
     try:
         importance = {}
         for name, corpus in zip(texts.names, texts.corpora, strict=True):

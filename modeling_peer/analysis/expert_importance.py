@@ -4,18 +4,18 @@
     importance = record_importance(model, token_batches(corpora, tokenizer, 256))
     importance[0].by("output").topk(1000).indices      # experts of the first sparse layer
 
-Memory per layer is 24 bytes per expert.
+Memory per layer is 20 bytes per expert.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from modeling_peer.analysis.expert_weights import expert_neurons, table_rows
-from modeling_peer.analysis.routing_hooks import RoutedLayer, Routing, find_routed_layers, observe_routing
-from modeling_peer.analysis.routing_trace import TokenBatch
+from modeling_peer.analysis.routing_hooks import RoutedLayer, Routing
+from modeling_peer.analysis.routing_trace import DecoderReader, TokenBatch
 
 # output: the sum over tokens of |gate| times the norm of the expert's output. mean_output: the mean over those tokens
 # that retrieved the expert, as in REAP (Lasby et al. 2025, arXiv:2510.13999). use: times that it was retrieved.
@@ -31,7 +31,7 @@ class ExpertImportance:
         name, index: of the layer, as in `RoutedLayer`.
         counts: times that each expert was retrieved, all heads together, `(num_experts,)`, int64.
         output_sums: sums of |gate| times the norm of its output, float64, same shape.
-        num_tokens: tokens that were read.
+        num_tokens: tokens that were read, without padding.
     """
 
     name: str
@@ -39,6 +39,12 @@ class ExpertImportance:
     counts: torch.Tensor
     output_sums: torch.Tensor
     num_tokens: int = 0
+
+    @classmethod
+    def of_no_token(cls, layer: RoutedLayer) -> "ExpertImportance":
+        """Before any token is read."""
+        counts = torch.zeros(layer.num_experts, dtype=torch.int64)
+        return cls(layer.name, layer.index, counts, torch.zeros(layer.num_experts, dtype=torch.float64))
 
     def by(self, measure: str) -> torch.Tensor:
         """The importance of each expert, `(num_experts,)`, float64.
@@ -53,7 +59,6 @@ class ExpertImportance:
         return self.output_sums if measure == "output" else self.output_sums / self.counts.clamp(min=1)
 
 
-@torch.no_grad()
 def record_importance(
     model: torch.nn.Module,
     batches: Iterable[TokenBatch],
@@ -73,57 +78,32 @@ def record_importance(
     Raises:
         ValueError: the model has no such layer, or there is no text.
     """
-    layers = find_routed_layers(model)
-    if coarse := [layer.name for layer in layers if not layer.has_single_neurons]:
-        raise ValueError(f"{', '.join(coarse)}: experts are whole MLPs. Importance is of experts of one neuron.")
-    found = {layer.path: _Sums(layer) for layer in layers}
-    kept = None
-
-    def observe(layer: RoutedLayer, routing: Routing) -> None:
-        found[layer.path].add(*(routing if kept is None else (values[kept] for values in routing)))
-
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    device, was_training, num_tokens = next(model.parameters()).device, model.training, 0
-    model.eval()
-    try:
-        with (
-            observe_routing(model, observe),
-            tqdm(total=max_tokens, desc="Recording", unit=" tokens", disable=not show_progress) as progress,
-        ):
-            for batch in batches:
-                mask = None if batch.token_mask is None else batch.token_mask.to(device)
-                kept = None if mask is None else mask.flatten().bool()
-                decoder(input_ids=batch.input_ids.to(device), attention_mask=mask, use_cache=False)
-                read = batch.input_ids.numel() if mask is None else int(mask.bool().sum())
-                num_tokens += read
-                progress.update(read)
-                if max_tokens is not None and num_tokens >= max_tokens:
-                    break
-    finally:
-        model.train(was_training)
-    if not num_tokens:
-        raise ValueError("there is no text to record: no batch had a token.")
-    return [sums.result(num_tokens) for sums in found.values()]
+    with _ImportanceRecorder(model) as recorder:
+        recorder.read_all(batches, max_tokens, show_progress)
+    return list(recorder.found.values())
 
 
-class _Sums:
-    def __init__(self, layer: RoutedLayer):
-        self.layer = layer
-        self.counts = torch.zeros(layer.num_experts, dtype=torch.int64)
-        self.outputs = torch.zeros(layer.num_experts, dtype=torch.float64)
-        parts = torch.arange(layer.num_experts).split(ROWS_PER_TILE)
-        self.norms = torch.cat([table_rows(layer, "up_embed", part).norm(dim=1).cpu() for part in parts])
+class _ImportanceRecorder(DecoderReader):
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(model)
+        if coarse := [layer.name for layer in self.layers if not layer.has_single_neurons]:
+            raise ValueError(f"{', '.join(coarse)}: experts are whole MLPs. Importance is of experts of one neuron.")
+        self.found = {layer.path: ExpertImportance.of_no_token(layer) for layer in self.layers}
+        # norms of rows of `up_embed`; NaN until an expert is retrieved: a mapped table is not read whole
+        self.norms = {layer.path: torch.full((layer.num_experts,), math.nan) for layer in self.layers}
 
-    def add(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, gates: torch.Tensor) -> None:
-        ids, gates = expert_ids.flatten(1), gates.flatten(1)
+    def _observe(self, layer: RoutedLayer, routing: Routing) -> None:
+        hidden_states, ids, gates = routing.hidden_states, routing.expert_ids.flatten(1), routing.gates.flatten(1)
+        importance, norms = self.found[layer.path], self.norms[layer.path]
+        importance.num_tokens += len(ids)
         size = max(1, ROWS_PER_TILE // max(1, ids.shape[1]))
         parts = zip(hidden_states.split(size), ids.split(size), gates.split(size), strict=True)
         for tokens, some_ids, some_gates in parts:
-            neurons = expert_neurons(self.layer, tokens, some_ids)
+            neurons = expert_neurons(layer, tokens, some_ids)
             places = some_ids.flatten().cpu()
-            sizes = (some_gates.float() * neurons).abs().flatten().cpu() * self.norms[places]
-            self.outputs.index_add_(0, places, sizes.double())
-            self.counts.index_add_(0, places, (some_gates != 0).flatten().cpu().long())
-
-    def result(self, num_tokens: int) -> ExpertImportance:
-        return ExpertImportance(self.layer.name, self.layer.index, self.counts, self.outputs, num_tokens)
+            new = places.unique()
+            new = new[norms[new].isnan()]
+            norms[new] = table_rows(layer, "up_embed", new).norm(dim=1).cpu()
+            sizes = (some_gates.float() * neurons).abs().flatten().cpu() * norms[places]
+            importance.output_sums.index_add_(0, places, sizes.double())
+            importance.counts.index_add_(0, places, (some_gates != 0).flatten().cpu().long())

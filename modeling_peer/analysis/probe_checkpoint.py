@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from modeling_peer.analysis.named_texts import load_named_texts, sequence_length
+from modeling_peer.analysis.named_texts import ReadingArguments, load_named_texts
 from modeling_peer.analysis.probing import (
     EXPERT_FEATURES,
     label_tokens,
@@ -16,24 +16,15 @@ from modeling_peer.analysis.probing import (
     record_features,
 )
 from modeling_peer.console.errors import SettingsError, nearest, require_at_least_one
+from modeling_peer.console.files import require_writable
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.data.corpus import TextArguments
 from modeling_peer.files_peer import write_text
-from modeling_peer.hub.loading import CheckpointArguments
 
 
 @dataclass
-class ProbeArguments(TextArguments, CheckpointArguments):
-    """What is probed, on which texts."""
+class ProbeArguments(ReadingArguments):
+    """What is probed. Which text a token is from is a label, too."""
 
-    text: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Texts: files or folders (UTF-8; also .jsonl with a text column, .gz, .xz). Which one a token is "
-            "from is a label, too.",
-            "nargs": "+",
-        },
-    )
     beside: list[str] = field(
         default_factory=list,
         metadata={"help": "Other checkpoints with the same tokenizer, such as a dense twin.", "nargs": "+"},
@@ -43,15 +34,11 @@ class ProbeArguments(TextArguments, CheckpointArguments):
     )
     max_tokens: int = field(default=65_536, metadata={"help": "Tokens, an equal part from each text, at most."})
     num_splits: int = field(default=5, metadata={"help": "Divisions into a half that chooses and one that scores."})
-    context_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence. Unset: max_position_embeddings, at most 1024."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Sequences per forward pass."})
     output_file: str | None = field(default=None, metadata={"help": "Write the result to this JSON file."})
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least_one(self, "max_tokens", "num_splits", "batch_size")
+        require_at_least_one(self, "max_tokens", "num_splits")
         if self.expert_feature not in EXPERT_FEATURES:
             raise SettingsError(
                 f"--expert_feature must be one of {', '.join(EXPERT_FEATURES)}; got {self.expert_feature!r}."
@@ -69,14 +56,14 @@ def probe_checkpoint(arguments: ProbeArguments) -> dict[str, Any]:
         SettingsError: a checkpoint or a text does not exist or cannot be used, or tokenizers differ.
     """
     started = time.perf_counter()
-    for name in ("model", "text"):
-        if not getattr(arguments, name):
-            raise SettingsError(f"--{name} is missing.")
+    arguments.require("model", "text")
+    if arguments.output_file:
+        require_writable("output_file", arguments.output_file)
     texts = load_named_texts(arguments, arguments.text, streaming=False)
     tokens, features, vocabulary = None, {}, None
     for name in [arguments.model, *arguments.beside]:
         model, tokenizer = arguments.load(name)
-        length = sequence_length(model, arguments.context_length)
+        length = arguments.sequence_length(model)
         if tokens is None:
             if not tokenizer.is_fast:
                 raise SettingsError(

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_peer.analysis.expert_weights import expert_neurons
-from modeling_peer.analysis.routing_hooks import find_routed_layers, has_routed_layers, observe_routing
+from modeling_peer.analysis.routing_hooks import observe_routing, routed_layers
 from modeling_peer.console.tables import mean_and_deviation, with_deviation
 
 EXPERT_FEATURES = ("gate", "neuron")
@@ -175,7 +175,7 @@ def record_features(
     model.eval()
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
-        has_experts = has_routed_layers(model) and any(layer.has_single_neurons for layer in find_routed_layers(model))
+        has_experts = any(layer.has_single_neurons for layer in routed_layers(model))
         for path, module in [] if has_experts else model.named_modules():
             number = re.search(r"\b(?:layers|h|blocks)\.(\d+)\.(?:dense_)?mlp\.down_proj$", path)
             if number:

@@ -78,12 +78,8 @@ class RoutedLayer:
         return _is_named(self.parent, "PeerExpertChoiceMoe")
 
 
-def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
-    """The layers of `model` with experts to route to, in the order of the model.
-
-    Raises:
-        ValueError: there are none; the message has the kinds that are supported.
-    """
+def routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """The layers of `model` with experts to route to, in the order of the model; empty if there are none."""
     modules = dict(model.named_modules())
     found = []
     for path, module in modules.items():
@@ -100,6 +96,16 @@ def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
         num_heads = module.config.num_retrieval_heads if fine else 1
         name = f"layer_{index}" if number else path.replace(".", "_")
         found.append(RoutedLayer(name, index, path, module, num_experts, num_heads, parent))
+    return found
+
+
+def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """As `routed_layers`, of a model that must have some.
+
+    Raises:
+        ValueError: there are none; the message has the kinds that are supported.
+    """
+    found = routed_layers(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no layer that routes tokens to experts. Supported: PEER, product_key_memory, "
@@ -107,14 +113,6 @@ def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
             "multilinear_moe use every expert for every token."
         )
     return found
-
-
-def has_routed_layers(model: nn.Module) -> bool:
-    """Whether `find_routed_layers` finds any."""
-    try:
-        return bool(find_routed_layers(model))
-    except ValueError:
-        return False
 
 
 def find_routed_layer(model: nn.Module, layer: int | str) -> RoutedLayer:

@@ -31,6 +31,7 @@ PROBE_TOKENS = 2048  # tokens whose hidden states are kept, too
 PENDING_ASSIGNMENTS = 2**21
 PENDING_PER_EXPERT = 4
 ROWS_PER_TOKENIZATION = 64
+NO_TEXT = "there is no text to record: no batch had a token."
 
 
 @dataclass
@@ -266,7 +267,78 @@ class RoutingTrace:
         return self.token_ids[first : min(end, position + after + 1)].tolist(), position - first
 
 
-class RoutingRecorder:
+class DecoderReader:
+    """Runs a model's decoder on batches, in evaluation mode and without its output embedding, and observes routing.
+
+    A subclass gets the routing of the tokens that are not padding in `_observe`.
+
+    Args:
+        model: any model of Transformers with routed layers; see `routing_hooks`.
+
+    Raises:
+        ValueError: the model has no routed layer.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        self.device = next(model.parameters()).device
+        self.layers = find_routed_layers(model)
+        self.num_tokens = 0  # read so far, padding included
+        self.kept = None  # of the batch: the places of the tokens that are not padding; None: all
+
+    def __enter__(self):
+        self.was_training = self.model.training
+        self.model.eval()
+        self.hooks = ExitStack()
+        self.hooks.enter_context(observe_routing(self.model, self._observe_all))
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.hooks.close()
+        self.model.train(self.was_training)
+
+    @torch.no_grad()
+    def read(self, batch: TokenBatch) -> None:
+        """Run the model on a batch and record it."""
+        ids, mask = batch.input_ids, batch.token_mask
+        self.kept = None
+        if mask is not None:
+            self.kept, mask = mask.flatten().bool().nonzero().squeeze(1).to(self.device), mask.to(self.device)
+        self._begin(batch)
+        self.decoder(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
+        self._end(batch)
+        self.num_tokens += ids.numel()
+
+    def read_all(self, batches: Iterable[TokenBatch], max_tokens: int | None, show_progress: bool = True) -> None:
+        """Read batches, with a progress bar, and stop after `max_tokens`, at the end of a batch.
+
+        Raises:
+            ValueError: no batch had a token.
+        """
+        with tqdm(total=max_tokens, desc="Recording", unit=" tokens", disable=not show_progress) as progress:
+            for batch in batches:
+                self.read(batch)
+                progress.update(batch.input_ids.numel())
+                if max_tokens is not None and self.num_tokens >= max_tokens:
+                    break
+        if not self.num_tokens:
+            raise ValueError(NO_TEXT)
+
+    def _begin(self, batch: TokenBatch) -> None: ...
+
+    def _end(self, batch: TokenBatch) -> None: ...
+
+    def _observe(self, layer: RoutedLayer, routing: Routing) -> None:
+        raise NotImplementedError
+
+    def _observe_all(self, layer: RoutedLayer, routing: Routing) -> None:
+        if self.kept is not None:
+            routing = Routing(*(tensor[self.kept] for tensor in routing))
+        self._observe(layer, routing)
+
+
+class RoutingRecorder(DecoderReader):
     """Runs a model on batches and records the routing.
 
         with RoutingRecorder(model) as recorder:
@@ -274,16 +346,13 @@ class RoutingRecorder:
                 recorder.read(batch)
         trace = recorder.trace
 
-    Only the decoder runs, not the output embedding. The model is in evaluation mode meanwhile.
-
     Args:
-        model: any model of Transformers with routed layers; see `routing_hooks`.
         num_contexts: contexts kept per expert.
         source_names: names of the texts that `TokenBatch.sources` counts.
         seed: of the samples.
 
     Raises:
-        ValueError: the model has no routed layer.
+        ValueError: the model has no routed layer or, in `read`, a layer routes other tokens than those of the batch.
     """
 
     def __init__(
@@ -293,49 +362,25 @@ class RoutingRecorder:
         source_names: list[str] | None = None,
         seed: int = 0,
     ):
-        self.model = model
-        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        self.device = next(model.parameters()).device
-        layers = find_routed_layers(model)
-        self.traces = {layer.path: LayerTrace.empty(layer, num_contexts, self.device) for layer in layers}
+        super().__init__(model)
+        self.traces = {layer.path: LayerTrace.empty(layer, num_contexts, self.device) for layer in self.layers}
         self.samples = [Sample(SAMPLE_TOKENS, seed), Sample(PROBE_TOKENS, seed + 1)]
         self.source_names = source_names or ["text"]
-        self.num_tokens = 0
         self.token_ids, self.lengths, self.sources = [], [], []
-        self.positions = self.kept = None  # of the tokens of the batch that are not padding
+        self.positions = None  # of the tokens of the batch that are not padding
 
-    def __enter__(self) -> "RoutingRecorder":
-        self.was_training = self.model.training
-        self.model.eval()
-        self.hooks = ExitStack()
-        self.hooks.enter_context(observe_routing(self.model, self._observe))
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.hooks.close()
-        self.model.train(self.was_training)
-
-    @torch.no_grad()
-    def read(self, batch: TokenBatch) -> None:
-        """Run the model on a batch and record it.
-
-        Raises:
-            ValueError: a layer routes other tokens than those of the batch.
-        """
-        ids, mask = batch.input_ids, batch.token_mask
-        positions = torch.arange(self.num_tokens, self.num_tokens + ids.numel(), dtype=torch.int32)
-        self.kept = None
-        if mask is not None:
-            kept = mask.flatten().bool().nonzero().squeeze(1)
-            self.kept, positions, mask = kept.to(self.device), positions[kept], mask.to(self.device)
-        self.positions = positions.to(self.device)
+    def _begin(self, batch: TokenBatch) -> None:
+        end = self.num_tokens + batch.input_ids.numel()
+        positions = torch.arange(self.num_tokens, end, dtype=torch.int32, device=self.device)
+        self.positions = positions if self.kept is None else positions[self.kept]
         for sample in self.samples:
-            sample.draw(len(positions))
-            sample.put("position", positions)
-        self.decoder(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
+            sample.draw(len(self.positions))
+            sample.put("position", self.positions)
+
+    def _end(self, batch: TokenBatch) -> None:
         for sample in self.samples:
             sample.close()
-        self.num_tokens += ids.numel()
+        ids = batch.input_ids
         self.token_ids.append(ids.flatten().to(torch.int32))
         self.lengths.append(torch.full((len(ids),), ids.shape[1]))
         self.sources.append(batch.sources)
@@ -348,7 +393,7 @@ class RoutingRecorder:
             ValueError: no batch had a token.
         """
         if not self.num_tokens:
-            raise ValueError("there is no text to record: no batch had a token.")
+            raise ValueError(NO_TEXT)
         lengths = torch.cat(self.lengths)
         return RoutingTrace(
             list(self.traces.values()),
@@ -360,7 +405,7 @@ class RoutingRecorder:
         )
 
     def _observe(self, layer: RoutedLayer, routing: Routing) -> None:
-        hidden, ids, gates = routing if self.kept is None else (tensor[self.kept] for tensor in routing)
+        hidden, ids, gates = routing
         if len(ids) != len(self.positions):
             raise ValueError(
                 f"{layer.name} routed {len(ids)} tokens of {len(self.positions)}. Layers that drop or join tokens "
@@ -398,15 +443,8 @@ def record_routing(
     Raises:
         ValueError: the model has no routed layer, or there is no text.
     """
-    with (
-        RoutingRecorder(model, num_contexts, source_names, seed) as recorder,
-        tqdm(total=max_tokens, desc="Recording", unit=" tokens", disable=not show_progress) as progress,
-    ):
-        for batch in batches:
-            recorder.read(batch)
-            progress.update(batch.input_ids.numel())
-            if max_tokens is not None and recorder.num_tokens >= max_tokens:
-                break
+    with RoutingRecorder(model, num_contexts, source_names, seed) as recorder:
+        recorder.read_all(batches, max_tokens, show_progress)
     return recorder.trace
 
 

@@ -127,8 +127,9 @@ class LayerArguments(BenchmarkArguments):
     cases: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Cases to time. Each is one of {', '.join(TASKS)}, then sizes, with several values joined by "
-            "commas: 'forward num_tokens=16,256 num_sub_keys=1024'. hidden_size= is a size, too."
+            "help": "Cases to time. Each is one of decode, forward, forward_backward and step, then sizes, with "
+            "several values joined by commas: 'forward num_tokens=16,256 num_sub_keys=1024'. hidden_size= is a size, "
+            "too."
         },
     )
     memory_cases: list[str] = field(

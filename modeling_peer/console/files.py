@@ -32,6 +32,19 @@ def find_file(name: str, folder: str, suffix: str) -> Path:
     raise SettingsError(f"no file {name!r}, here or in {folder}, which has: {', '.join(known)}.{hint}")
 
 
+def require_writable(name: str, path: str | os.PathLike) -> None:
+    """Raise SettingsError if the file that the field `name` names cannot be written. It stays as it is."""
+    path = Path(path)
+    existed = path.exists()
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise SettingsError(f"cannot write to --{name} {path}: {error.strerror}.") from error
+
+
 class _Loader(yaml.SafeLoader):
     """Loader with the numbers of YAML 1.2. PyYAML follows YAML 1.1, where `4e-3` is text."""
 

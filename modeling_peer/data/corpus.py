@@ -83,7 +83,18 @@ class DataArguments:
 
 
 @dataclass
-class TextArguments:
+class TextForm:
+    """How the rows of a text are read."""
+
+    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
+    rows_are_lines: bool = field(
+        default=False,
+        metadata={"help": "Join the rows to one text. For data sets whose rows are lines, such as WikiText."},
+    )
+
+
+@dataclass
+class TextArguments(TextForm):
     """Text to read without training: a file if one is named, otherwise a split of a data set."""
 
     dataset_name: str = field(
@@ -96,11 +107,6 @@ class TextArguments:
         default=None, metadata={"help": "Configuration of the data set, if it has several."}
     )
     split: str = field(default="validation", metadata={"help": "Split of the data set."})
-    text_column: str = field(default="text", metadata={"help": "Column (or .jsonl key) that holds the text."})
-    rows_are_lines: bool = field(
-        default=False,
-        metadata={"help": "Join the rows to one text. For data sets whose rows are lines, such as WikiText."},
-    )
 
 
 @dataclass
@@ -150,10 +156,11 @@ def load_corpus(arguments: DataArguments) -> Corpus:
     return corpus
 
 
-def load_text(arguments: TextArguments, file: str | None = None, streaming: bool = False) -> Corpus:
+def load_text(arguments: TextForm, file: str | None = None, streaming: bool = False) -> Corpus:
     """The text of a file or folder or, without one, of the data set: as split `train` of a corpus without others.
 
     Args:
+        arguments: `TextArguments`, if there is no file.
         streaming: read rows when they are used. The embedded corpus is small, and read at once.
 
     Raises:

@@ -3,11 +3,11 @@
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.files import require_writable
 from modeling_peer.data.corpus import TextArguments, load_text
 from modeling_peer.evaluation.perplexity import CausalPerplexity
 from modeling_peer.files_peer import write_text
@@ -43,7 +43,7 @@ def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
         SettingsError: the model or text does not exist, or the window does not fit the model.
     """
     if arguments.output_file:
-        _require_writable(Path(arguments.output_file))
+        require_writable("output_file", arguments.output_file)
     corpus = load_text(arguments, arguments.file)
     texts = corpus.documents("train", arguments.max_bytes)
     model, tokenizer = arguments.load(tokenizer=arguments.tokenizer)
@@ -64,14 +64,3 @@ def evaluate_checkpoint(arguments: EvaluationArguments) -> dict[str, Any]:
     if arguments.output_file:
         write_text(arguments.output_file, json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _require_writable(path: Path) -> None:
-    existed = path.exists()
-    try:
-        with path.open("a", encoding="utf-8"):
-            pass
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise SettingsError(f"cannot write to --output_file {path}: {error.strerror}.") from error

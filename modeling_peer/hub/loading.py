@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-import modeling_peer  # noqa: F401  registers PEER with the Auto classes
+import modeling_peer
 from modeling_peer.console.command_line import Overrides, parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest, require_numbers
 from modeling_peer.console.files import find_file
@@ -202,6 +202,26 @@ def load_checkpoint(
         require_own_vocabulary(loaded, tokenizer, source, trust_remote_code)
     require_embeddings(loaded, network.get_input_embeddings().num_embeddings, "Use the checkpoint's own tokenizer.")
     return network.to("cuda" if torch.cuda.is_available() else "cpu").eval(), loaded
+
+
+def own_model_class(config: PreTrainedConfig, name: str, function: str) -> type[PreTrainedModel]:
+    """The class of this package that a checkpoint's configuration names.
+
+    Args:
+        name: of the checkpoint, for the message.
+        function: what to call instead on a loaded model.
+
+    Raises:
+        SettingsError: the package has no such class.
+    """
+    class_name = (config.architectures or ["PeerForCausalLM"])[0]
+    model_class = getattr(modeling_peer, class_name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise SettingsError(
+            f"{name!r} is a {class_name}, which modeling_peer does not have. Load it, and call {function} and "
+            "save_pretrained."
+        )
+    return model_class
 
 
 def language_model_class(config: PreTrainedConfig) -> type:

@@ -3,7 +3,6 @@
 
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -12,7 +11,8 @@ import modeling_peer
 from modeling_peer.console.errors import SettingsError, nearest
 from modeling_peer.console.names import locate_model
 from modeling_peer.console.tables import as_markdown
-from modeling_peer.hub.loading import LOADING_ERRORS, cause_of, open_tokenizer
+from modeling_peer.hub.loading import LOADING_ERRORS, cause_of, own_model_class
+from modeling_peer.hub.saving import other_folder, save_with_tokenizer
 from modeling_peer.quantised_tables_peer import expert_pools
 from modeling_peer.row_formats_peer import TABLE_FORMATS
 
@@ -87,13 +87,7 @@ def _load(source: str, name: str) -> PreTrainedModel:
             f"{name!r} is quantised already ({config.expert_table_format}). Quantise the float model: another "
             "rounding would add its error to the first."
         )
-    class_name = (config.architectures or ["PeerForCausalLM"])[0]
-    model_class = getattr(modeling_peer, class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise SettingsError(
-            f"{name!r} is a {class_name}, which modeling_peer does not have. Load it, and call "
-            "quantise_expert_tables(model, ...) and save_pretrained."
-        )
+    model_class = own_model_class(config, name, "quantise_expert_tables(model, ...)")
     try:
         return model_class.from_pretrained(source, config=config)
     except LOADING_ERRORS as error:
@@ -109,33 +103,3 @@ def _sizes(model: PreTrainedModel) -> dict[str, int]:
         if table is not None
     }
     return {"expert tables": sum(tables.values()), "all weights": sum(one.nbytes for one in model.parameters())}
-
-
-def other_folder(name: str, source: str, reason: str) -> Path:
-    """The folder `name`, which must not be that of the model.
-
-    Raises:
-        SettingsError: it is; `reason` says why that is no choice.
-    """
-    folder = Path(name).expanduser()
-    if Path(source).is_dir() and folder.resolve() == Path(source).resolve():
-        raise SettingsError(f"--output_dir {name} is the folder of the model. Give another one: {reason}.")
-    return folder
-
-
-def save_with_tokenizer(model: PreTrainedModel, source: str, output_dir: Path) -> None:
-    """Save a model, and the tokenizer of `source` if it has one.
-
-    Raises:
-        SettingsError: the folder cannot be written to.
-    """
-    try:
-        model.save_pretrained(output_dir)
-        try:
-            tokenizer = open_tokenizer(source, trust_remote_code=False)
-        except SettingsError as error:
-            print(f"no tokenizer was copied: {error}")
-            return
-        tokenizer.save_pretrained(output_dir)
-    except OSError as error:
-        raise SettingsError(f"cannot save to --output_dir {output_dir}: {error}") from error

@@ -160,6 +160,8 @@ def test_experts_that_are_gone_and_adapted_tables_are_refused(tiny_config):
     )
     with pytest.raises(ValueError, match=r"adapted\. Merge adapters"):
         slice_experts(adapted, {1: [1]})
+    with pytest.raises(ValueError, match=r"adapted\. Merge adapters"):
+        scale_expert_rows(adapted, 1, [1])
 
 
 def test_the_most_important_experts_are_kept(tiny_config):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from modeling_peer import PeerForCausalLM, quantise_expert_tables
 from modeling_peer.adaptation.patches import save_patch
@@ -141,7 +142,10 @@ def test_what_cannot_be_trained_is_refused_and_unchanged(tiny_config):
         with pytest.raises(ValueError, match=message):
             train_only_experts(model, experts)
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="its tables are quantised or offloaded"):
+    on_tables = LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_embed"])
+    with pytest.raises(ValueError, match=r"adapted\. Merge adapters"):
+        train_only_experts(get_peft_model(PeerForCausalLM(tiny_config()), on_tables), {1: [1]})
+    with pytest.raises(ValueError, match="its tables are quantised and do not train"):
         train_only_experts(quantise_expert_tables(model, "int8"), {1: [1]})
 
 

@@ -78,6 +78,7 @@ def test_texts_that_do_not_match_are_refused(texts):
         ({"text": one, "score_text": one}, "at least two texts"),
         ({"least_share": ["0"]}, "least_share"),
         ({"context_length": ["100000"]}, "context_length"),
+        ({"output_file": [str(texts / "absent" / "domains.json")]}, "cannot write to --output_file"),
     ):
         with pytest.raises(SettingsError, match=message):
             inspect_domains(parse_with_checkpoint(DomainArguments, words(texts, **changes)))

@@ -47,7 +47,11 @@ class SoftDigitsArguments(ClassicArguments):
     """Soft mixtures on images of digits."""
 
     contenders: list[str] = field(
-        default_factory=lambda: list(ROUTINGS), metadata={"help": f"What to train: {'; '.join(ROUTINGS)}."}
+        default_factory=lambda: list(ROUTINGS),
+        metadata={
+            "help": "What to train: dense; top-1 of 4; top-1 of 16; soft, 4 experts; soft, 16 experts; "
+            "soft / uniform; uniform / soft; uniform; identity."
+        },
     )
     num_steps: int = field(default=600, metadata={"help": "Steps of each run."})
     images_per_step: int = field(default=60, metadata={"help": "Images per step."})

@@ -3,7 +3,7 @@
 
 "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer" (arXiv:1701.06538), section 5.4 and
 appendix E: one model translates into several languages, with noisy top-k gating and both balance losses of appendix A.
-Model: `translation_model.py`. Data: `translation_data.py`.
+Model: `translation_model.py`. Data: `translation_data.py`. What experts read: `translation_contexts.py`.
 """
 
 import math
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modeling_peer.analysis.routing_trace import TopContexts
 from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
 from modeling_peer.console.progress import Every
 from modeling_peer.console.tables import as_markdown, mean_and_deviation, with_deviation
 from modeling_peer.studies.classics.arguments import ClassicArguments
+from modeling_peer.studies.classics.translation_contexts import make_context_table, read_contexts
 from modeling_peer.studies.classics.translation_data import (
     PADDING,
     Batch,
@@ -48,9 +48,6 @@ PROGRESS_SECONDS = 10
 # The paper's 2,000 steps of rising and 8,000 of constant learning rate have this ratio.
 CONSTANT_PER_WARMUP = 4
 MAX_GRADIENT_NORM = 5.0  # GNMT's
-# Of the experts whose contexts are shown: the least load as a share of the mean, and different words.
-LEAST_LOAD, NUM_CONTEXTS, NUM_SHOWN = 0.5, 10, 3
-KEPT_CONTEXTS = 200  # largest gates of each expert, among which its different words are found
 
 
 @dataclass
@@ -209,90 +206,6 @@ def language_bits(by_language: Sequence[Sequence[float]]) -> float:
     joint = joint / joint.sum()
     expected = joint.sum(0) * joint.sum(1, keepdim=True)
     return float(torch.special.xlogy(joint, joint / expected.clamp(min=1e-300)).sum() / math.log(2))
-
-
-@torch.no_grad()
-def read_contexts(
-    model: TranslationModel, vocabulary: Vocabulary, pairs: Sequence[EncodedPair]
-) -> list[dict[str, Any]]:
-    """What the encoder's experts read: for each, the tokens with the largest gates, as in table 9 of the paper.
-
-    Contexts are sorted by falling gate. A token that had a larger gate before is left out, whatever its case. Ends and
-    languages are left out, too. There is no noise.
-
-    Args:
-        pairs: each of their sources is read once.
-
-    Returns:
-        for each expert: `load` (tokens over the mean), `divergence` (from the words of all tokens to the expert's, by
-        gates, in nats, Kullback & Leibler 1951), and up to ten `contexts`: word before, word, word after, gate.
-    """
-    model.eval()
-    layer = model.encoder_layer
-    num_experts = len(layer.into)
-    sources = sorted({tuple(pair.source) for pair in pairs}, key=lambda source: (len(source), source))
-    top = TopContexts(num_experts, KEPT_CONTEXTS)
-    ids = torch.tensor([token for source in sources for token in source])
-    is_word = vocabulary.is_word(ids)
-    gate_sums = torch.zeros(num_experts, len(vocabulary), dtype=torch.float64)
-    load = torch.zeros(num_experts)
-    first = 0
-    for group in _equally_long(sources):
-        model.encode(torch.tensor(group))
-        expert_ids, gates = layer.routing
-        positions = torch.arange(first, first + len(expert_ids))
-        first += len(expert_ids)
-        load += expert_ids.flatten().bincount(minlength=num_experts)
-        kept = is_word[positions]
-        expert_ids, gates, positions = expert_ids[kept], gates[kept], positions[kept]
-        words = ids[positions][:, None].expand_as(expert_ids)
-        gate_sums.index_put_((expert_ids, words), gates.double(), accumulate=True)
-        top.add(expert_ids[:, None], gates[:, None], positions.int())
-    top.merge()
-    shares = gate_sums / gate_sums.sum(1, keepdim=True).clamp(min=1e-300)
-    of_all = gate_sums.sum(0) / gate_sums.sum()
-    divergences = torch.special.xlogy(shares, shares / of_all.clamp(min=1e-300)).sum(1)
-    return [
-        {
-            "expert": expert,
-            "load": round(float(load[expert] / load.mean()), 4),
-            "divergence": round(float(divergences[expert]), 4),
-            "contexts": _distinct_contexts(top.positions[expert], top.gates[expert], ids, vocabulary),
-        }
-        for expert in range(num_experts)
-    ]
-
-
-def _equally_long(sources: Sequence[Sequence[int]], most: int = 200) -> Iterator[Sequence[Sequence[int]]]:
-    start = 0
-    for place in range(1, len(sources) + 1):
-        if place == len(sources) or len(sources[place]) != len(sources[start]) or place - start == most:
-            yield sources[start:place]
-            start = place
-
-
-def _distinct_contexts(positions: Tensor, gates: Tensor, ids: Tensor, vocabulary: Vocabulary) -> list[list[Any]]:
-    contexts: dict[str, list[Any]] = {}
-    for position, gate in zip(positions.tolist(), gates.tolist(), strict=True):
-        if position < 0 or len(contexts) == NUM_CONTEXTS:
-            break
-        around = ids[position - 1 : position + 2]
-        before, word, after = (
-            vocabulary.spell(int(token)) if is_word else ""
-            for token, is_word in zip(around, vocabulary.is_word(around), strict=True)
-        )
-        contexts.setdefault(word.lower(), [before, word, after, round(gate, 4)])
-    return list(contexts.values())
-
-
-def choose_experts(experts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The three experts of the table: those whose words differ most from all words, by `divergence`.
-
-    Only experts that are used (half the mean load or more) and have ten contexts enter. The words of contexts are
-    different, so this leaves out experts for one or a few words or signs.
-    """
-    entering = [e for e in experts if e["load"] >= LEAST_LOAD and len(e["contexts"]) == NUM_CONTEXTS]
-    return sorted(entering, key=lambda expert: -expert["divergence"])[:NUM_SHOWN]
 
 
 def run_translation(
@@ -504,19 +417,6 @@ def _printed(row: dict[str, Any]) -> dict[str, Any]:
         "published: perplexity": "-" if perplexity is None else f"{perplexity:.2f}",
         "CV of importance, load; largest": "-" if balance is None else "{:.2f}, {:.2f}; {:.2f}".format(*balance),
     }
-
-
-def make_context_table(experts: Sequence[dict[str, Any]]) -> str:
-    """What three experts read, as a Markdown table: the word with the gate is bold. Empty if no expert enters."""
-    chosen = choose_experts(experts)
-    columns = {
-        f"expert {expert['expert']}": [
-            f"{before} **{word}** {after}".strip() for before, word, after, _ in expert["contexts"]
-        ]
-        for expert in chosen
-    }
-    rows = [dict(zip(columns, contexts, strict=True)) for contexts in zip(*columns.values(), strict=True)]
-    return as_markdown(rows) if rows else ""
 
 
 def plot_translation(result: dict[str, Any], path: str | Path) -> None:

@@ -14,19 +14,21 @@ from modeling_peer.auxiliary_losses_peer import AuxiliaryLosses
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.studies.classics.translation_2017 import (
     DENSE,
-    KEPT_CONTEXTS,
     MIXTURE,
     SYSTEMS,
     UNBALANCED,
     TranslationArguments,
-    choose_experts,
     evaluate,
     language_bits,
-    make_context_table,
     rate_share,
-    read_contexts,
     run_translation,
     variation,
+)
+from modeling_peer.studies.classics.translation_contexts import (
+    KEPT_CONTEXTS,
+    choose_experts,
+    make_context_table,
+    read_contexts,
 )
 from modeling_peer.studies.classics.translation_data import (
     END,
