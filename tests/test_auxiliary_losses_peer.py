@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_config, tokens, use_reentra
     torch.testing.assert_close(loss_and_gradients(checkpointed, input_ids=tokens, labels=tokens), expected)
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("head", [PeerForCausalLM, PeerForTokenClassification])
 def test_training_compiles_to_one_graph(tiny_config, tokens, head, checkpointing):

@@ -133,7 +133,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("way", BROKEN)
 def test_a_compiler_that_does_not_work_means_eager_and_one_warning(tmp_path, way):
     expected = run_layer(tmp_path, name="eager")[0]
@@ -144,6 +144,7 @@ def test_a_compiler_that_does_not_work_means_eager_and_one_warning(tmp_path, way
     assert "the cause" in warning or "llvmlite" in warning
 
 
+@pytest.mark.slow
 def test_compilation_that_is_switched_off_is_refused_where_kernels_were_asked_for(tmp_path):
     _, _, errors = run_layer(tmp_path, name="cpu", NUMBA_DISABLE_JIT="1")
     last = errors.strip().splitlines()[-1]

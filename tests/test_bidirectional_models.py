@@ -248,6 +248,7 @@ torch.save({name: model.eval()(tokens)[0] for name, model in models.items()}, sy
 """
 
 
+@pytest.mark.slow
 def test_remote_code_loads_every_head_where_the_package_cannot_be_imported(build, tmp_path):
     model, tokens = build(PeerForTokenClassification), torch.arange(1, 13).view(2, 6)
     model.save_pretrained(tmp_path / "model")

@@ -405,6 +405,7 @@ def test_remote_code_loads_where_the_package_cannot_be_imported(tiny_config, tmp
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_a_subclass_of_somebody_else_loads_as_the_model_it_is(tiny_config, tmp_path):
     Mine = type("Mine", (PeerForCausalLM,), {"__module__": "__main__"})  # as in a notebook, whose code cannot travel
     model = Mine(tiny_config(mlp_layer_types=["sparse"] * 3)).eval()

@@ -352,6 +352,7 @@ class TestCompilation:
     def _forget_other_models(self):
         torch._dynamo.reset()
 
+    @pytest.mark.slow_but_first
     @pytest.mark.parametrize("name", ["paper", "shared gated tables", "per-head, sigmoid, rms"])
     def test_forward_compiles_to_one_graph(self, tiny_config, tokens, name):
         model = PeerForCausalLM(tiny_config(**VARIANTS[name])).eval()
@@ -368,6 +369,7 @@ class TestCompilation:
             torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
         assert counter.frame_count <= 2  # the first length, then any
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_training_compiles_to_one_graph(self, tiny_config, tokens, checkpointing):
         model = PeerForCausalLM(tiny_config()).train()

@@ -83,7 +83,7 @@ def test_twenty_steps_of_ranks_equal_those_of_one_process(tmp_path, checkpoint, 
     )  # measured 5e-14
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_ranks", "sizes", "fields", "implementation"),
     [

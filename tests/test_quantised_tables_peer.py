@@ -94,6 +94,7 @@ def test_a_quantised_model_computes_what_its_tables_values_do_and_loads_bit_by_b
         assert sum(name.endswith("up_scale") for name in load_weights(tmp_path)) == 1
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("table_format", FORMATS)
 def test_a_checkpoints_own_code_loads_it_without_the_package(tiny_config, tokens, tmp_path, table_format):
     model = quantise_expert_tables(PeerForCausalLM(tiny_config()).eval(), table_format)

@@ -42,6 +42,7 @@ TRAINING_SCRIPTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "new_process"), [(TINY_PEER, True), (TINY_LLAMA, False)], ids=["peer", "llama"])
 def test_a_saved_checkpoint_scores_as_training_measured_it(tmp_path, config, new_process):
     words = write_inputs(tmp_path, config)

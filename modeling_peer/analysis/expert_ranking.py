@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Which experts a new text uses and a background text does not: those to train if the rest is not to be forgotten.
 
-    background = record_importance(model, background_batches)
-    new = record_importance(model, new_batches)
-    with train_only_experts(model, rank_experts(background, new, 256)):
-        ...
+background = record_importance(model, background_batches)
+new = record_importance(model, new_batches)
+with train_only_experts(model, rank_experts(background, new, 256)):
+    ...
 """
 
 from collections.abc import Sequence

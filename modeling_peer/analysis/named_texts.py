@@ -14,7 +14,7 @@ from modeling_peer.hub.loading import CheckpointArguments
 
 
 @dataclass
-class ReadingArguments(CheckpointArguments, TextForm):
+class ReadingArguments(TextForm, CheckpointArguments):
     """The texts, and how they are cut into sequences."""
 
     text: list[str] = field(

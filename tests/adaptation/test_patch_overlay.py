@@ -58,6 +58,7 @@ def save_pair(tiny_config, folder, fields, slice_to=None):
     return model
 
 
+@pytest.mark.slow_but_first
 @on_linux
 @pytest.mark.parametrize("implementation", ["eager", "cpu"])
 @pytest.mark.parametrize("fields", KINDS, ids=str)
@@ -85,6 +86,7 @@ def test_mapped_tables_stay_mapped_and_compute_with_the_patch(tiny_config, tmp_p
     assert all((tmp_path / "base" / name).read_bytes() == content for name, content in files.items())
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("table_format", TABLE_FORMATS)
 def test_quantised_tables_take_float_rows(tiny_config, tmp_path, table_format):
     tuned = save_pair(tiny_config, tmp_path, TWO_LAYERS)

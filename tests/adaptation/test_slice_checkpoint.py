@@ -70,13 +70,6 @@ def test_other_measures_keep_other_experts(texts, tmp_path, measure):
     assert 0 < (kept[0] & kept[1]).sum() < kept[0].sum() == kept[1].sum()
 
 
-def test_a_data_set_is_no_text_of_a_slice(texts, capsys):
-    """It would be ignored beside --text."""
-    with pytest.raises(SystemExit):
-        run(texts, "--dataset_name", "wikitext", "--output_dir", "x")
-    assert "unknown argument '--dataset_name'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -88,6 +81,7 @@ def test_a_data_set_is_no_text_of_a_slice(texts, capsys):
         (["--output_dir", "x", "--score_text", "absent.txt"], "absent.txt"),
         (["--output_dir", f"{TEXT}/x"], "cannot write to --output_dir"),  # before any text is read
         (["--output_dir", "x", "--context_length", "0"], "context_length"),
+        (["--output_dir", "x", "--dataset_name", "wikitext"], "unknown argument '--dataset_name'"),  # not ignored
     ],
 )
 def test_bad_settings_are_refused(texts, words, message, tmp_path, monkeypatch):

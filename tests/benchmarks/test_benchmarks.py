@@ -307,6 +307,7 @@ def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
     assert peak_bytes(lambda: None, device)[0] < 0.1 * size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_measured_in_a_process_of_its_own():
     # eager's dense gradients of both tables are what counts: 2 * 128**2 * 32 float32 values, in float32 first

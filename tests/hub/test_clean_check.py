@@ -48,6 +48,7 @@ def test_a_damaged_file_is_named_before_anything_is_loaded(tiny_config, tmp_path
         check_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_code_that_does_not_load_is_refused_and_the_packages_code_may_take_its_place(tiny_config, tmp_path):
     folder = tmp_path / "model"
     PeerForCausalLM(tiny_config()).save_pretrained(folder)

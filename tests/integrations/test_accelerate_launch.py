@@ -149,6 +149,7 @@ def test_a_launch_file_given_as_a_recipe_says_what_it_is_and_what_it_needs():
         parse_recipe([str(FOLDER / "one_machine.yaml")])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="needs transformers 5.23")
 def test_the_plain_loop_says_that_it_shards_nothing(tmp_path, monkeypatch):
     as_launched(monkeypatch, dp_shard_size=2)

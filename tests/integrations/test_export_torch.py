@@ -12,6 +12,7 @@ def own_operators(graph):
     return {str(node.target) for node in graph.nodes if "modeling_peer" in str(node.target)}
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exported_model_needs_no_operator_of_this_package(tiny_config, kind, strict):

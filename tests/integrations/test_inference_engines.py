@@ -168,6 +168,7 @@ def test_the_plans_name_modules_that_are_there(tiny_config):
     assert lists == ["layers"]
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.no_grad()
 def test_a_decoder_that_is_built_and_filled_as_engines_do_computes_the_same(model, dtype, tolerance):

@@ -516,7 +516,7 @@ print(loaded, refused)
 """
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_state_that_loads_lets_a_step_leave_its_memory(seed):
     # in a process of its own: what this guards against ends one

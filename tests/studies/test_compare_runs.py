@@ -59,6 +59,7 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert compare(tmp_path, "dense")["groups"][0]["validation_loss"] == [2.0, None]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("private_cache")
 def test_the_script_compares_and_draws_what_training_left(tmp_path):
     inputs = write_inputs(tmp_path)

@@ -131,6 +131,7 @@ def test_every_token_counts_once(trainer, settings):
         assert given == pytest.approx(2 * num_tokens)  # the gates of each of two heads sum to 1
 
 
+@pytest.mark.slow
 def test_a_watched_model_compiles_to_one_graph(trainer):
     torch._dynamo.reset()
     callback = ExpertUsageCallback()

@@ -69,6 +69,7 @@ def test_a_run_learns_and_leaves_a_model_a_card_logs_and_its_results(tmp_path, i
     assert str(tmp_path) not in card.content  # a published card names no folder of this machine
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_a_new_process_continues_the_same_losses(tmp_path, inputs):
     train(inputs, output_dir=tmp_path / "whole", max_steps=8)
     train(inputs, output_dir=tmp_path / "halves", max_steps=4, save_steps=4)
