@@ -356,7 +356,7 @@ LOADS = {
 }
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("installed", [True, False], ids=["with-the-package", "without-it"])
 @pytest.mark.parametrize("load", LOADS)
 def test_a_checkpoint_loads_where_its_folder_is_the_working_directory(tiny_config, tmp_path, load, installed):

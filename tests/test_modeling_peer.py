@@ -392,6 +392,7 @@ class TestCompilation:
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_export_serves_any_batch_and_length(self, tiny_config):
         model = PeerForCausalLM(tiny_config(gated_experts=True)).eval()
         example = {"input_ids": torch.randint(1, 99, (2, 9)), "use_cache": False}

@@ -171,7 +171,7 @@ def run_remote(tmp_path, order, *folders):
     return torch.load(tmp_path / "states.pt")
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["without the package", "package first", "package last"])
 def test_checkpoints_of_several_layers_load_by_their_own_code_in_one_process(new_config, tmp_path, order):
     models = {name: PeerModel(new_config(name)).eval() for name in ("peer", "product_key_memory", "top_k_moe")}

@@ -185,6 +185,10 @@ def test_what_cannot_be_masked_is_refused(tmp_path, inputs):
     for share in (0, 1):
         with pytest.raises(SettingsError, match=rf"--masking_probability \({share}.*above 0 and below 1"):
             train(inputs, output_dir=tmp_path / "c", max_steps=1, masking_probability=share)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_says_that_it_masks_nothing(tmp_path, inputs):
     process = run_script("train_lm_accelerate.py", *inputs, "--output_dir", str(tmp_path / "d"), "--max_steps", "1")
     assert process.returncode != 0
     assert "this loop masks nothing" in process.stderr

@@ -116,6 +116,7 @@ OPERATORS = [
 ]
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("implementation", ["cpu", "triton"])
 def test_an_operator_refuses_whatever_does_not_fit(implementation):
     # The last expert is among the ids, so that a table of one row less misfits.

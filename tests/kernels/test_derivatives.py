@@ -143,6 +143,7 @@ def test_products_are_counted_forward_and_backward():
     assert counter.get_total_flops() == 9 * pass_over_rows
 
 
+@pytest.mark.slow
 def test_the_package_may_be_imported_again_in_a_process():
     script = """
 import sys, torch, modeling_peer

@@ -113,6 +113,7 @@ class TestRetrieval:
         sub_keys = torch.randn(4, 9, 2, device=device, dtype=torch.bfloat16).transpose(0, 2)  # (2, 9, 4)
         assert_is_exact(query, sub_keys.float(), 3, retrieve(query, sub_keys, 3))
 
+    @pytest.mark.slow_in_the_interpreter
     @pytest.mark.parametrize("share_sub_keys", [True, False])
     @pytest.mark.parametrize("num_tokens", [1, 70])
     def test_gradients_equal_those_of_exhaustive_search(self, retrieve, device, num_tokens, share_sub_keys):

@@ -121,6 +121,7 @@ def test_whoever_trainer_reports_to_is_told_in_time(trainer, monkeypatch):
     assert {f"eval_{figure}_layer_2" for figure in FIGURES} <= set(told[1])
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"torch_compile_backend": "aot_eager"}])
 def test_every_token_counts_once(trainer, settings):
     callback = ExpertUsageCallback(window_steps=100)

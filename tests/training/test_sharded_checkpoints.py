@@ -71,7 +71,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return PeerForCausalLM.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.slow_but_first
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "fields"),
     [
