@@ -166,6 +166,15 @@ def run_compare_runs(words: Sequence[str]) -> dict[str, Any]:
     return compare_runs(parse_arguments(ComparisonArguments, words))
 
 
+def run_compare_forgetting(words: Sequence[str]) -> dict[str, Any]:
+    """Teach a trained model something new by several methods, and measure what it forgets."""
+    from modeling_peer.hub.loading import parse_with_checkpoint
+    from modeling_peer.studies.forgetting.compare import compare_forgetting
+    from modeling_peer.studies.forgetting.plan import ForgettingArguments
+
+    return compare_forgetting(parse_with_checkpoint(ForgettingArguments, words))
+
+
 def run_classic(words: Sequence[str]) -> dict[str, Any]:
     """Run a published experiment that explains mixtures of experts."""
     from modeling_peer.studies.classics.classic import run_classic
@@ -271,6 +280,11 @@ def summarize_scores(result: dict[str, Any]) -> dict[str, Any]:
 def summarize_patch(result: dict[str, Any]) -> dict[str, Any]:
     """All but the tensors, which the table has."""
     return {name: value for name, value in result.items() if name != "tensors"}
+
+
+def summarize_forgetting(result: dict[str, Any]) -> dict[str, Any]:
+    """Files of a comparison, and whether it is finished."""
+    return {name: result[name] for name in ("path", "table", "plot", "finished")}
 
 
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
@@ -408,6 +422,14 @@ COMMANDS = {
         run_compare_runs,
         arguments=("studies/compare_runs.py:ComparisonArguments",),
         summarize=summarize_groups,
+    ),
+    "compare-forgetting": Command(
+        "what a Llama forgets when it learns something new: full fine-tuning, LoRA, a dense add-on, PEER beside",
+        run_compare_forgetting,
+        "CHECKPOINT --text FOLDER [--field value ...]",
+        (CHECKPOINT, "studies/forgetting/plan.py:ForgettingArguments"),
+        "docs/forgetting.md has the results.",
+        summarize=summarize_forgetting,
     ),
     "classic": Command(
         "run a published experiment that explains mixtures of experts, beside its published table",

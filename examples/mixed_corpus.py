@@ -1,12 +1,13 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Four domains of equal size, one file each: English, French, mathematics and Python.
+"""Domains of text, one file each: English, French, mathematics, Python, and German and plays if their files are given.
 
 python examples/mixed_corpus.py FOLDER --english wiki.txt.xz --french eng-fra.txt.xz --mathematics gsm8k.jsonl
 peer train mixed --train_file FOLDER/train --validation_file FOLDER/validation --output_dir runs/mixed
 
-English is plain text, also with the `<doc>` lines of WikiExtractor. French is the second column of tab-separated
-sentence pairs, as Tatoeba's are distributed. Mathematics is JSON lines with `question` and `answer`, as GSM8K's.
-Python is the standard library of the running interpreter. Each file may be compressed (.gz or .xz).
+English is plain text, also with the `<doc>` lines of WikiExtractor. French and German are the second column of
+tab-separated sentence pairs, as Tatoeba's are distributed. Mathematics is JSON lines with `question` and `answer`, as
+GSM8K's. Plays are plain text. Python is the standard library of the running interpreter. Each file may be compressed
+(.gz or .xz).
 """
 
 import json
@@ -35,8 +36,8 @@ def english(path: Path) -> Iterator[str]:
     yield "".join(article)
 
 
-def french(path: Path) -> Iterator[str]:
-    """Sentences, each once. The source is sorted by length and repeats a sentence for each translation: shuffled."""
+def translations(path: Path) -> Iterator[str]:
+    """Sentences of the second language, each once, shuffled: the source is sorted and repeats sentences."""
     with open_text(path) as lines:
         sentences = sorted({columns[1].strip() for line in lines if len(columns := line.split("\t")) > 1})
     random.Random(SEED).shuffle(sentences)
@@ -49,6 +50,12 @@ def mathematics(path: Path) -> Iterator[str]:
         for row in map(json.loads, lines):
             answer = re.sub(r"<<.*?>>", "", row["answer"])  # marks for a calculator
             yield f"{row['question']}\n{answer}\n\n"
+
+
+def plays(path: Path) -> Iterator[str]:
+    """Speeches: what blank lines separate, in the order of the file."""
+    with open_text(path) as lines:
+        yield from (speech + "\n\n" for speech in lines.read().split("\n\n"))
 
 
 def python() -> Iterator[str]:
@@ -85,15 +92,21 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     for source in ("english", "french", "mathematics"):
         parser.add_argument(f"--{source}", type=Path, required=True)
+    parser.add_argument("--german", type=Path)
+    parser.add_argument("--plays", type=Path)
     parser.add_argument("--max_bytes", type=int, default=4_000_000, help="bytes of each domain")
     parser.add_argument("--validation_percent", type=float, default=5.0)
     given = parser.parse_args()
     domains = {
         "english": english(given.english),
-        "french": french(given.french),
+        "french": translations(given.french),
         "mathematics": mathematics(given.mathematics),
         "python": python(),
     }
+    if given.german:
+        domains["german"] = translations(given.german)
+    if given.plays:
+        domains["plays"] = plays(given.plays)
     write_corpus(given.folder, domains, given.max_bytes, given.validation_percent)
 
 
