@@ -151,6 +151,13 @@ def run_patch(words: Sequence[str]) -> dict[str, Any]:
     return run_patch_command(words)
 
 
+def run_finetune_rows(words: Sequence[str]) -> dict[str, Any]:
+    """Train the experts that a new text uses and a background does not; the result is a patch."""
+    from modeling_peer.adaptation.finetune_rows import finetune_rows, parse_rows
+
+    return finetune_rows(*parse_rows(words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -271,6 +278,12 @@ def summarize_scores(result: dict[str, Any]) -> dict[str, Any]:
 def summarize_patch(result: dict[str, Any]) -> dict[str, Any]:
     """All but the tensors, which the table has."""
     return {name: value for name, value in result.items() if name != "tensors"}
+
+
+def summarize_rows(result: dict[str, Any]) -> dict[str, Any]:
+    """The patch, its size, and the scores."""
+    names = ("patch", "output_dir", "num_rows", "bytes", "steps", "scores", "seconds")
+    return {name: result[name] for name in names}
 
 
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
@@ -394,6 +407,14 @@ COMMANDS = {
         ("adaptation/patch_command.py:PatchArguments",),
         "docs/patches.md has an example of each.",
         summarize=summarize_patch,
+    ),
+    "finetune-rows": Command(
+        "train only the experts that a new text uses and a background does not; the result is a patch",
+        run_finetune_rows,
+        "CHECKPOINT --train_file FILE --background FILE --num_rows N --output_file PATCH [--field value ...]",
+        ("adaptation/finetune_rows.py:RowsArguments", *TRAINING),
+        "Also every field of `peer train`. docs/learning.md has an example.",
+        summarize=summarize_rows,
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",
