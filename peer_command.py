@@ -158,6 +158,14 @@ def run_finetune_rows(words: Sequence[str]) -> dict[str, Any]:
     return finetune_rows(*parse_rows(words))
 
 
+def run_grow(words: Sequence[str]) -> dict[str, Any]:
+    """Add a pool of experts beside that of a PEER checkpoint."""
+    from modeling_peer.adaptation.grow_checkpoint import GrowthArguments, grow_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return grow_checkpoint(parse_with_checkpoint(GrowthArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -415,6 +423,12 @@ COMMANDS = {
         ("adaptation/finetune_rows.py:RowsArguments", *TRAINING),
         "Also every field of `peer train`. docs/learning.md has an example.",
         summarize=summarize_rows,
+    ),
+    "grow": Command(
+        "add a second pool of experts beside that of a PEER checkpoint, with heads of its own and the same logits",
+        run_grow,
+        "CHECKPOINT --output_dir FOLDER [--layers NUMBERS] [--num_sub_keys N] [--field value ...]",
+        (CHECKPOINT, "adaptation/grow_checkpoint.py:GrowthArguments"),
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

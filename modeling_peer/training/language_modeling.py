@@ -82,6 +82,9 @@ def train_language_model(
         run.eval_strategy = transformers.IntervalStrategy.NO
     set_seed(run.seed)
     model = build_model(model_arguments, config, tokenizer, Path(run.output_dir))
+    if run.freeze_older_pools and getattr(model.config, "grown_pools", None):
+        model.train_only_newest_pool()
+        announce("grown pools: the newest one trains, and all else is frozen (--freeze_older_pools)")
     if checkpoint:
         require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
