@@ -151,6 +151,21 @@ def run_patch(words: Sequence[str]) -> dict[str, Any]:
     return run_patch_command(words)
 
 
+def run_finetune_rows(words: Sequence[str]) -> dict[str, Any]:
+    """Train the experts that a new text uses and a background does not; the result is a patch."""
+    from modeling_peer.adaptation.finetune_rows import finetune_rows, parse_rows
+
+    return finetune_rows(*parse_rows(words))
+
+
+def run_grow(words: Sequence[str]) -> dict[str, Any]:
+    """Add a pool of experts beside that of a PEER checkpoint."""
+    from modeling_peer.adaptation.grow_checkpoint import GrowthArguments, grow_checkpoint
+    from modeling_peer.hub.loading import parse_with_checkpoint
+
+    return grow_checkpoint(parse_with_checkpoint(GrowthArguments, words))
+
+
 def run_compare(words: Sequence[str]) -> dict[str, Any]:
     """Train the remaining runs of a study, and report on all of it."""
     from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
@@ -287,6 +302,12 @@ def summarize_forgetting(result: dict[str, Any]) -> dict[str, Any]:
     return {name: result[name] for name in ("path", "table", "plot", "finished")}
 
 
+def summarize_rows(result: dict[str, Any]) -> dict[str, Any]:
+    """The patch, its size, and the scores."""
+    names = ("patch", "output_dir", "num_rows", "bytes", "steps", "scores", "seconds")
+    return {name: result[name] for name in names}
+
+
 def summarize_groups(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and the validation loss of each group: mean and standard deviation."""
     losses = {group["runs"]: group["validation_loss"] for group in result["groups"]}
@@ -408,6 +429,20 @@ COMMANDS = {
         ("adaptation/patch_command.py:PatchArguments",),
         "docs/patches.md has an example of each.",
         summarize=summarize_patch,
+    ),
+    "finetune-rows": Command(
+        "train only the experts that a new text uses and a background does not; the result is a patch",
+        run_finetune_rows,
+        "CHECKPOINT --train_file FILE --background FILE --num_rows N --output_file PATCH [--field value ...]",
+        ("adaptation/finetune_rows.py:RowsArguments", *TRAINING),
+        "Also every field of `peer train`. docs/learning.md has an example.",
+        summarize=summarize_rows,
+    ),
+    "grow": Command(
+        "add a second pool of experts beside that of a PEER checkpoint, with heads of its own and the same logits",
+        run_grow,
+        "CHECKPOINT --output_dir FOLDER [--layers NUMBERS] [--num_sub_keys N] [--field value ...]",
+        (CHECKPOINT, "adaptation/grow_checkpoint.py:GrowthArguments"),
     ),
     "compare": Command(
         "run a study: train PEER and other contenders from the same seeds at an equal budget",

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
+from .grown_pools_peer import check_grown_pools
 from .travelling_code_peer import SPARSE_MLP_CLASSES, keep_own_layers
 
 if TYPE_CHECKING:
@@ -136,6 +137,14 @@ class PeerConfig(PreTrainedConfig):
             [`quantise_expert_tables`] and `peer quantise` write them, and set this field. It is a field of ours, not a
             method in `quantization_config`, because Transformers skips an unknown method with a warning and raises
             when one is registered twice. An unknown format is refused here.
+
+        > Growth: pools of experts that were added to a trained model
+
+        grown_pools (`list[dict]`, *optional*):
+            Pools of experts beside the first one of PEER layers, oldest first. Each entry has `layers`, the numbers of
+            those layers, and the pool's own `num_sub_keys`, `num_retrieval_heads`, `num_experts_per_head`, `query_dim`
+            and `query_norm`. All other fields are those of the model. [`adaptation.growth.grow`] and `peer grow` add
+            pools and set this field. A new pool adds zero until it is trained.
 
         > Auxiliary losses
 
@@ -270,6 +279,7 @@ class PeerConfig(PreTrainedConfig):
     share_expert_tables: bool = False
     expert_dropout: int | float = interval(min=0.0, max=1.0)(default=0.0)
     num_kept_experts: int | None = None
+    grown_pools: list[dict] | None = None
     expert_init_gain: int | float = 4.0
     row_sparse_gradients: bool = False
     expert_table_format: Literal["int8", "int4", "float8_e4m3"] | None = None
@@ -404,6 +414,7 @@ class PeerConfig(PreTrainedConfig):
         self._validate_layer_names()
         self._validate_retrieval()
         self._validate_mixtures()
+        check_grown_pools(self)
         self._validate_total_sizes()
         for message in self._what_cannot_learn():
             logger.warning_once(message)

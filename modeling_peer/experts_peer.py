@@ -268,7 +268,9 @@ class PeerExperts(QuantisableTables):
         for reader in ("down_embed", "gate_embed"):
             if self._parameters[reader] is not None:
                 self.draw_table(reader, std=gain * self.config.hidden_size**-0.5)
-        self.draw_table("up_embed", std=self.config.initializer_range / gain)
+        # a grown pool adds zero until it is trained
+        is_grown = getattr(self.config, "has_zero_writers", False)
+        self.draw_table("up_embed", std=0.0 if is_grown else self.config.initializer_range / gain)
         self.reset_rows()
 
     def reset_rows(self):

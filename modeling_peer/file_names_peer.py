@@ -18,12 +18,13 @@ def index_name(variant: str | None = None) -> str:
     return f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
 
 
-def expert_tables_stem(layer: int, variant: str | None = None) -> str:
-    """How the names of the files of one layer's expert tables begin."""
-    return f"{weights_stem(variant)}-layer-{layer:03d}-experts"
+def expert_tables_stem(layer: int, grown: int | None = None, variant: str | None = None) -> str:
+    """How the names of the files of one layer's expert tables begin, or of those of a grown pool beside it."""
+    pool = "" if grown is None else f"-grown-{grown}"
+    return f"{weights_stem(variant)}-layer-{layer:03d}{pool}-experts"
 
 
 def is_weight_file(variant: str | None = None) -> Callable[[str], re.Match | None]:
     """A function of a file's name: whether the file holds weights of a model in this variant."""
     stem = re.escape(weights_stem(variant))
-    return re.compile(rf"{stem}(-layer-\d{{3,}}-experts)?(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch
+    return re.compile(rf"{stem}(-layer-\d{{3,}}(-grown-\d+)?-experts)?(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch

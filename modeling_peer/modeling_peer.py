@@ -49,6 +49,7 @@ from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .checkpoint_peer import PeerCheckpoints
 from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
 from .experts_peer import PeerExperts
+from .grown_pools_peer import grown_pools_of
 from .masks_peer import current_token_mask, fit_attention_mask, num_cached
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
@@ -86,6 +87,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         build = partial(sparse_mlp_class(config.sparse_mlp), initialize=False) if self.is_sparse else LlamaMLP
         self.mlp = build(config)
         self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
+        grown = grown_pools_of(config, layer_idx)
+        self.grown_pools = nn.ModuleList(map(build, grown)) if grown else None
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -115,6 +118,8 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         hidden_states = self.post_attention_layernorm(hidden_states)
         aux_losses = AuxiliaryLosses() if with_aux_losses else None
         output = self.mlp(hidden_states, token_mask, aux_losses) if self.is_sparse else self.mlp(hidden_states)
+        for pool in self.grown_pools or ():
+            output = output + pool(hidden_states, token_mask, aux_losses)
         if self.dense_mlp is not None:
             output = output + self.dense_mlp(hidden_states)
         hidden_states = residual + output
@@ -164,6 +169,25 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         pretraining, call this with `frozen=False`.
         """
         freeze_running_statistics(self, frozen)
+
+    def train_only_newest_pool(self):
+        """Freeze everything but the pool that was grown last (`PeerConfig.grown_pools`), in all of its layers.
+
+        The older pools then stay as they are, running statistics included. Call it before an optimizer is made.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: the model has no grown pools.
+        """
+        pools = self.config.grown_pools
+        if not pools:
+            raise ValueError(f"{type(self).__name__} has no grown pools. grow(model, ...) or `peer grow` adds one.")
+        self.requires_grad_(False)
+        for number in pools[-1]["layers"]:
+            self.base_model.layers[number].grown_pools[-1].requires_grad_(True)
+        return self
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str | None:
         # Transformers knows only the names for its coarse mixtures. `None` stays: PEER chooses at each call.

@@ -18,6 +18,9 @@ from transformers.modeling_outputs import (
 class PeerModelOutputWithPast(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` and the retrieved experts, one entry per sparse layer.
 
+    A layer with grown pools has an entry for its first pool, then one for each grown pool, oldest first. Sizes and ids
+    are those of the pool.
+
     Args:
         expert_ids: with `output_expert_ids=True`; int64
             `(batch_size, sequence_length, num_retrieval_heads, num_experts_per_head)` each.

@@ -46,8 +46,8 @@ PROBING_ROWS = 8
 # Smaller tables are soon in the page cache, so looking costs more than it saves.
 MIN_BYTES = 2**25
 SECONDS_BETWEEN_CHECKS = 1.0
-# Of `device_map`: the strategies, and the end of the name of a pool of experts.
-_STRATEGIES, _POOL = ("auto", "balanced", "balanced_low_0", "sequential"), ".mlp.experts"
+# Of `device_map`: the strategies, and the end of the name of a pool of experts, as `mlp.experts`, or of a grown one.
+_STRATEGIES, _POOL = ("auto", "balanced", "balanced_low_0", "sequential"), ".experts"
 
 logger = logging.get_logger(__name__)
 

@@ -3,6 +3,7 @@
 
     model-00001-of-00001.safetensors        everything that every token reads: dense weights and retrieval
     model-layer-007-experts.safetensors     the expert tables of layer 7
+    model-layer-007-grown-0-experts.safetensors     those of the first pool that was grown beside it
     model.safetensors.index.json            which tensor is in which file, and each file's checksum
 
 Transformers reads the index and needs nothing else. One layer's tables can be downloaded or mapped alone. Their data
@@ -24,7 +25,9 @@ from .file_names_peer import expert_tables_stem, index_name, is_weight_file, wei
 
 # Smaller tables, all together, stay in the one file that Transformers writes: a save then replaces it in one step.
 MIN_BYTES = 2**20
-TABLE = re.compile(r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.mlp\.experts)\.\w+_(?:embed|scale)")
+TABLE = re.compile(
+    r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|grown_pools\.(?P<grown>\d+))\.experts)\.\w+_(?:embed|scale)"
+)
 
 
 def lay_out_weights(folder: Path, variant: str | None = None, max_shard_size: int | str = "50GB") -> None:
@@ -70,13 +73,16 @@ def _plan(tensors: dict[str, StoredTensor], variant: str | None, max_shard_size:
     tables = {name: table for name in tensors if (table := TABLE.fullmatch(name))}
     if sum(tensors[name].num_bytes for name in tables) < MIN_BYTES:
         tables = {}
-    layers: dict[int | None, dict[str, StoredTensor]] = {}
+    pools: dict[tuple[int, int | None] | None, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
-        layer = int(tables[name]["layer"]) if name in tables else None
-        layers.setdefault(layer, {})[name] = tensor
+        pool = None
+        if name in tables:
+            layer, grown = tables[name].group("layer", "grown")
+            pool = (int(layer), None if grown is None else int(grown))
+        pools.setdefault(pool, {})[name] = tensor
     plan = {}
-    for layer, members in layers.items():
-        stem = weights_stem(variant) if layer is None else expert_tables_stem(layer, variant)
+    for pool, members in pools.items():
+        stem = weights_stem(variant) if pool is None else expert_tables_stem(*pool, variant)
         split = split_state_dict_into_shards_factory(
             members,
             get_storage_size=lambda tensor: tensor.num_bytes,

@@ -30,6 +30,7 @@ TRAVELLING_FILES = {
     "auto_classes_peer.py",
     "transformers_names_peer.py",
     "configuration_peer.py",
+    "grown_pools_peer.py",
     "backends_peer.py",
     "auxiliary_losses_peer.py",
     "product_keys_peer.py",

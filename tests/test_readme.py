@@ -73,6 +73,15 @@ def test_the_python_of_the_page_on_patches_runs(tmp_path, monkeypatch):
     assert all(0 < len(ids) <= 32 for ids in left["experts"].values())
 
 
+def test_the_python_of_the_page_on_learning_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    left = run_python((REPOSITORY / "docs" / "learning.md").read_text(encoding="utf-8"), least=1)
+    assert {len(one.row_ids) for one in left["patch"].tensors.values()} == {16}
+    assert torch.equal(left["before"], left["after"])
+    assert PeerForCausalLM.from_pretrained(tmp_path / "grown").config.grown_pools[0]["num_sub_keys"] == 16
+
+
 def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
     monkeypatch.chdir(tmp_path)
     PeerForCausalLM(tiny_config()).save_pretrained("my-peer")

@@ -143,15 +143,25 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
-def write_patch(file: str | os.PathLike, base: Base, tensors: Iterable[tuple[str, PatchedTensor]]) -> Path:
-    """Write a patch, all or nothing. Each tensor is on the disk before the next is taken.
+def patch_file(file: str | os.PathLike) -> Path:
+    """The path of a patch to write.
 
     Raises:
-        ValueError: `tensors` is empty, or the file would have the name of a checkpoint's weights.
+        ValueError: it would have the name of a checkpoint's weights, or of another kind of file.
     """
     file = Path(file).expanduser()
     if file.suffix != ".safetensors" or is_weight_file()(file.name):
         raise ValueError(f"a patch is a file named *.safetensors, and not as the weights of a model; got {file.name}.")
+    return file
+
+
+def write_patch(file: str | os.PathLike, base: Base, tensors: Iterable[tuple[str, PatchedTensor]]) -> Path:
+    """Write a patch, all or nothing. Each tensor is on the disk before the next is taken.
+
+    Raises:
+        ValueError: `tensors` is empty, or the file cannot be a patch by its name (`patch_file`).
+    """
+    file = patch_file(file)
     with tempfile.TemporaryDirectory(prefix=".patch-", dir=file.parent) as folder:
         stored: dict[str, StoredTensor] = {}
         entries = {}

@@ -71,6 +71,11 @@ def slice_experts(model: nn.Module, kept: Mapping[int | str, Sequence[int] | tor
             or offloaded. Nothing has changed then.
     """
     refuse_overlays(model, "a slice would keep")
+    if getattr(getattr(model, "config", None), "grown_pools", None):
+        raise ValueError(
+            "grown_pools: the pools of one layer have different experts, so a model with grown pools is not sliced. "
+            "`peer quantise` makes it smaller."
+        )
     groups = layers_by_tables(model)
     chosen = {}
     for key, expert_ids in kept.items():

@@ -44,7 +44,8 @@ def train_only_experts(
         A context manager. `close()`, or the end of the block, ends the restriction.
 
     Raises:
-        ValueError: no such layer or expert, none is chosen, or tables are quantised, adapted, sharded or offloaded.
+        ValueError: no such layer or expert, none is chosen, or tables are quantised, mapped, adapted, sharded or
+            offloaded.
     """
     refuse_overlays(model, "training would change")
     chosen: dict[str, torch.Tensor] = {}
@@ -56,6 +57,11 @@ def train_only_experts(
         pool, tables = layers[0].experts, plain_tables(layers[0])
         if pool.scales():
             raise ValueError(f"{layers[0].name}: its tables are quantised and do not train. Load the float model.")
+        if pool.mapped_tables is not None and pool.mapped_tables.only_mapped:
+            raise ValueError(
+                f"{layers[0].name}: its tables are read from their file and do not train. Load the model without "
+                'table_placement="mapped".'
+            )
         mask = torch.zeros(len(tables[1]), dtype=torch.bool, device=tables[1].device)
         for layer in layers:
             rows = pool.rows_of(chosen.get(layer.name, torch.empty(0, dtype=torch.int64)).to(mask.device))

@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from modeling_peer.analysis.routing_hooks import grown_suffix
+
 
 def expert_usage(gate_sums: torch.Tensor) -> torch.Tensor:
     """Share of the experts with a nonzero sum of gates (He 2024, section 3.3). `gate_sums` is `(num_experts,)`."""
@@ -76,7 +78,7 @@ class ExpertUsage:
 
 
 def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The modules that retrieve experts, each with a name such as `layer_5`.
+    """The modules that retrieve experts, each with a name such as `layer_5`, or `layer_5_grown_0` for a grown pool.
 
     They are found by class name. A model that was loaded with a checkpoint's own code has other class objects.
     """
@@ -84,5 +86,5 @@ def find_retrievals(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]
     for path, module in model.named_modules():
         if any(cls.__name__ == "PeerRetrieval" for cls in type(module).__mro__):
             layer = re.search(r"\blayers\.(\d+)\.", path)
-            found.append((f"layer_{layer[1]}" if layer else path.replace(".", "_"), module))
+            found.append((f"layer_{layer[1]}{grown_suffix(path)}" if layer else path.replace(".", "_"), module))
     return found

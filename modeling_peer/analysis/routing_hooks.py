@@ -94,9 +94,15 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         fine = _is_named(module, "PeerExperts")
         num_experts = module.num_peer_experts if fine else module.num_experts
         num_heads = module.config.num_retrieval_heads if fine else 1
-        name = f"layer_{index}" if number else path.replace(".", "_")
+        name = f"layer_{index}{grown_suffix(path)}" if number else path.replace(".", "_")
         found.append(RoutedLayer(name, index, path, module, num_experts, num_heads, parent))
     return found
+
+
+def grown_suffix(path: str) -> str:
+    """`_grown_0` in the name of a pool that was grown beside the first one of its layer; empty for the first one."""
+    grown = re.search(r"\.grown_pools\.(\d+)\.", path)
+    return f"_grown_{grown[1]}" if grown else ""
 
 
 def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from modeling_peer import PeerConfig
+from modeling_peer.grown_pools_peer import grown_pools_of
 
 # The backward of a matrix product has two products of the same size, one for the gradient of each factor. Gradient
 # checkpointing computes forwards again. This is not counted, because it depends on the implementation.
@@ -86,6 +87,10 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
     experts = sparse["experts"] * num_sparse
     if config.share_expert_tables and num_sparse:
         experts += Cost(parameters=-(num_sparse - 1) * sparse["experts"].parameters)
+    sparse = {name: cost * num_sparse for name, cost in sparse.items()} | {"experts": experts}
+    for layer in range(num_layers):
+        for pool in grown_pools_of(config, layer):
+            sparse = {name: sparse[name] + cost for name, cost in peer_cost(pool, sequence_length).items()}
     embeddings = config.vocab_size * config.hidden_size
     head = _matrix(config.hidden_size, config.vocab_size)
     if config.tie_word_embeddings:
@@ -95,8 +100,7 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
         "norms": _elementwise(config.hidden_size) * (2 * num_layers + 1),
         "attention": attention_cost(config, sequence_length) * num_layers,
         "dense MLPs": dense_cost(config) * num_dense,
-        **{name: cost * num_sparse for name, cost in sparse.items()},
-        "experts": experts,
+        **sparse,
         "head": head,
     }
 

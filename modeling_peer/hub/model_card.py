@@ -159,6 +159,8 @@ def sparse_facts(config) -> dict[str, Any] | None:
         )
     if getattr(config, "num_kept_experts", None):
         words += f". Of the experts of each layer this slice keeps {config.num_kept_experts:,}"
+    for pool in getattr(config, "grown_pools", None) or ():
+        words += f". A pool of {pool['num_sub_keys'] ** 2:,} more experts was grown in {len(pool['layers'])} of them"
     return {
         "num_sparse_layers": config.mlp_layer_types.count("sparse"),
         "num_layers": config.num_hidden_layers,

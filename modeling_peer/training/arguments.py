@@ -88,6 +88,10 @@ class RunArguments(PeerTrainingArguments):
         default=True,
         metadata={"help": "Log for each sparse layer how many of its experts were used, and how unevenly."},
     )
+    freeze_older_pools: bool = field(
+        default=True,
+        metadata={"help": "In a model with grown pools, train the newest pool alone. false: train everything."},
+    )
     max_train_minutes: float | None = field(
         default=None,
         metadata={"help": "Stop training after this many minutes, counted anew when resumed. Unset: no limit."},

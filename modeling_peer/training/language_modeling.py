@@ -2,12 +2,13 @@
 """One training run: from a recipe to a saved, evaluated model with its card."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.integrations import is_tensorboard_available
 
 from modeling_peer.console.errors import SettingsError
@@ -32,13 +33,19 @@ from modeling_peer.training.step_costs import CostOfSteps
 from modeling_peer.training.summary import TrainingResult, examples_per_step, final_evaluation, summarize
 
 
-def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
+def train_language_model(
+    recipe: Recipe,
+    callbacks: Sequence[TrainerCallback] = (),
+    restrict: Callable[[PreTrainedModel], AbstractContextManager] | None = None,
+) -> TrainingResult:
     """Train or fine-tune as the recipe says; save, evaluate, write the card, and push if the recipe says so.
 
     Settings and data are checked before the first step, as far as they can be.
 
     Args:
         callbacks: callbacks of Trainer, in addition to those of the recipe.
+        restrict: called with the model on its device, before there is an optimizer; a context manager around training.
+            It may freeze parameters, or rows of them.
 
     Raises:
         SettingsError: the settings or the data cannot work. The message has the numbers and the way out.
@@ -75,6 +82,9 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         run.eval_strategy = transformers.IntervalStrategy.NO
     set_seed(run.seed)
     model = build_model(model_arguments, config, tokenizer, Path(run.output_dir))
+    if run.freeze_older_pools and getattr(model.config, "grown_pools", None):
+        model.train_only_newest_pool()
+        announce("grown pools: the newest one trains, and all else is frozen (--freeze_older_pools)")
     if checkpoint:
         require_same_architecture(checkpoint, model.config, model_arguments.trust_remote_code)
     describe(announce, model, run, block_size, train_blocks, checkpoint)
@@ -108,7 +118,8 @@ def train_language_model(recipe: Recipe, callbacks: Sequence[TrainerCallback] = 
         with staged_save(run.output_dir) as staging:  # before training: a resumed run must have the same tokens
             tokenizer.save_pretrained(staging)
         write_json(Path(run.output_dir, SETTINGS_FILE), settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with restrict(model) if restrict else nullcontext():
+        trainer.train(resume_from_checkpoint=checkpoint)
     result = TrainingResult(model, tokenizer, corpus, train_blocks)
     trainer.save_model(_internal_call=True)  # else Trainer uploads here, before there are results and a card
     trainer.save_state()

@@ -33,7 +33,7 @@ TREATMENTS = {
     ),
     REFUSED: (
         *("optim", "optim_args", "optim_target_modules"),
-        *("row_sparse_gradients", "row_sparse_modules", "table_optimizer_state"),
+        *("row_sparse_gradients", "row_sparse_modules", "table_optimizer_state", "freeze_older_pools"),
     ),
     KEPT: ("tokenizer", "tokenizer_vocab_size"),
     ANNOUNCED: (
