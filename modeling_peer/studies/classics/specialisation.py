@@ -3,7 +3,7 @@
 
 Dispatch entropy is that of Chen et al. 2022 (arXiv:2208.02813), with domains in the place of clusters. OpenMoE (Xue et
 al. 2024, arXiv:2402.01739) reports routing by token rather than by context, fixed early in training. Figures:
-`analysis/specialisation.py`. Data: `specialisation_data.py`. Models and training: `specialisation_training.py`.
+`analysis/expert_specialisation.py`. Data: `specialisation_data.py`. Models and training: `specialisation_training.py`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from modeling_peer.analysis import specialisation as figures
+from modeling_peer.analysis import expert_specialisation as figures
 from modeling_peer.analysis.expert_profiles import Spelling
 from modeling_peer.analysis.statistics import routing_consistency
 from modeling_peer.console.errors import SettingsError, require, require_at_least_one
@@ -195,8 +195,8 @@ def measure(training: Training) -> dict[str, Any]:
     config = training.model.config
     cost = model_cost(config, training.arguments.sequence_length)
     tokens = domains.held_out.flatten()
-    sizes = {layer: _num_experts(config) for layer in training.record()["layers"]}
     *_, (_, _, last) = training.recorded()
+    sizes = {layer: _num_experts(config) for layer in last["layers"]}
     steps = []
     for step, share, recorded in training.recorded():
         per_token = recorded["nats"].double().view(len(domains.names), -1).mean(1) / (domains.held_out.shape[1] - 1)
@@ -431,7 +431,7 @@ def plot_specialisation(result: dict[str, Any], path: str | Path) -> None:
             lambda layer: layer["bits"][0],
         ),
         "Different tokens that an expert reads": (
-            "effective number, over that of as many random tokens",
+            "effective number, over random tokens",
             lambda layer: layer["effective_tokens"][0] / layer["effective_tokens_shuffled"][0],
         ),
         "Routing that is already the final one": (
@@ -452,10 +452,8 @@ def plot_specialisation(result: dict[str, Any], path: str | Path) -> None:
         axes.set(title=title, xlabel="steps, and their share of all steps", ylabel=words)
         axes.grid(alpha=0.3)
         label_line_ends(axes, ends)
-    reference = result["data"]["token_bits"]
-    panels[0].axhline(reference, color="gray", linewidth=0.7)
     figure.suptitle(
-        f"Left, gray line: {reference:.2f} bits, what the token alone tells. Middle: 1 is no specialisation.",
+        f"Left: the token alone tells {result['data']['token_bits']:.2f} bits. Middle: 1 is no specialisation.",
         fontsize="small",
     )
     save_png(figure, path)

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from modeling_peer.analysis.specialisation import (
+from modeling_peer.analysis.expert_specialisation import (
     agreement_with,
     beyond_chance,
     choose_cluster_experts,
@@ -65,7 +65,7 @@ def test_bits_are_all_where_experts_divide_by_label_and_none_where_routing_says_
     # the correction takes too much rather than too little from routing that divides by label
     assert 0.5 < found["bits"] < 2
     many = labels.repeat_interleave(8)[:, None, None].expand(-1, 1, 1)  # four experts: hardly any bias
-    assert label_figures(many, labels, 4, 4)["bits"] == pytest.approx(2, abs=0.1)
+    assert 1.8 < label_figures(many, labels, 4, 4)["bits"] <= 2
 
 
 def test_effective_tokens_equal_all_pairs_of_reads():
