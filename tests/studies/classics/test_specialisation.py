@@ -10,11 +10,13 @@ import pytest
 import torch
 from training_helpers import REPOSITORY
 
+from modeling_peer.analysis.expert_specialisation import beyond_chance
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.studies.classics.specialisation import (
     PARTS,
     SpecialisationArguments,
     make_expert_table,
+    make_findings_table,
     make_layer_table,
     run_specialisation,
 )
@@ -192,9 +194,31 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path):
     assert without_times(again) == without_times(whole)
 
 
+def test_experts_come_to_divide_by_domain_and_by_token_and_routing_is_not_final_at_once(tmp_path):
+    """The claims in their simplest form: three made-up languages, 150 steps. At the start none of them holds."""
+    small = SMALL | {"held_out_tokens": 1024, "hidden_size": 32, "num_steps": 150, "sequences_per_domain": 2}
+    rows = run_specialisation(SpecialisationArguments(output_dir=str(tmp_path), learning_rate=1e-2, **small))["rows"]
+    for name in (PEER, COARSE):
+        found = {row["share"]: {key: pair[0] for key, pair in row["mean"].items()} for row in rows_of(rows, name)}
+        start, later, end = found[0.0], found[0.3], found[1.0]
+        # with seed 0: from 0.06 to 0.63 bits (PEER), from 0 to 1.10 (coarse)
+        assert end["bits"] > start["bits"] + 0.3, name
+        assert end["effective_tokens"] < 0.5 * end["effective_tokens_shuffled"], name
+        assert end["same_token"] > end["any_token"] + 0.3, name
+        # 0.06 and 0.43 (PEER), 0 and 0.76 (coarse)
+        early, late = (beyond_chance(part["as_at_end"], part["as_at_end_by_chance"]) for part in (start, later))
+        assert early < 0.15, name
+        assert late > early + 0.2, name
+
+
+def rows_of(rows, name):
+    return [row for row in rows if row["feed_forward"] == name]
+
+
 def test_the_page_has_all_tables_of_the_committed_result():
     result = json.loads((REPOSITORY / "results" / "classics" / "specialisation.json").read_text())
     page = (REPOSITORY / "docs" / "mixtures.md").read_text()
     assert make_layer_table(result["rows"]) in page
+    assert make_findings_table(result) in page
     for experts in result["experts"].values():
         assert make_expert_table(experts) in page
