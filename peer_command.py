@@ -469,11 +469,13 @@ COMMANDS = {
     "classic": Command(
         "run a published experiment that explains mixtures of experts, beside its published table",
         run_classic,
-        "vowels_1991 | translation_2017 | clusters_2022 | multilinear_digits | soft_digits [--field value ...]",
+        "vowels_1991 | translation_2017 | clusters_2022 | multilinear_digits | soft_digits | specialisation "
+        "[--field value ...]",
         (
             "studies/classics/clusters_2022.py:ClusterArguments",
             "studies/classics/multilinear_digits.py:MultilinearDigitsArguments",
             "studies/classics/soft_digits.py:SoftDigitsArguments",
+            "studies/classics/specialisation.py:SpecialisationArguments",
             "studies/classics/translation_2017.py:TranslationArguments",
             "studies/classics/vowels_1991.py:VowelArguments",
             "studies/classics/arguments.py:ClassicArguments",

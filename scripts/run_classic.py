@@ -6,6 +6,7 @@ python scripts/run_classic.py vowels_1991    # formants drawn from the means and
 python scripts/run_classic.py clusters_2022 --settings 1 2 --num_runs 3
 python scripts/run_classic.py multilinear_digits    # images of digits, from scikit-learn
 python scripts/run_classic.py soft_digits --num_runs 3 --contenders dense "soft, 16 experts"
+python scripts/run_classic.py specialisation --text_folder FOLDER    # that examples/mixed_corpus.py wrote
 python scripts/run_classic.py translation_2017 --french_file eng-fra.txt.xz --german_file eng-deu.txt.xz
 """
 

@@ -160,23 +160,32 @@ def routing_consistency(
     """
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(token_ids), generator=generator)
-    chance = _overlap(expert_ids, shuffled[:-1], shuffled[1:]).mean().item() if len(shuffled) > 1 else math.nan
+    chance = math.nan
+    if len(shuffled) > 1:
+        chance = shared_experts(expert_ids[shuffled[:-1]], expert_ids[shuffled[1:]]).mean().item()
     order = shuffled[token_ids[shuffled].argsort(stable=True)]
     first, second = order[:-1], order[1:]
     same = token_ids[first] == token_ids[second]
-    overlap = _overlap(expert_ids, first[same], second[same])
+    overlap = shared_experts(expert_ids[first[same]], expert_ids[second[same]])
     tokens, group = token_ids[first[same]].unique(return_inverse=True)
     pairs = torch.bincount(group, minlength=len(tokens))
     sums = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, group, overlap.double())
     return {"token": tokens, "pairs": pairs, "overlap": (sums / pairs).float()}, chance
 
 
-def _overlap(expert_ids: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The share of experts that the same head retrieved for both tokens of a pair: `(num_pairs,)`."""
-    _, heads, active = expert_ids.shape
+def shared_experts(first_ids: torch.Tensor, second_ids: torch.Tensor) -> torch.Tensor:
+    """The share of a token's experts in `first_ids` that the same head retrieved in `second_ids`.
+
+    Args:
+        first_ids, second_ids: of tokens to compare, or of a token in two models, same shape.
+
+    Returns:
+        `(num_tokens,)`, float32.
+    """
+    _, heads, active = first_ids.shape
     parts = [torch.empty(0)]
-    for tile in _tiles(len(first), heads * active**2):
-        equal = expert_ids[first[tile]].unsqueeze(3) == expert_ids[second[tile]].unsqueeze(2)  # (p, h, k, k)
+    for tile in _tiles(len(first_ids), heads * active**2):
+        equal = first_ids[tile].unsqueeze(3) == second_ids[tile].unsqueeze(2)  # (t, h, k, k)
         parts.append(equal.any(dim=3).float().mean(dim=(1, 2)))
     return torch.cat(parts)
 

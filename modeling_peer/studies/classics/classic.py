@@ -30,6 +30,7 @@ CLASSICS = {
     "clusters_2022": Classic("ClusterArguments", "run_clusters", "plot_clusters"),
     "multilinear_digits": Classic("MultilinearDigitsArguments", "run_multilinear_digits", "plot_multilinear_digits"),
     "soft_digits": Classic("SoftDigitsArguments", "run_soft_digits", "plot_soft_digits"),
+    "specialisation": Classic("SpecialisationArguments", "run_specialisation", "plot_specialisation"),
     "translation_2017": Classic("TranslationArguments", "run_translation", "plot_translation"),
 }
 
@@ -86,6 +87,9 @@ def run_classic(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _of_result(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that the result depends on; files by their names, because paths belong to one machine."""
+    """Settings that the result depends on; files and folders by their names: paths belong to one machine."""
     kept = {name: value for name, value in settings.items() if name not in ("output_dir", "plot")}
-    return {name: Path(value).name if name.endswith("_file") and value else value for name, value in kept.items()}
+    return {
+        name: Path(value).name if name.endswith(("_file", "_folder")) and value else value
+        for name, value in kept.items()
+    }

@@ -11,6 +11,7 @@ from modeling_peer.studies.classics import (
     clusters_2022,
     multilinear_digits,
     soft_digits,
+    specialisation,
     translation_2017,
     vowels_1991,
 )
@@ -22,6 +23,7 @@ TABLES = {
     "clusters_2022": clusters_2022.make_table,
     "multilinear_digits": multilinear_digits.make_table,
     "soft_digits": soft_digits.make_table,
+    "specialisation": specialisation.make_table,
     "translation_2017": translation_2017.make_table,
 }
 QUICK = {
@@ -36,6 +38,11 @@ QUICK = {
     "soft_digits": [
         *("--num_runs", "2", "--num_steps", "2", "--steps_per_test", "1", "--width", "8", "--inner_width", "8"),
         *("--images_per_step", "10", "--contenders", "dense", "soft, 4 experts"),
+    ],
+    "specialisation": [
+        *("--num_runs", "2", "--num_steps", "2", "--vocab_size", "400", "--sequence_length", "32"),
+        *("--held_out_tokens", "256", "--hidden_size", "16", "--num_layers", "2", "--num_sub_keys", "16"),
+        *("--num_experts", "8"),
     ],
     "translation_2017": [
         *("--num_runs", "2", "--test_sentences", "40", "--vocab_size", "400", "--hidden_size", "8"),
@@ -103,6 +110,7 @@ def test_help_has_the_fields_of_every_classic_once():
         "single_filters",
         "expert_counts",
         "contenders",
+        "text_folder",
         "french_file",
         "num_runs",
         "output_dir",
