@@ -13,7 +13,6 @@ the sub-keys and the tables. It cannot be merged: an MLP has no place for retrie
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -100,7 +99,7 @@ class PeerAdapterConfig(PeftConfig):
         if self.readers == "inputs":
             raise ValueError(
                 "readers='inputs' needs a text, and a configuration has none. Leave readers='random', and call "
-                "modeling_peer.adaptation.peft_method.start_from_inputs(model, tokens) on the result of get_peft_model."
+                "modeling_peer.adaptation.peft_method.start_from_inputs(model, tokens) on what get_peft_model returns."
             )
 
     def peer_config(self, hidden_size: int, initializer_range: float) -> PeerConfig:

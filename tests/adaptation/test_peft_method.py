@@ -268,7 +268,7 @@ def test_a_new_adapter_starts_from_the_inputs_of_the_mlps(tokens, model_type, fi
 
 
 def test_only_a_new_adapter_can_start_from_inputs(tokens):
-    with pytest.raises(ValueError, match=r"call .*start_from_inputs\(model, tokens\) on the result"):
+    with pytest.raises(ValueError, match=r"call .*start_from_inputs\(model, tokens\) on what get_peft_model"):
         PeerAdapterConfig(readers="inputs")
     adapted = adapt(base_model())
     with pytest.raises(ValueError, match="no PEER adapter 'other'"):
