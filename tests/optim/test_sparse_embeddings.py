@@ -96,7 +96,8 @@ def train(model, optimizer, batches, max_norm=math.inf):
 
 
 def test_steps_that_read_every_row_are_those_of_dense_adamw(architecture, name):
-    model = MODELS[architecture]()
+    # float64: Gemma 4 turns float32's rounding of small gradients into differences of 1e-4 within four steps
+    model = MODELS[architecture]().double()
     twin = copy.deepcopy(model)
     (full_name,) = train_rows_sparsely(model, name)
     assert full_name.endswith(f".{name}")
@@ -106,7 +107,7 @@ def test_steps_that_read_every_row_are_those_of_dense_adamw(architecture, name):
     assert losses[-1] < losses[0]
     assert max(norms) > 0  # that of Gemma's first step is 0: its per-layer inputs first have a weight of 0
     table = model.get_parameter(f"{full_name}.weight")
-    torch.testing.assert_close(table, twin.get_parameter(f"{full_name}.weight"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(table, twin.get_parameter(f"{full_name}.weight"), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("row_state", ["float32", "row"])
