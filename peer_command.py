@@ -259,6 +259,17 @@ def run_bench_retrofit(words: Sequence[str]) -> dict[str, Any]:
     return bench_retrofit(parse_arguments(RetrofitBenchmark, words))
 
 
+def run_bench_embeddings(words: Sequence[str]) -> dict[str, Any]:
+    """Measure training steps with a huge embedding, dense and row-sparse."""
+    from modeling_peer.benchmarks.embeddings import EmbeddingsBenchmark, bench_embeddings
+    from modeling_peer.benchmarks.settings import default_output_file
+    from modeling_peer.console.command_line import parse_arguments
+
+    arguments = parse_arguments(EmbeddingsBenchmark, words)
+    arguments.output_file = arguments.output_file or default_output_file("bench-embeddings")
+    return bench_embeddings(arguments)
+
+
 def run_compile_kernels(words: Sequence[str]) -> dict[str, Any]:
     """Compile the Triton kernels for GPUs that this machine does not have."""
     from modeling_peer.benchmarks.compilation import CompilationArguments, compile_kernels
@@ -331,7 +342,9 @@ def summarize_presets(result: dict[str, Any]) -> dict[str, Any]:
 
 def summarize_benchmark(result: dict[str, Any]) -> dict[str, Any]:
     """The file, and how many cases, tasks or kernels it has."""
-    counts = {name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels") if name in result}
+    counts = {
+        name: len(result[name]) for name in ("cases", "memory", "tasks", "kernels", "contenders") if name in result
+    }
     names = ("path", "benchmark", "missing", "milliseconds", "percent_of_a_step", "percent_of_a_forward")
     return {**{name: result[name] for name in names if name in result}, **counts}
 
@@ -524,6 +537,12 @@ COMMANDS = {
         "time of a training step with a PEER layer beside an MLP, against the dense model's",
         run_bench_retrofit,
         arguments=("adaptation/retrofit_cost.py:RetrofitBenchmark",),
+    ),
+    "bench-embeddings": Command(
+        "time and memory of training steps with a huge embedding: dense AdamW against row-sparse training",
+        run_bench_embeddings,
+        arguments=("benchmarks/embeddings.py:EmbeddingsBenchmark",),
+        summarize=summarize_benchmark,
     ),
     "compile-kernels": Command(
         "compile the Triton kernels for GPUs that this machine does not have",

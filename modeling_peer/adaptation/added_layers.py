@@ -14,11 +14,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from modeling_peer.adaptation.mlp_inputs import root_of_covariance
 from modeling_peer.configuration_peer import PeerConfig
 from modeling_peer.layer_peer import PeerLayer
 from modeling_peer.row_formats_peer import row_chunks
 
-READERS = ("random", "neurons")
+READERS = ("random", "neurons", "inputs")
 # Fields of PeerConfig that describe one new layer, beside num_sub_keys.
 LAYER_FIELDS = (
     "num_retrieval_heads",
@@ -120,10 +121,16 @@ def checked_config(**fields: Any) -> PeerConfig:
         raise ValueError(str(error.__cause__ or error)) from error
 
 
-def build_layer(config: PeerConfig, mlp: nn.Module, readers: str = "random") -> PeerLayer:
-    """A PEER layer that adds zero: its writers are zero, and its readers `"random"` or the MLP's own `"neurons"`.
+def build_layer(
+    config: PeerConfig, mlp: nn.Module, readers: str = "random", covariance: torch.Tensor | None = None
+) -> PeerLayer:
+    """A PEER layer that adds zero: its writers are zero, and its readers start as `readers` says.
 
     It is float32, on the device of `mlp`.
+
+    Args:
+        readers: `"random"`, the MLP's own `"neurons"`, or `"inputs"`.
+        covariance: of what the MLP reads (`input_covariances`), for `"inputs"`.
 
     Raises:
         ValueError: `readers` is unknown, or `mlp` has no projections whose rows are neurons.
@@ -139,6 +146,8 @@ def build_layer(config: PeerConfig, mlp: nn.Module, readers: str = "random") -> 
         layer.experts.up_embed.zero_()
         if readers == "neurons":
             _read_as_neurons(layer, neurons_of(mlp, config.hidden_size))
+        elif readers == "inputs":
+            read_as_inputs(layer, covariance)
     return layer
 
 
@@ -202,3 +211,23 @@ def _read_as_neurons(layer: PeerLayer, neurons: dict[str, torch.Tensor]) -> None
             drawn = nn.functional.normalize(pool[rows[chunk].to(pool.device)].to(table), dim=-1)
             drawn = drawn + torch.randn_like(drawn) * (NOISE * table.shape[1] ** -0.5)
             table[chunk] = length * nn.functional.normalize(drawn, dim=-1)
+
+
+@torch.no_grad()
+def read_as_inputs(layer: PeerLayer, covariance: torch.Tensor) -> None:
+    """Draw the reading vectors from the Gaussian with the covariance of what the MLP reads, and a mean of zero.
+
+    A token's pre-activations then differ from another's mostly along the directions in which the inputs vary. The mean
+    of the inputs is left out, because all tokens share it. Every row has the length of a random one.
+
+    Args:
+        covariance: `(hidden_size, hidden_size)`.
+    """
+    root = root_of_covariance(covariance)
+    for table_name in ("down_embed", "gate_embed"):
+        table = layer.experts._parameters[table_name]
+        if table is None:
+            continue
+        for chunk in row_chunks(table):
+            drawn = torch.randn_like(table[chunk], dtype=torch.float32) @ root.T.to(table.device, torch.float32)
+            table[chunk] = layer.experts.config.expert_init_gain * nn.functional.normalize(drawn, dim=-1)

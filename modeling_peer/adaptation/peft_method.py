@@ -13,7 +13,6 @@ the sub-keys and the tables. It cannot be merged: an MLP has no place for retrie
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +41,9 @@ from modeling_peer.adaptation.added_layers import (
     checked_config,
     chosen_layers,
     find_decoder_mlps,
+    read_as_inputs,
 )
+from modeling_peer.adaptation.mlp_inputs import hidden_states_of, input_covariances
 from modeling_peer.configuration_peer import PeerConfig
 from modeling_peer.layer_peer import PeerLayer
 
@@ -56,7 +57,8 @@ class PeerAdapterConfig(PeftConfig):
     Args:
         layers: numbers of the decoder layers that get a PEER layer; unset, the middle one.
         mlp_name: what the decoder layers call their MLP.
-        readers: how the reading vectors of experts start: `"random"`, or `"neurons"`, the MLP's own.
+        readers: how the reading vectors of experts start: `"random"`, or `"neurons"`, the MLP's own. To draw them
+            with the covariance of the MLP's inputs, call `start_from_inputs` on the result of `get_peft_model`.
         query_norm: `"rms_norm"`, `"layer_norm"` or `"none"`. Not the paper's `"batch_norm"`: an MLP is not told which
             tokens are padding, so padding would enter the statistics, and its statistics would change in generation.
         modules_to_save: other modules of the model that train and are saved whole, such as `["lm_head"]`.
@@ -94,6 +96,12 @@ class PeerAdapterConfig(PeftConfig):
                 "tokens are padding, and its generation would change the statistics. Use 'rms_norm'."
             )
 
+        if self.readers == "inputs":
+            raise ValueError(
+                "readers='inputs' needs a text, and a configuration has none. Leave readers='random', and call "
+                "modeling_peer.adaptation.peft_method.start_from_inputs(model, tokens) on what get_peft_model returns."
+            )
+
     def peer_config(self, hidden_size: int, initializer_range: float) -> PeerConfig:
         """The configuration of one PEER layer in a model of this width."""
         fields = {name: getattr(self, name) for name in ("num_sub_keys", *LAYER_FIELDS)}
@@ -129,7 +137,7 @@ class PeerAdapterLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.peer_layers]
         if self.disable_adapters or not active:
             return output
-        hidden_states = _hidden_states_of(args, kwargs)
+        hidden_states = hidden_states_of(args, kwargs)
         added = sum(self._run(self.peer_layers[name], hidden_states) for name in active)
         if torch.is_tensor(output):
             return output + added.to(output.dtype)
@@ -150,13 +158,6 @@ class PeerAdapterLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         _refuse_merging()
-
-
-def _hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    for value in (*args, *(kwargs.get(name) for name in ("hidden_states", "x", "hidden_state"))):
-        if torch.is_tensor(value):
-            return value
-    raise TypeError("the MLP was called without hidden states: they must be its first argument.")
 
 
 def _refuse_merging() -> None:
@@ -243,6 +244,36 @@ class PeerAdapterModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
 
+@torch.no_grad()
+def start_from_inputs(model: nn.Module, tokens: torch.Tensor, adapter_name: str = "default") -> None:
+    """Draw the reading vectors of a new adapter with the covariance of what its MLPs read on a sample of text.
+
+    Call it after `get_peft_model` or `add_adapter`, before training. The logits stay as they are.
+
+    Args:
+        tokens: `(num_sequences, sequence_length)`, without padding; at least as many tokens as the model is wide.
+
+    Raises:
+        ValueError: there is no such adapter, it is trained, or the sample does not fit. Nothing is changed then.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, PeerAdapterLayer) and adapter_name in module.peer_layers
+    ]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no PEER adapter {adapter_name!r}.")
+    new = [layer.peer_layers[adapter_name] for layer in layers]
+    if any(layer.experts.up_embed.any() for layer in new):
+        raise ValueError(
+            f"the adapter {adapter_name!r} is trained: other reading vectors would change what it computes. Call "
+            "start_from_inputs on a new adapter."
+        )
+    covariances = input_covariances(model, [layer.base_layer for layer in layers], tokens)
+    for layer, covariance in zip(new, covariances, strict=True):
+        read_as_inputs(layer, covariance)
+
+
 def _check_base(model: nn.Module) -> None:
     """Raise ValueError if this is not a causal model of Transformers without adapters."""
     name = type(model).__name__
@@ -315,4 +346,4 @@ def _add_peft_type(name: str) -> None:
 
 _register()
 
-__all__ = ["PeerAdapterConfig", "PeerAdapterLayer", "PeerAdapterModel"]
+__all__ = ["PeerAdapterConfig", "PeerAdapterLayer", "PeerAdapterModel", "start_from_inputs"]

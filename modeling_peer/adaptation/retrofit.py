@@ -27,6 +27,7 @@ from modeling_peer.adaptation.added_layers import (
     chosen_layers,
 )
 from modeling_peer.adaptation.dense_checkpoints import as_peer_fields, share_weights
+from modeling_peer.adaptation.mlp_inputs import input_covariances
 from modeling_peer.console.errors import nearest
 
 # Fields of PeerConfig that a new layer may have in a PEER model: those of the layer, and what concerns all of them.
@@ -42,6 +43,7 @@ def retrofit(
     num_sub_keys: int = 256,
     readers: str = "random",
     ignored_fields: Iterable[str] = (),
+    sample: torch.Tensor | None = None,
     **layer_fields: Any,
 ) -> PeerForCausalLM:
     """A PEER model with the weights of a dense one, and new PEER layers beside some of its MLPs.
@@ -53,8 +55,11 @@ def retrofit(
         model: a Llama (SmolLM is one), a Mistral without a window, or a Qwen2, for causal language modelling.
         layers: numbers of the decoder layers that get a PEER layer; unset, the middle one, as in `PeerConfig`.
         num_sub_keys: n; each pool has n² experts.
-        readers: how the reading vectors of experts start: `"random"` as in a new model, or `"neurons"`, the MLP's own.
+        readers: how the reading vectors of experts start: `"random"` as in a new model; `"neurons"`, the MLP's own;
+            or `"inputs"`, drawn with the covariance of what the MLP reads on `sample`.
         ignored_fields: fields of the model's configuration that are known to have no effect.
+        sample: token ids of a text, `(num_sequences, sequence_length)`, for `readers="inputs"` only; at least as many
+            tokens as the model is wide.
         layer_fields: other fields of `PeerConfig` for the new layers, of `MODEL_FIELDS`.
 
     Raises:
@@ -78,13 +83,24 @@ def retrofit(
         dtype=embeddings.dtype,
         attn_implementation=model.config._attn_implementation,
     )
+    if (sample is not None) != (readers == "inputs"):
+        raise ValueError(
+            f"readers={readers!r} takes no sample of text. Leave sample out, or use readers='inputs'."
+            if sample is not None
+            else "readers='inputs' needs a text to read: give sample, token ids (num_sequences, sequence_length)."
+        )
     for number in chosen:
         check_readers(readers, model.model.layers[number].mlp, config.hidden_size)
+    mlps = {number: model.model.layers[number].mlp for number in chosen}
+    if readers == "inputs":
+        covariances = dict(zip(chosen, input_covariances(model, list(mlps.values()), sample), strict=True))
+    else:
+        covariances = dict.fromkeys(chosen)
     with torch.device("meta"):
         new = PeerForCausalLM(config)
     share_weights(model, new, [f"model.layers.{number}.mlp" for number in chosen])
     for number in chosen:
-        layer = build_layer(config, model.model.layers[number].mlp, readers).to(embeddings.dtype)
+        layer = build_layer(config, mlps[number], readers, covariances[number]).to(embeddings.dtype)
         if config.share_expert_tables and number != chosen[0]:
             layer.experts = new.model.layers[chosen[0]].mlp.experts
         new.model.layers[number].mlp = layer

@@ -21,6 +21,8 @@ from modeling_peer.hub.loading import CheckpointArguments
 from modeling_peer.hub.saving import other_folder, save_with_tokenizer
 
 RECEIPT = "retrofit.json"
+# Tokens of --sample_file that readers="inputs" reads, and tokens of a sequence.
+READER_TOKENS, READER_LENGTH = 16_384, 512
 
 
 @dataclass
@@ -38,7 +40,10 @@ class RetrofitArguments(CheckpointArguments):
     num_sub_keys: int = field(default=256, metadata={"help": "n: each pool has n * n experts."})
     readers: str = field(
         default="random",
-        metadata={"help": "How reading vectors of experts start: random, or neurons, those of the MLP beside them."},
+        metadata={
+            "help": "How reading vectors of experts start: random; neurons, those of the MLP beside them; or inputs, "
+            "drawn with the covariance of what that MLP reads on --sample_file."
+        },
     )
     layer_fields: Overrides = field(
         default_factory=Overrides,
@@ -54,7 +59,10 @@ class RetrofitArguments(CheckpointArguments):
     )
     sample_file: str | None = field(
         default=None,
-        metadata={"help": "UTF-8 text whose first tokens logits are compared on. Unset: random tokens."},
+        metadata={
+            "help": "UTF-8 text. Logits are compared on its first 256 tokens; unset, on random ones. With --readers "
+            "inputs the MLPs read its first 16,384."
+        },
     )
 
     def __post_init__(self):
@@ -62,6 +70,8 @@ class RetrofitArguments(CheckpointArguments):
         self.layer_fields = Overrides(self.layer_fields)
         if self.readers not in READERS:
             raise SettingsError(f"--readers must be one of {', '.join(READERS)}; got {self.readers!r}.")
+        if self.readers == "inputs" and self.sample_file is None:
+            raise SettingsError("--readers inputs needs a text for the MLPs to read: --sample_file FILE.")
 
 
 def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
@@ -81,7 +91,13 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
     source = locate_model(arguments.model, trained=True)
     output_dir = other_folder(arguments.output_dir, source, "the dense model would be overwritten")
     dense, tokenizer = arguments.load()
-    tokens = None if arguments.sample_file is None else _first_tokens(arguments.sample_file, tokenizer)
+    num_compared = SAMPLE_SHAPE[0] * SAMPLE_SHAPE[1]
+    tokens = sample = None
+    if arguments.sample_file is not None:
+        is_read = arguments.readers == "inputs"
+        text = _first_tokens(arguments.sample_file, tokenizer, READER_TOKENS if is_read else num_compared)
+        tokens = text[:num_compared].unsqueeze(0)
+        sample = _in_sequences(text, dense.config.max_position_embeddings) if is_read else None
     try:
         model = retrofit(
             dense,
@@ -89,6 +105,7 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
             arguments.num_sub_keys,
             arguments.readers,
             arguments.ignored_fields,
+            sample,
             **arguments.layer_fields,
         )
     except ValueError as error:
@@ -100,6 +117,7 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
         "layers": [i for i, kind in enumerate(model.config.mlp_layer_types) if kind == "sparse"],
         "num_experts": model.config.num_peer_experts,
         "readers": arguments.readers,
+        "reader_tokens": None if sample is None else sample.numel(),
         "parameters_before": dense.num_parameters(),
         "parameters_after": model.num_parameters(),
         "logits": logits,
@@ -117,17 +135,22 @@ def retrofit_checkpoint(arguments: RetrofitArguments) -> dict[str, Any]:
     return receipt
 
 
-def _first_tokens(path: str, tokenizer) -> torch.Tensor:
-    """`(1, num_tokens)`: as many tokens of a text as a random sample has."""
+def _first_tokens(path: str, tokenizer, num_tokens: int) -> torch.Tensor:
+    """The first tokens of a text, `(num_tokens,)`, or all of a shorter one."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise SettingsError(f"cannot read --sample_file {path}: {error}") from error
-    num_sequences, length = SAMPLE_SHAPE
-    tokens = tokenizer(text[: 64 * num_sequences * length], add_special_tokens=False).input_ids
+    tokens = tokenizer(text[: 64 * num_tokens], add_special_tokens=False).input_ids
     if not tokens:
         raise SettingsError(f"--sample_file {path} has no tokens.")
-    return torch.tensor([tokens[: num_sequences * length]])
+    return torch.tensor(tokens[:num_tokens])
+
+
+def _in_sequences(tokens: torch.Tensor, longest: int) -> torch.Tensor:
+    """`(num_sequences, sequence_length)`: the tokens without an incomplete last sequence."""
+    length = min(READER_LENGTH, longest, len(tokens))
+    return tokens[: len(tokens) // length * length].view(-1, length)
 
 
 def _write_card(folder: Path, receipt: dict[str, Any], is_folder: bool) -> None:

@@ -24,12 +24,20 @@ def expert_tables(model: nn.Module) -> list[nn.Parameter]:
 
 
 def sparse_embeddings(model: nn.Module) -> list[nn.Parameter]:
-    """The trained weights of embeddings with row-sparse gradients (`train_rows_sparsely`), each once."""
-    weights = {
-        id(module.weight): module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad
-    }
+    """The trained weights of embeddings with row-sparse gradients (`train_rows_sparsely`), each once.
+
+    Raises:
+        ValueError: one was sharded over processes after `train_rows_sparsely`, as by FSDP2's `fully_shard`.
+    """
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.sparse and module.weight.requires_grad:
+            if hasattr(module.weight, "device_mesh"):
+                raise ValueError(
+                    f"{name} has row-sparse gradients and is sharded over processes, which reduce only dense "
+                    f"gradients. Set {name}.sparse = False, or use DistributedDataParallel and average_over_processes."
+                )
+            weights[id(module.weight)] = module.weight
     return list(weights.values())
 
 

@@ -90,7 +90,10 @@ def _check_module(name: str, module: nn.Embedding) -> None:
                 f"{reason}, or leave this embedding out."
             )
     if hasattr(weight, "device_mesh"):
-        raise ValueError(f"{name} is sharded over processes: its gradient must be dense. Leave this embedding out.")
+        raise ValueError(
+            f"{name} is sharded over processes, which reduce only dense gradients. Leave this embedding out, or use "
+            "DistributedDataParallel and average_over_processes."
+        )
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         kind = f"{type(weight).__name__} of {weight.dtype}"
         raise ValueError(

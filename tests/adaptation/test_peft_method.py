@@ -13,7 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 peft = pytest.importorskip("peft")
 
 from modeling_peer.adaptation import peft_method  # noqa: E402
-from modeling_peer.adaptation.peft_method import PeerAdapterConfig, PeerAdapterLayer  # noqa: E402
+from modeling_peer.adaptation.peft_method import (  # noqa: E402
+    PeerAdapterConfig,
+    PeerAdapterLayer,
+    start_from_inputs,
+)
 
 SIZES = {
     "vocab_size": 99,
@@ -237,6 +241,45 @@ def test_row_sparse_gradients_train_the_tables(tokens):
     adapted(input_ids=tokens, labels=tokens).loss.backward()
     assert adapted.base_model.model.model.layers[1].mlp.peer_layers["default"].experts.up_embed.grad.is_sparse
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("qwen3", {}), ("gpt_neox", {}), ("mixtral", MIXTURE)],  # the last has no neurons to start from
+)
+def test_a_new_adapter_starts_from_the_inputs_of_the_mlps(tokens, model_type, fields, tmp_path):
+    base = base_model(model_type, **fields)
+    expected = base(tokens).logits
+    adapted = adapt(base, layers=[0, 2])
+    layers = [module.peer_layers["default"] for module in adapted.modules() if isinstance(module, PeerAdapterLayer)]
+    before = copy.deepcopy(adapted.state_dict())
+    start_from_inputs(adapted, tokens)
+    changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert len(changed) == len(layers) == 2
+    assert all(name.endswith("peer_layers.default.experts.down_embed") for name in changed)
+    for layer in layers:
+        torch.testing.assert_close(layer.experts.down_embed.norm(dim=-1), torch.full((64,), 4.0))
+    assert torch.equal(adapted(input_ids=tokens).logits, expected)
+    train(adapted, tokens)
+    adapted.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base_model(model_type, **fields), tmp_path)
+    for name in changed:
+        assert torch.equal(loaded.state_dict()[name], adapted.state_dict()[name])
+
+
+def test_only_a_new_adapter_can_start_from_inputs(tokens):
+    with pytest.raises(ValueError, match=r"call .*start_from_inputs\(model, tokens\) on what get_peft_model"):
+        PeerAdapterConfig(readers="inputs")
+    adapted = adapt(base_model())
+    with pytest.raises(ValueError, match="no PEER adapter 'other'"):
+        start_from_inputs(adapted, tokens, "other")
+    with pytest.raises(ValueError, match="4 tokens, and the covariance of 32 features"):
+        start_from_inputs(adapted, tokens[:1, :4])
+    train(adapted, tokens)
+    before = copy.deepcopy(adapted.state_dict())
+    with pytest.raises(ValueError, match="the adapter 'default' is trained"):
+        start_from_inputs(adapted, tokens)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,14 @@ def test_the_receipt_sees_a_difference():
 
 
 @pytest.mark.parametrize("fields", [{}, {"gated_experts": True}, {"share_expert_tables": True}])
-@pytest.mark.parametrize("readers", ["random", "neurons"])
+@pytest.mark.parametrize("readers", ["random", "neurons", "inputs"])
 def test_the_new_layers_learn(tmp_path, readers, fields):
     dense = dense_model()
     for parameter in dense.parameters():
         parameter.requires_grad_(False)
-    model = retrofit(dense, layers=[0, 1], readers=readers, **LAYER, **fields).train()
     tokens = torch.randint(99, (4, 32))
+    sample = {"sample": tokens} if readers == "inputs" else {}
+    model = retrofit(dense, layers=[0, 1], readers=readers, **sample, **LAYER, **fields).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     before = [p.detach().clone() for p in trained]
@@ -135,6 +136,65 @@ def test_readers_are_the_neurons_of_the_mlp_at_the_scale_of_random_ones():
     assert similarity.amax(1).min() > 0.7
     assert len(similarity.argmax(1).unique()) > 50  # 64 experts of 96 neurons
     torch.testing.assert_close(readers.norm(dim=-1).mean(), random.norm(dim=-1).mean(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"gated_experts": True}])
+def test_readers_have_the_covariance_of_the_inputs_at_the_length_of_random_ones(fields):
+    dense = dense_model().train()
+    tokens = torch.randint(99, (6, 40))
+    read = []
+    hook = dense.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    dense.eval()(tokens)
+    hook.remove()
+    inputs = read[0].detach().flatten(0, 1)
+    sizes = {**LAYER, "num_sub_keys": 64}
+    model = retrofit(dense.train(), readers="inputs", sample=tokens, **sizes, **fields)
+    assert dense.training
+    assert not dense.model.layers[1].mlp._forward_pre_hooks
+    assert compare_logits(dense, model)["equal"]
+    experts = model.model.layers[1].mlp.experts
+    expected = torch.cov(inputs.T)
+    tables = [experts.down_embed] + ([experts.gate_embed] if fields else [])
+    for table in tables:
+        torch.testing.assert_close(table.norm(dim=-1), torch.full((4096,), 4.0))  # expert_init_gain
+        assert table.mean(0).norm() < 0.2  # the mean of the inputs is left out: theirs is longer than this
+        # only the directions are drawn: their second moments, beside those of a Gaussian drawn by torch itself
+        drawn = torch.distributions.MultivariateNormal(torch.zeros(32), expected + 1e-6 * torch.eye(32)).sample(
+            (40000,)
+        )
+        drawn = torch.nn.functional.normalize(drawn, dim=-1)
+        got = table.T @ table / (16 * len(table))
+        assert (got - drawn.T @ drawn / len(drawn)).norm() < 0.1 * got.norm()
+        assert (got - torch.eye(32) / 32).norm() > 0.3 * got.norm()  # random readers would be this
+    if fields:
+        assert not torch.equal(experts.down_embed, experts.gate_embed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"readers": "inputs"}, "readers='inputs' needs a text to read: give sample"),
+        ({"sample": torch.ones(4, 16, dtype=torch.int64)}, "readers='random' takes no sample"),
+        ({"readers": "inputs", "sample": torch.ones(64, dtype=torch.int64)}, r"token ids .*; got \(64,\)"),
+        ({"readers": "inputs", "sample": "a text"}, "token ids .*; got str"),
+        ({"readers": "inputs", "sample": torch.ones(1, 31, dtype=torch.int64)}, "31 tokens, .* needs at least 32"),
+        ({"readers": "inputs", "sample": torch.ones(1, 65, dtype=torch.int64)}, "65 tokens, and the model reads 64"),
+        ({"readers": "inputs", "sample": torch.full((1, 40), 99)}, "ids 99 to 99; the model has 99 tokens"),
+    ],
+)
+def test_a_sample_that_does_not_fit_is_refused(options, message):
+    model = dense_model()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        retrofit(model, **{**LAYER, **options})
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    model = dense_model()
+    torch.nn.init.constant_(model.model.layers[1].post_attention_layernorm.weight, torch.nan)
+    with pytest.raises(ValueError, match="an MLP reads NaN"):
+        retrofit(model, readers="inputs", sample=torch.randint(99, (2, 32)), **LAYER)
 
 
 def test_both_vectors_of_a_gated_neuron_go_to_one_expert():
@@ -234,6 +294,7 @@ def test_the_command_saves_checkpoint_tokenizer_and_receipt(checkpoint, tmp_path
     assert receipt["layers"] == [0, 2]
     assert receipt["num_experts"] == 64
     assert receipt["logits"]["tokens"] == "256 text"
+    assert receipt["reader_tokens"] is None
     assert receipt["logits"]["largest_difference"] == 0
     assert receipt["versions"]["torch"] == torch.__version__
     assert "Largest difference of logits on 256 text tokens: 0" in capsys.readouterr().out
@@ -245,11 +306,28 @@ def test_the_command_saves_checkpoint_tokenizer_and_receipt(checkpoint, tmp_path
     assert "retrofit" in COMMANDS
 
 
+def test_the_command_reads_the_sample_for_readers_of_inputs(checkpoint, tmp_path, capsys):
+    sample = tmp_path / "sample.txt"
+    sample.write_text("A short text, read by the model. " * 40)  # 1,320 bytes, sequences of 64
+    sizes = ["--num_sub_keys", 8, "--layer_fields", "num_experts_per_head=4", "query_dim=16"]
+    words = ["--output_dir", tmp_path / "peer", *sizes, "--readers", "inputs", "--sample_file", sample]
+    receipt = command(checkpoint, *words)
+    assert receipt["readers"] == "inputs"
+    assert receipt["reader_tokens"] == 20 * 64
+    assert receipt["logits"]["tokens"] == "256 text"
+    assert receipt["logits"]["largest_difference"] == 0
+    sample.write_text("Too short.")
+    with pytest.raises(SettingsError, match="10 tokens, and the covariance of 32 features needs at least 32"):
+        command(checkpoint, "--output_dir", tmp_path / "other", *words[2:])
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "--output_dir is missing"),
-        (["--output_dir", "x", "--readers", "text"], "--readers must be one of random, neurons"),
+        (["--output_dir", "x", "--readers", "text"], "--readers must be one of random, neurons, inputs"),
+        (["--output_dir", "x", "--readers", "inputs"], "--readers inputs needs a text .*--sample_file"),
         (["--output_dir", "x", "--layers", "7"], "cannot retrofit .* decoder layers 0 to 2"),
         (["--output_dir", "x", "--layer_fields", "sparse_mlp=top_k_moe"], "no field of a new PEER layer"),
         (["--output_dir", "x", "--sample_file", "absent.txt"], "cannot read --sample_file"),

@@ -4,7 +4,8 @@
 python tests/training/test_kills.py          # prints where each kill hit and what it cost
 
 Weights, optimizer, schedule, random numbers and every logged number equal those of a run that nobody killed, bit by
-bit: with dense gradients and AdamW, and with row-sparse ones and RowSparseAdamW.
+bit: with dense gradients and AdamW, with row-sparse ones and RowSparseAdamW, and for an embedding of a Llama that is
+trained by rows with one scalar per row.
 """
 
 import json
@@ -20,7 +21,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from training_helpers import as_command_line, path_of_tests, some_text, train, write_inputs
+from training_helpers import TINY_LLAMA, as_command_line, path_of_tests, some_text, train, write_inputs
 from transformers import TrainerCallback
 
 from modeling_peer.console.run_files import UNFINISHED, list_checkpoints
@@ -28,7 +29,8 @@ from modeling_peer.training import language_modeling
 from modeling_peer.training.language_model_trainer import LanguageModelTrainer
 
 KILLS = 20
-OPTIMIZERS = ("AdamW", "RowSparseAdamW")
+EMBEDDING = "RowSparseAdamW of an embedding"
+OPTIMIZERS = ("AdamW", "RowSparseAdamW", EMBEDDING)
 SETTINGS = {
     "max_steps": 60,  # two and a half passes over the text
     "save_steps": 2,
@@ -76,10 +78,15 @@ class Runs:
     def __init__(self, folder: Path, optimizer_name: str):
         self.folder = folder
         # dropout, in the experts and in attention: a step needs the random numbers it would have had
-        overrides = {"expert_dropout": 0.1, "attention_dropout": 0.1}
-        row_sparse = optimizer_name == "RowSparseAdamW"
-        self.words = write_inputs(folder, text=some_text(1300))
-        self.words += as_command_line(**SETTINGS, row_sparse_gradients=row_sparse)
+        overrides, config, settings = {"attention_dropout": 0.1}, None, dict(SETTINGS)
+        if optimizer_name == EMBEDDING:
+            config = {**TINY_LLAMA, "tie_word_embeddings": False}
+            settings |= {"row_sparse_modules": "embed_tokens", "table_optimizer_state": "row"}
+        else:
+            overrides["expert_dropout"] = 0.1
+            settings["row_sparse_gradients"] = optimizer_name == "RowSparseAdamW"
+        self.words = write_inputs(folder, config, text=some_text(1300))
+        self.words += as_command_line(**settings)
         self.words += ["--model_overrides", json.dumps(overrides)]
 
     def start(self, name, resume=False):
