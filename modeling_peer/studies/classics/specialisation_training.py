@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -70,8 +71,8 @@ def new_configs(vocab_size: int, arguments: Any) -> dict[str, PeerConfig]:
             }
         )
         coarse = fit_to_budget(coarse, peer, "flops", tolerance=FLOPS_TOLERANCE).config
-    except ValueError as error:
-        raise SettingsError(str(error)) from error
+    except (ValueError, StrictDataclassError) as error:
+        raise SettingsError(str(error.__cause__ or error)) from error
     return {PEER: peer, COARSE: coarse}
 
 

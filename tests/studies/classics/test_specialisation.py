@@ -101,7 +101,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
         r"--vocab_size \(256\) must be at least 257": {"vocab_size": 256},
         r"--learning_rate \(0\) must be more than 0": {"learning_rate": 0},
         r"--num_experts \(2\) must be more than --experts_per_token \(2\)": {"num_experts": 2},
-        r"num_experts_per_head \(8\) exceeds num_sub_keys \(4\)": {"num_sub_keys": 4},
+        r"^num_experts_per_head \(8\) exceeds num_sub_keys \(4\)": {"num_sub_keys": 4},
+        r"hidden_size \(18\)": {"hidden_size": 18},
     }
     for message, wrong in cases.items():
         with pytest.raises(SettingsError, match=message):
