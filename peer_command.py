@@ -153,7 +153,8 @@ def run_patch(words: Sequence[str]) -> dict[str, Any]:
 
 def run_finetune_rows(words: Sequence[str]) -> dict[str, Any]:
     """Train the experts that a new text uses and a background does not; the result is a patch."""
-    from modeling_peer.adaptation.finetune_rows import finetune_rows, parse_rows
+    from modeling_peer.adaptation.finetune_rows import finetune_rows
+    from modeling_peer.adaptation.rows_arguments import parse_rows
 
     return finetune_rows(*parse_rows(words))
 
@@ -447,7 +448,7 @@ COMMANDS = {
         "train only the experts that a new text uses and a background does not; the result is a patch",
         run_finetune_rows,
         "CHECKPOINT --train_file FILE --background FILE --num_rows N --output_file PATCH [--field value ...]",
-        ("adaptation/finetune_rows.py:RowsArguments", *TRAINING),
+        ("adaptation/rows_arguments.py:RowsArguments", *TRAINING),
         "Also every field of `peer train`. docs/learning.md has an example.",
         summarize=summarize_rows,
     ),

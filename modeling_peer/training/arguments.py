@@ -90,7 +90,7 @@ class RunArguments(PeerTrainingArguments):
     )
     freeze_older_pools: bool = field(
         default=True,
-        metadata={"help": "In a model with grown pools, train the newest pool alone. false: train everything."},
+        metadata={"help": "In a checkpoint with grown pools, train the newest pool alone. false: train all."},
     )
     max_train_minutes: float | None = field(
         default=None,

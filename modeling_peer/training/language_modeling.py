@@ -18,7 +18,7 @@ from modeling_peer.data.corpus import Corpus, load_corpus
 from modeling_peer.data.masking import MaskedBlocks, NewMasksEveryEpoch
 from modeling_peer.data.packing import PackedBlocks
 from modeling_peer.exchange_peer import staged_save
-from modeling_peer.hub.loading import load_config, objective, predicts_masked_tokens
+from modeling_peer.hub.loading import is_new_model, load_config, objective, predicts_masked_tokens
 from modeling_peer.hub.model_card import require_template, write_model_card
 from modeling_peer.hub.pushing import require_login
 from modeling_peer.training.arguments import RunArguments
@@ -82,7 +82,8 @@ def train_language_model(
         run.eval_strategy = transformers.IntervalStrategy.NO
     set_seed(run.seed)
     model = build_model(model_arguments, config, tokenizer, Path(run.output_dir))
-    if run.freeze_older_pools and getattr(model.config, "grown_pools", None):
+    grown = getattr(model.config, "grown_pools", None) and not is_new_model(model_arguments.model)
+    if run.freeze_older_pools and grown:
         model.train_only_newest_pool()
         announce("grown pools: the newest one trains, and all else is frozen (--freeze_older_pools)")
     if checkpoint:

@@ -11,9 +11,10 @@ from training_helpers import TINY_LLAMA, TINY_PEER, as_command_line, private_cac
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from modeling_peer import PeerConfig, PeerForCausalLM, quantise_expert_tables
-from modeling_peer.adaptation.finetune_rows import finetune_rows, parse_rows
+from modeling_peer.adaptation.finetune_rows import finetune_rows
 from modeling_peer.adaptation.patches import apply_patch, open_patch, remove_patch
 from modeling_peer.adaptation.retrofit import retrofit
+from modeling_peer.adaptation.rows_arguments import parse_rows
 from modeling_peer.adaptation.saved_counts import load_counts, save_counts
 from modeling_peer.adaptation.trained_rows import train_only_experts
 from modeling_peer.analysis.expert_importance import record_importance
