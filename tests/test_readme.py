@@ -196,6 +196,16 @@ def test_times_of_a_layer_are_those_that_were_measured():
         assert_is_rounded(ratio, contenders.get("cpu, row-sparse", contenders["cpu"])["vs_peer_pytorch"])
 
 
+def test_the_bits_of_each_start_of_readers_are_those_that_were_measured():
+    result = results_of("retrofit_readers.json")
+    page = (REPOSITORY / "docs" / "retrofit.md").read_text(encoding="utf-8")
+    for readers, runs in result["bits_per_byte"].items():
+        means = [f"{sum(column) / len(column):.3f}" for column in zip(*runs, strict=True)]
+        differences = [f"{mean:+.3f} ± {deviation:.3f}" for mean, deviation in result["minus_random"].get(readers, [])]
+        assert f'| `"{readers}"` | {" | ".join([*means, *differences])} |' in page
+    assert f"The Llama alone has {result['before']['new_text']:.3f}" in page
+
+
 def test_memory_of_a_layer_is_what_was_measured():
     cases = [case for case in results_of("layer_cpu.json")["memory"] if case["task"] == "forward_backward"]
     rows = rows_of_table("| extra peak memory")
