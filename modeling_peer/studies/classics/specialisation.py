@@ -489,9 +489,11 @@ def plot_specialisation(result: dict[str, Any], path: str | Path) -> None:
         axes.set_xticks(range(len(rows)), [f"{row['step']:,}\n{row['share']:.0%}" for row in rows])
         axes.set(title=title, xlabel="steps, and their share of all steps", ylabel=words)
         axes.grid(alpha=0.3)
+        if axes is panels[0]:  # before the labels, which fix the limits
+            axes.axhline(result["data"]["token_bits"], color="gray", linewidth=0.7)
         label_line_ends(axes, ends)
     figure.suptitle(
-        f"Left: the token alone tells {result['data']['token_bits']:.2f} bits. Middle: 1 is no specialisation.",
+        "Left: the gray line is what the token alone tells. Middle: 1 is no specialisation.",
         fontsize="small",
     )
     save_png(figure, path)
