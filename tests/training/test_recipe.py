@@ -114,7 +114,7 @@ def test_a_wrong_field_is_refused_with_the_nearest_name(tmp_path, text, words, m
 
 def test_a_missing_recipe_is_refused_with_those_there_are():
     with pytest.raises(
-        SettingsError, match=r"no file 'nope.yaml'.*finetune, mixed, peer_bytes, quickstart, wikitext2"
+        SettingsError, match=r"no file 'nope.yaml'.*enwiki2015, finetune, llama_enwiki2015, mixed, .*, wikitext2"
     ):
         parse_recipe(["nope.yaml"])
 

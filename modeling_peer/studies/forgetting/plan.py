@@ -38,7 +38,8 @@ class ForgettingArguments(CheckpointArguments):
         metadata={"help": "The domains of the sequence, in their order."},
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": f"What to compare: {', '.join(METHODS)}."}
+        default_factory=lambda: list(METHODS),
+        metadata={"help": "What to compare: full, lora, dense_add_on, peer, peer_top_rows. full must be among them."},
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Each method has one run for each seed."}
