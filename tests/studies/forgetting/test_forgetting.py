@@ -5,12 +5,14 @@ import json
 import math
 import random
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_peer.console.errors import SettingsError
+from modeling_peer.console.tables import with_deviation
 from modeling_peer.data.tokenizers import byte_tokenizer, train_byte_level_bpe
 from modeling_peer.studies.forgetting.compare import compare_forgetting
 from modeling_peer.studies.forgetting.lessons import Lesson, Point, at_equal_learning, score
@@ -19,6 +21,7 @@ from modeling_peer.studies.forgetting.methods import METHODS, Addition
 from modeling_peer.studies.forgetting.plan import RATES, SEQUENCE, ForgettingArguments
 from modeling_peer.studies.forgetting.report import make_rows, plot_forgetting
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 ADDITION = Addition([0, 1], num_sub_keys=8, num_retrieval_heads=2, num_experts_per_head=2, query_dim=8)
 ADDED = [name for name in METHODS if name != "full"]
 WORDS = {
@@ -284,6 +287,20 @@ def test_a_method_that_does_not_reach_the_target_is_counted_at_its_end():
     assert (full["reached"], full["forgotten"], full["learned"]) == (1, [1.0, None], [1.0, None])
     assert (lora["reached"], lora["forgotten"], lora["learned"]) == (0, [0.5, None], [0.5, None])
     assert (full["to_full"], lora["to_full"]) == (1.0, 0.5)
+
+
+def test_the_page_has_the_figures_of_the_committed_result():
+    page = (REPOSITORY / "docs" / "forgetting.md").read_text(encoding="utf-8")
+    content = json.loads((REPOSITORY / "results" / "forgetting" / "forgetting.json").read_text())
+    rows = make_rows(content)
+    assert rows == content["rows"]
+    assert {row["method"] for row in rows} == set(METHODS)
+    for row in rows:
+        line = next(
+            line for line in page.splitlines() if line.startswith(f"| {row['method']} | {row['added_flops']:,} |")
+        )
+        for cell in (f"{row['trained']:,}", with_deviation(row["forgotten"], ".4f"), f"{row['to_full']:.2f}"):
+            assert f"| {cell} |" in line
 
 
 @pytest.mark.parametrize(
