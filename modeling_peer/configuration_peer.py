@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
-from .grown_pools_peer import check_grown_pools
+from .grown_pools_peer import check_grown_pools, check_retrieval
 from .travelling_code_peer import SPARSE_MLP_CLASSES, keep_own_layers
 
 if TYPE_CHECKING:
@@ -553,16 +553,7 @@ class PeerConfig(PreTrainedConfig):
                 raise ValueError(_unknown_name(field, getattr(self, field), activations))
 
     def _validate_retrieval(self):
-        if self.query_dim < 2 or self.query_dim % 2 != 0:
-            raise ValueError(
-                f"query_dim ({self.query_dim}) must be even and at least 2: a query is split into two halves, "
-                f"one per codebook. Try {max(2, self.query_dim + self.query_dim % 2)}."
-            )
-        if self.num_experts_per_head > self.num_sub_keys:
-            raise ValueError(
-                f"num_experts_per_head ({self.num_experts_per_head}) exceeds num_sub_keys ({self.num_sub_keys}): a "
-                f"head cannot retrieve more than {self.num_sub_keys} per codebook. Lower one or raise the other."
-            )
+        check_retrieval(self)
         if self.num_kept_experts is not None and not 1 <= self.num_kept_experts <= self.num_peer_experts:
             raise ValueError(
                 f"num_kept_experts ({self.num_kept_experts}) must be from 1 to num_sub_keys**2 "

@@ -70,24 +70,37 @@ def check_grown_pools(config) -> None:
         _check_pool(config, f"grown_pools[{number}]", fields)
 
 
+def check_retrieval(sizes, place: str = "") -> None:
+    """Raise ValueError if the sizes of a retrieval, of the first pool or of a grown one, do not fit together.
+
+    Args:
+        sizes: with the fields `query_dim`, `num_experts_per_head` and `num_sub_keys`.
+        place: how the message begins.
+    """
+    if sizes.query_dim < 2 or sizes.query_dim % 2 != 0:
+        raise ValueError(
+            f"{place}query_dim ({sizes.query_dim}) must be even and at least 2: a query is split into two halves, "
+            f"one per codebook. Try {max(2, sizes.query_dim + sizes.query_dim % 2)}."
+        )
+    if sizes.num_experts_per_head > sizes.num_sub_keys:
+        raise ValueError(
+            f"{place}num_experts_per_head ({sizes.num_experts_per_head}) exceeds num_sub_keys ({sizes.num_sub_keys}): "
+            f"a head cannot retrieve more than {sizes.num_sub_keys} per codebook. Lower one or raise the other."
+        )
+
+
 def _check_pool(config, place: str, fields: dict[str, Any]) -> None:
     if not isinstance(fields, dict) or set(fields) != {"layers", *POOL_FIELDS}:
         raise ValueError(f"{place} must be a mapping with the keys layers, {', '.join(POOL_FIELDS)}; got {fields!r}.")
     layers = fields["layers"]
     sparse = [number for number, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
-    if not isinstance(layers, list | tuple) or not layers or not set(layers) <= set(sparse):
+    if not isinstance(layers, list | tuple) or not layers or any(layer not in sparse for layer in layers):
         raise ValueError(f"{place}: layers must name one or more of the PEER layers {sparse}; got {layers!r}.")
     for name in POOL_SIZES:
         size = fields[name]
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
             raise ValueError(f"{place}: {name} must be an integer from 1 to 2**31 - 1; got {size!r}.")
-    if fields["query_dim"] % 2:
-        raise ValueError(f"{place}: query_dim ({fields['query_dim']}) must be even: each codebook takes a half.")
-    if fields["num_experts_per_head"] > fields["num_sub_keys"]:
-        raise ValueError(
-            f"{place}: num_experts_per_head ({fields['num_experts_per_head']}) exceeds num_sub_keys "
-            f"({fields['num_sub_keys']}): a head cannot retrieve more than {fields['num_sub_keys']} per codebook."
-        )
+    check_retrieval(PoolConfig(config, fields), f"{place}: ")
     if fields["query_norm"] not in QUERY_NORMS:
         raise ValueError(f"{place}: query_norm must be one of {', '.join(QUERY_NORMS)}; got {fields['query_norm']!r}.")
     if fields["num_sub_keys"] ** 2 * config.hidden_size >= 2**63:

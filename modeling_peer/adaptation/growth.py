@@ -10,10 +10,12 @@ The new writers are zero, so the logits stay as they were until the pool is trai
 old heads, by more sub-keys. Then they would take places and gates from old ones.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -63,15 +65,13 @@ def grow(model: PreTrainedModel, layers: Iterable[int] | None = None, **fields: 
     sparse = [number for number, kind in enumerate(config.mlp_layer_types) if kind == "sparse"]
     chosen = sparse if layers is None else sorted(set(layers))
     entry = {"layers": chosen, **{name: fields.get(name, getattr(config, name)) for name in POOL_FIELDS}}
-    before = config.grown_pools
+    grown = copy.deepcopy(config)
     try:
-        config.grown_pools = [*(before or ()), entry]
-        config.validate_architecture()
-    except Exception as error:
-        config.grown_pools = before
-        if isinstance(error, ValueError):
-            raise
+        grown.grown_pools = [*(config.grown_pools or ()), entry]
+        grown.validate_architecture()
+    except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
+    config.grown_pools = grown.grown_pools
     for number in chosen:
         layer = model.base_model.layers[number]
         table = layer.mlp.experts.up_embed

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""What MLPs read on a sample of text: its covariance, and reading vectors drawn from it."""
+"""What MLPs read on a sample of text: its covariance, from which the readers of new experts can be drawn."""
 
 from collections.abc import Sequence
 from typing import Any

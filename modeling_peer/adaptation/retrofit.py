@@ -89,18 +89,17 @@ def retrofit(
             if sample is not None
             else "readers='inputs' needs a text to read: give sample, token ids (num_sequences, sequence_length)."
         )
-    for number in chosen:
-        check_readers(readers, model.model.layers[number].mlp, config.hidden_size)
     mlps = {number: model.model.layers[number].mlp for number in chosen}
+    for mlp in mlps.values():
+        check_readers(readers, mlp, config.hidden_size)
+    covariances = [None] * len(mlps)
     if readers == "inputs":
-        covariances = dict(zip(chosen, input_covariances(model, list(mlps.values()), sample), strict=True))
-    else:
-        covariances = dict.fromkeys(chosen)
+        covariances = input_covariances(model, list(mlps.values()), sample)
     with torch.device("meta"):
         new = PeerForCausalLM(config)
     share_weights(model, new, [f"model.layers.{number}.mlp" for number in chosen])
-    for number in chosen:
-        layer = build_layer(config, mlps[number], readers, covariances[number]).to(embeddings.dtype)
+    for (number, mlp), covariance in zip(mlps.items(), covariances, strict=True):
+        layer = build_layer(config, mlp, readers, covariance).to(embeddings.dtype)
         if config.share_expert_tables and number != chosen[0]:
             layer.experts = new.model.layers[chosen[0]].mlp.experts
         new.model.layers[number].mlp = layer

@@ -122,6 +122,7 @@ def test_counts_of_the_background_are_read_in_place_of_the_text(base, tmp_path):
         run(base, tmp_path, name="wrong", background=tmp_path / "base" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(base, tmp_path, capsys):
     run(base, tmp_path, name="whole")
     for step in (1, 5):  # before the first checkpoint, and after it

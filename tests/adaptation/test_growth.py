@@ -43,7 +43,7 @@ def step(model, row_sparse=False, number=3):
         optimizer.zero_grad()
 
 
-def of_pool(model, name, number):
+def of_pool(name, number):
     return f".grown_pools.{number}." in name
 
 
@@ -68,7 +68,7 @@ def test_logits_stay_as_they_were_and_only_the_new_pool_trains(tiny_config, impl
     assert grow(model, layers=[2], **SIZES) is model
     assert torch.equal(logits(model), expected)
     model.train_only_newest_pool()
-    assert {of_pool(model, name, 0) for name, p in model.named_parameters() if p.requires_grad} == {True}
+    assert {of_pool(name, 0) for name, p in model.named_parameters() if p.requires_grad} == {True}
     for row_sparse in (False, True):
         loss = model.eval()(TOKENS, labels=TOKENS, router_aux_loss_coef=0.0).loss
         step(model, row_sparse)
@@ -90,7 +90,7 @@ def test_both_implementations_and_both_kinds_of_gradient_agree(tiny_config):
         model.zero_grad()
         output = model.eval()(TOKENS, labels=TOKENS)
         output.loss.backward()
-        gradients = [p.grad.to_dense() for name, p in model.named_parameters() if of_pool(model, name, 0)]
+        gradients = [p.grad.to_dense() for name, p in model.named_parameters() if of_pool(name, 0)]
         found.append([output.logits, *gradients])
     for others in found[1:]:
         for one, other in zip(found[0], others, strict=True):
@@ -163,7 +163,7 @@ def test_a_third_pool_trains_beside_two_frozen_ones(tiny_config, tmp_path):
     step(model)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
-    assert all(of_pool(model, name, 1) for name in changed)
+    assert all(of_pool(name, 1) for name in changed)
     model.save_pretrained(tmp_path)
     loaded = PeerForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded), logits(model))

@@ -27,42 +27,29 @@ def build_llama(**overrides):
     return LlamaForCausalLM(LlamaConfig(**(sizes | {"vocab_size": VOCAB_SIZE, "pad_token_id": 0} | overrides))).train()
 
 
+# With per-layer embeddings, and input and output embeddings that are tied.
+GEMMA = {
+    "vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "hidden_size": 16,
+    "hidden_size_per_layer_input": 4,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "pad_token_id": 0,
+}
+
+
 def build_gemma():
-    """With per-layer embeddings, and input and output embeddings that are tied."""
-    config = Gemma3nTextConfig(
-        vocab_size=VOCAB_SIZE,
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size=16,
-        hidden_size_per_layer_input=4,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_kv_shared_layers=0,
-        layer_types=["sliding_attention", "full_attention"],
-        activation_sparsity_pattern=[0.0, 0.0],
-        laurel_rank=2,
-        pad_token_id=0,
-    )
-    return Gemma3nForCausalLM(config).train()
+    own = {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 2}
+    return Gemma3nForCausalLM(Gemma3nTextConfig(**GEMMA, **own)).train()
 
 
 def build_gemma4():
-    config = Gemma4TextConfig(
-        vocab_size=VOCAB_SIZE,
-        vocab_size_per_layer_input=VOCAB_SIZE,
-        hidden_size=16,
-        hidden_size_per_layer_input=4,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        layer_types=["sliding_attention", "full_attention"],
-        pad_token_id=0,
-    )
-    return Gemma4ForCausalLM(config).train()
+    return Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA)).train()
 
 
 MODELS = {"llama": build_llama, "gemma3n": build_gemma, "gemma4": build_gemma4}

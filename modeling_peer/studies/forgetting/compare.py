@@ -22,12 +22,14 @@ from modeling_peer.costs.provenance import describe_machine, describe_versions
 from modeling_peer.studies.forgetting.lessons import Lesson, Point, at_equal_learning, score
 from modeling_peer.studies.forgetting.material import FACTS, Material, make_facts, read_domain
 from modeling_peer.studies.forgetting.methods import METHODS
-from modeling_peer.studies.forgetting.plan import RATES, SEQUENCE, ForgettingArguments, Run
+from modeling_peer.studies.forgetting.plan import SEQUENCE, ForgettingArguments, Run
 from modeling_peer.studies.forgetting.report import as_tables, make_rows, plot_forgetting
 from modeling_peer.studies.unchanged import SHARED_FILE, require_same_beginning
 
 PROGRESS_SECONDS = 15
-NOT_SHARED = ("output_dir", "max_minutes", "plot", "tasks", "methods", "seeds", "trust_remote_code")
+# Fields of a call, and those that may differ between calls that continue one comparison.
+OF_THE_CALL = ("output_dir", "max_minutes", "plot")
+NOT_SHARED = (*OF_THE_CALL, "tasks", "methods", "seeds", "trust_remote_code")
 
 
 class OutOfTime(Exception):
@@ -132,7 +134,7 @@ class Comparison:
         """What the new loss must reach: a share of what full fine-tuning gains with its best rate."""
         curves = [
             self.result(Run(name, "full", rate, self.arguments.tuning_seed))["lessons"][name]["points"]
-            for rate in RATES["full"]
+            for rate in METHODS["full"].learning_rates
         ]
         before, best = curves[0][0]["new"], min(point["new"] for curve in curves for point in curve)
         return before - self.arguments.share_to_learn * (before - best)
@@ -143,7 +145,7 @@ class Comparison:
         If none reaches it, the one that learns most.
         """
         target, tried = self.target(name), {}
-        for rate in RATES[method]:
+        for rate in METHODS[method].learning_rates:
             ends_at = () if method == "full" else ((name, target),)
             result = self.result(Run(name, method, rate, self.arguments.tuning_seed, ends_at))
             points = [Point(**point) for point in result["lessons"][name]["points"]]
@@ -183,14 +185,10 @@ def compare_forgetting(arguments: ForgettingArguments) -> dict[str, Any]:
             print(f"stopped after {arguments.max_minutes:g} minutes; the same command goes on.", flush=True)
             break
     content = {
-        "settings": {
-            name: value
-            for name, value in asdict(arguments).items()
-            if name not in ("output_dir", "max_minutes", "plot")
-        },
+        "settings": {name: value for name, value in asdict(arguments).items() if name not in OF_THE_CALL},
         "base": {
             "parameters": comparison.base.num_parameters(),
-            "old": score(comparison.base, *2 * [comparison.old])[0],
+            "old": score(comparison.base, comparison.old, comparison.old)[0],
         },
         "versions": describe_versions(),
         "machine": describe_machine(torch.device("cpu")) if find_spec("psutil") else None,
@@ -221,6 +219,10 @@ def _load_base(arguments: ForgettingArguments) -> tuple[LlamaForCausalLM, PreTra
     num_layers, longest = base.config.num_hidden_layers, base.config.max_position_embeddings
     if wrong := [number for number in arguments.layers if not 0 <= number < num_layers]:
         raise SettingsError(f"--layers has {wrong}; the model has layers 0 to {num_layers - 1}.")
+    try:
+        arguments.addition.peer_flops(base.config)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
     if arguments.sequence_length > longest:
         raise SettingsError(
             f"--sequence_length ({arguments.sequence_length}) exceeds the model's {longest} positions."

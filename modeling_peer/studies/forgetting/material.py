@@ -139,7 +139,10 @@ def _as_questions(
         before = sentence[: sentence.rindex(known)].rstrip()
         start, whole = encode_texts(tokenizer, ["\n" + before, f"\n{before} {known}"])
         if whole[: len(start)] != start:
-            raise AssertionError(f"{sentence!r} has other tokens with its object than without")
+            raise SettingsError(
+                f"the tokenizer gives {before!r} other tokens before {known!r} than alone, so its loss cannot be "
+                "scored. Leave facts out of --tasks."
+            )
         rows.append(whole)
         labels.append([IGNORED] * len(start) + whole[len(start) :])
     width = max(map(len, rows))

@@ -7,13 +7,15 @@ All but full fine-tuning leave its weights alone. What they add has equal FLOPs 
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from modeling_peer.adaptation.added_layers import checked_config
 from modeling_peer.adaptation.retrofit import retrofit
 from modeling_peer.adaptation.trained_rows import train_only_experts
 from modeling_peer.analysis.expert_importance import ExpertImportance, record_importance
@@ -22,7 +24,7 @@ from modeling_peer.analysis.routing_trace import TokenBatch
 from modeling_peer.costs.counting import peer_cost, sum_of_parts
 from modeling_peer.optim import RowSparseAdamW, parameter_groups
 
-SEQUENCES_PER_BATCH = 16
+COUNTED_TOGETHER = 32  # sequences
 QUERY_NORM = "rms_norm"  # without running statistics, which training would change
 
 
@@ -37,13 +39,13 @@ class Addition:
         ranking: how it chooses them, of `RANKINGS`.
     """
 
-    layers: list[int] = field(default_factory=lambda: [1, 2])
-    num_sub_keys: int = 64
-    num_retrieval_heads: int = 4
-    num_experts_per_head: int = 8
-    query_dim: int = 64
-    num_trained_experts: int = 256
-    ranking: str = "tf_idf"
+    layers: list[int]
+    num_sub_keys: int
+    num_retrieval_heads: int
+    num_experts_per_head: int
+    query_dim: int
+    num_trained_experts: int
+    ranking: str
 
     @property
     def layer_fields(self) -> dict[str, int | str | bool]:
@@ -56,6 +58,16 @@ class Addition:
             "query_norm": QUERY_NORM,
         }
 
+    def peer_flops(self, config: LlamaConfig) -> int:
+        """Of the forward of the PEER layers, per token.
+
+        Raises:
+            ValueError: the sizes of a PEER layer do not fit together.
+        """
+        sizes = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+        layer = checked_config(**sizes, **self.layer_fields)
+        return len(self.layers) * sum_of_parts(peer_cost(layer, 1)).forward_flops
+
 
 class Learner:
     """A model that one method teaches; here full fine-tuning.
@@ -66,8 +78,11 @@ class Learner:
         background: sequences of the text that the base knows, `(num_sequences, sequence_length)`.
     """
 
+    # of which a comparison takes the best: per step, each about 3 times the one before
+    learning_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3)
+
     def __init__(self, base: LlamaForCausalLM, addition: Addition, background: torch.Tensor):
-        self.addition, self.background = addition, background
+        self.addition = addition
         self.model: nn.Module = self._extend(copy.deepcopy(base))
         self.added_flops = self._count_added_flops(base.config)
 
@@ -96,16 +111,15 @@ class Learner:
 class Lora(Learner):
     """Low-rank updates of all matrices of attention and MLPs (Hu et al. 2021, arXiv:2106.09685)."""
 
+    learning_rates = (1e-3, 3e-3, 1e-2)
+
     def _extend(self, base: LlamaForCausalLM) -> nn.Module:
         from peft import LoraConfig, get_peft_model  # optional: extra finetune
 
-        rank = self._rank(base)
+        rank = max(1, round(self.addition.peer_flops(base.config) / _flops_of_a_rank(base)))
         return get_peft_model(
             base, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         )
-
-    def _rank(self, base: LlamaForCausalLM) -> int:
-        return max(1, round(_peer_flops(base.config, self.addition) / _lora_flops(base)))
 
     def _count_added_flops(self, config: LlamaConfig) -> int:
         return 2 * self.num_trained
@@ -114,10 +128,12 @@ class Lora(Learner):
 class DenseAddOn(Learner):
     """A gated MLP beside the model's own. Its output matrix starts at zero, as the writers of experts do."""
 
+    learning_rates = (1e-3, 3e-3, 1e-2)
+
     def _extend(self, base: LlamaForCausalLM) -> nn.Module:
         base.requires_grad_(False)
         config, chosen = copy.deepcopy(base.config), self.addition.layers
-        per_layer = _peer_flops(base.config, self.addition) / len(chosen)
+        per_layer = self.addition.peer_flops(base.config) / len(chosen)
         config.intermediate_size = max(1, round(per_layer / (3 * 2 * config.hidden_size)))
         for number in chosen:
             layer = base.model.layers[number]
@@ -143,13 +159,14 @@ class _Beside(nn.Module):
 class Peer(Learner):
     """PEER layers beside the MLPs; retrieval and all experts train."""
 
+    learning_rates = (1e-3, 3e-3, 1e-2)
+
     def _extend(self, base: LlamaForCausalLM) -> nn.Module:
         base.requires_grad_(False)
-        model = retrofit(base, self.addition.layers, row_sparse_gradients=True, **self.addition.layer_fields)
-        return model
+        return retrofit(base, self.addition.layers, row_sparse_gradients=True, **self.addition.layer_fields)
 
     def _count_added_flops(self, config: LlamaConfig) -> int:
-        return _peer_flops(config, self.addition)
+        return self.addition.peer_flops(config)
 
 
 class PeerTopRows(Peer):
@@ -158,6 +175,8 @@ class PeerTopRows(Peer):
     Sparse memory fine-tuning (Lin et al. 2025, arXiv:2510.15103). Counts of the old text are taken once. Those of each
     text that was learned are added.
     """
+
+    learning_rates = (3e-3, 1e-2, 3e-2)
 
     def __init__(self, base: LlamaForCausalLM, addition: Addition, background: torch.Tensor):
         super().__init__(base, addition, background)
@@ -173,7 +192,9 @@ class PeerTopRows(Peer):
         return super().begin(text, learning_rate, resources)
 
     def _count(self, text: torch.Tensor) -> list[ExpertImportance]:
-        batches = (TokenBatch(part, torch.zeros(len(part), dtype=torch.int64)) for part in text.split(32))
+        batches = (
+            TokenBatch(part, torch.zeros(len(part), dtype=torch.int64)) for part in text.split(COUNTED_TOGETHER)
+        )
         return record_importance(self.model.eval(), batches, show_progress=False)
 
     @property
@@ -199,16 +220,7 @@ METHODS: dict[str, Callable[..., Learner]] = {
 }
 
 
-def _peer_flops(config: LlamaConfig, addition: Addition) -> int:
-    from modeling_peer import PeerConfig
-
-    layer = PeerConfig(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, **addition.layer_fields
-    )
-    return len(addition.layers) * sum_of_parts(peer_cost(layer, 1)).forward_flops
-
-
-def _lora_flops(base: LlamaForCausalLM) -> int:
-    """Of a rank, in all matrices of the decoder layers."""
+def _flops_of_a_rank(base: LlamaForCausalLM) -> int:
+    """Of the forward of LoRA, for each rank, in all matrices of the decoder layers, per token."""
     matrices = [one for one in base.model.layers.modules() if isinstance(one, nn.Linear)]
     return sum(2 * (one.in_features + one.out_features) for one in matrices)

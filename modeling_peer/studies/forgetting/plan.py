@@ -4,20 +4,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_peer.analysis.expert_ranking import RANKINGS
 from modeling_peer.console.errors import SettingsError, nearest, require, require_at_least_one, require_numbers
 from modeling_peer.hub.loading import CheckpointArguments
 from modeling_peer.studies.forgetting.material import FACTS
 from modeling_peer.studies.forgetting.methods import METHODS, Addition
 
 SEQUENCE = "sequence"
-# Three learning rates of each method: the middle one and its neighbours about 3 times lower and higher.
-RATES = {
-    "full": (1e-4, 3e-4, 1e-3),
-    "lora": (1e-3, 3e-3, 1e-2),
-    "dense_add_on": (1e-3, 3e-3, 1e-2),
-    "peer": (1e-3, 3e-3, 1e-2),
-    "peer_top_rows": (3e-3, 1e-2, 3e-2),
-}
 
 
 @dataclass
@@ -86,6 +79,7 @@ class ForgettingArguments(CheckpointArguments):
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         require(0 < self.share_to_learn <= 1, "share_to_learn", self.share_to_learn, "above 0 and at most 1")
         require(bool(self.seeds) and self.tuning_seed not in self.seeds, "seeds", self.seeds, "without --tuning_seed")
+        require(self.ranking in RANKINGS, "ranking", self.ranking, f"one of {', '.join(RANKINGS)}")
         for name in self.methods:
             if name not in METHODS:
                 raise SettingsError(f"--methods has {name!r}. Known: {', '.join(METHODS)}.{nearest(name, METHODS)}")

@@ -104,17 +104,14 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         "reached": f"{row['reached']} of {row['runs']}",
         "steps": with_deviation(row["steps"], ".0f"),
         "learned": with_deviation(row["learned"], ".3f"),
-        "answered": with_deviation(row["answered"], ".2f"),
         "forgotten": with_deviation(row["forgotten"], ".4f"),
         "old perplexity": f"{100 * (math.exp(grown) - 1):+.1f} %",
         "of full": "-" if row["to_full"] is None else f"{row['to_full']:.2f}",
-        "earlier domains": with_deviation(row["earlier"], ".4f"),
     }
-    return {name: cell for name, cell in cells.items() if row[_FIELDS.get(name, "method")] != [None, None]}
-
-
-# Columns that some tasks do not have, and their fields.
-_FIELDS = {"answered": "answered", "earlier domains": "earlier"}
+    for name, pair, spec in (("answered", row["answered"], ".2f"), ("earlier domains", row["earlier"], ".4f")):
+        if pair != [None, None]:
+            cells[name] = with_deviation(pair, spec)
+    return cells
 
 
 def plot_forgetting(content: dict[str, Any], path: str | Path) -> None:

@@ -138,10 +138,16 @@ def test_both_feed_forwards_have_equal_flops_and_read_the_same_sequences(tmp_pat
         assert len({tuple(row) for row in drawn[0][:, domain].tolist()}) == 3
 
 
-@pytest.mark.parametrize("stop_at", [4, 7, 12 + 8])  # before the first save, after it, and in the second model
-def test_a_run_that_stops_goes_on_with_the_same_bits(tmp_path, monkeypatch, capsys, stop_at):
-    arguments = {name: SpecialisationArguments(output_dir=str(tmp_path / name), **SMALL) for name in ("whole", "cut")}
-    whole = run_specialisation(arguments["whole"])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The result of a run that nothing stops."""
+    return run_specialisation(SpecialisationArguments(output_dir=str(tmp_path_factory.mktemp("whole")), **SMALL))
+
+
+# after the first save; before it, and in the second model
+@pytest.mark.parametrize("stop_at", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 12 + 8))])
+def test_a_run_that_stops_goes_on_with_the_same_bits(whole, tmp_path, monkeypatch, stop_at):
+    arguments = SpecialisationArguments(output_dir=str(tmp_path), **SMALL)
     step, done = Training.step, []
 
     def stopping(training):
@@ -153,13 +159,13 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(tmp_path, monkeypatch, caps
     with monkeypatch.context() as patched:
         patched.setattr(Training, "step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            run_specialisation(arguments["cut"])
+            run_specialisation(arguments)
     done_after = []
     monkeypatch.setattr(Training, "step", lambda training: (done_after.append(training.name), step(training)))
-    again = run_specialisation(arguments["cut"])
+    again = run_specialisation(arguments)
     assert without_times(again) == without_times(whole)
     assert len(done_after) < 24  # it did not begin anew
-    assert not (tmp_path / "cut" / PARTS).exists()
+    assert not (tmp_path / PARTS).exists()
 
 
 def test_what_another_command_left_is_not_used(tmp_path, monkeypatch, capsys):
@@ -195,6 +201,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path):
     assert without_times(again) == without_times(whole)
 
 
+@pytest.mark.slow
 def test_experts_come_to_divide_by_domain_and_by_token_and_routing_is_not_final_at_once(tmp_path):
     """The claims in their simplest form: three made-up languages, 150 steps. At the start none of them holds."""
     small = SMALL | {"held_out_tokens": 1024, "hidden_size": 32, "num_steps": 150, "sequences_per_domain": 2}

@@ -18,11 +18,19 @@ from modeling_peer.studies.forgetting.compare import compare_forgetting
 from modeling_peer.studies.forgetting.lessons import Lesson, Point, at_equal_learning, score
 from modeling_peer.studies.forgetting.material import IGNORED, RELATIONS, Material, make_facts, read_domain
 from modeling_peer.studies.forgetting.methods import METHODS, Addition
-from modeling_peer.studies.forgetting.plan import RATES, SEQUENCE, ForgettingArguments
+from modeling_peer.studies.forgetting.plan import SEQUENCE, ForgettingArguments
 from modeling_peer.studies.forgetting.report import make_rows, plot_forgetting
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-ADDITION = Addition([0, 1], num_sub_keys=8, num_retrieval_heads=2, num_experts_per_head=2, query_dim=8)
+ADDITION = Addition(
+    [0, 1],
+    num_sub_keys=8,
+    num_retrieval_heads=2,
+    num_experts_per_head=2,
+    query_dim=8,
+    num_trained_experts=256,
+    ranking="tf_idf",
+)
 ADDED = [name for name in METHODS if name != "full"]
 WORDS = {
     "english": ["the", "of", "and", "a", "to", "in", "was", "said", "king", "house", "day"],
@@ -227,25 +235,28 @@ def arguments(tmp_path, checkpoint, **fields) -> ForgettingArguments:
     return ForgettingArguments(**{"model": str(checkpoint), "text": str(text)} | small | fields)
 
 
-def test_a_comparison_has_a_row_for_each_task_and_method_and_goes_on_where_it_stopped(tmp_path, checkpoint, capsys):
-    stopped = compare_forgetting(arguments(tmp_path, checkpoint, max_minutes=1e-9))
+@pytest.mark.parametrize("methods", [["full", "peer_top_rows"], pytest.param(list(METHODS), marks=pytest.mark.slow)])
+def test_a_comparison_has_a_row_for_each_task_and_method_and_goes_on_where_it_stopped(
+    tmp_path, checkpoint, capsys, methods
+):
+    stopped = compare_forgetting(arguments(tmp_path, checkpoint, methods=methods, max_minutes=1e-9))
     assert not stopped["finished"]
     assert stopped["rows"] == []
-    result = compare_forgetting(arguments(tmp_path, checkpoint))
+    result = compare_forgetting(arguments(tmp_path, checkpoint, methods=methods))
     assert [(row["task"], row["method"]) for row in result["rows"]] == [
-        (task, method) for task in ("python", SEQUENCE) for method in METHODS
+        (task, method) for task in ("python", SEQUENCE) for method in methods
     ]
     for row in result["rows"]:
         assert row["runs"] == 2
         assert 0 <= row["reached"] <= 2
         assert (row["earlier"] == [None, None]) == (row["task"] == "python")
         assert math.isfinite(row["forgotten"][0])
-        assert row["learning_rate"] in RATES[row["method"]]
+        assert row["learning_rate"] in METHODS[row["method"]].learning_rates
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*.json")}
     lost = next(path for path in files if path.parent.name == SEQUENCE)
     text = json.loads(lost.read_text())
     lost.unlink()
-    again = compare_forgetting(arguments(tmp_path, checkpoint))
+    again = compare_forgetting(arguments(tmp_path, checkpoint, methods=methods))
     assert again["rows"] == result["rows"]
     assert json.loads(lost.read_text())["lessons"] == text["lessons"]
     assert all(path.stat().st_mtime_ns == time for path, time in files.items() if path != lost)
@@ -318,6 +329,7 @@ def test_the_page_has_the_figures_of_the_committed_result():
         ({"num_steps": 0}, "--num_steps"),
         ({"share_to_learn": 1.5}, "--share_to_learn"),
         ({"sequence_length": 1}, "--sequence_length"),
+        ({"ranking": "tfidf"}, r"--ranking \(tfidf\) must be one of tf_idf, kl"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path, fields, message):
@@ -330,6 +342,7 @@ def test_what_cannot_work_is_refused_before_anything_is_read(tmp_path, fields, m
     [
         ({"sequence_length": 65}, "exceeds the model's 64 positions"),
         ({"layers": [2]}, "layers 0 to 1"),
+        ({"num_experts_per_head": 9}, r"num_experts_per_head \(9\) exceeds num_sub_keys \(8\)"),
         ({"tasks": ["facts"], "num_people": 1000}, "--num_people"),
         ({"output_dir": "text/train/python.txt"}, "cannot write"),
     ],
