@@ -16,6 +16,7 @@ from .backends_peer import check_experts_implementation
 from .configuration_peer import PeerConfig
 from .experts_peer import PeerExperts
 from .part_config_peer import PartConfig
+from .retrieval_peer import real_tokens
 from .token_context_peer import TokenContext
 
 # States of a layer in the cache.
@@ -126,9 +127,9 @@ class PeerHashedMemory(nn.Module):
         self.experts = PeerHashedRows(config)
         self.key_proj = nn.Linear(config.ngram_dim, config.hidden_size, bias=False)
         self.value_proj = nn.Linear(config.ngram_dim, config.hidden_size, bias=False)
-        self.query_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.key_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.conv_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.value_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv_weight = nn.Parameter(torch.empty(config.ngram_conv_size, config.hidden_size))
         self.register_buffer("canonical_ids", torch.empty(config.vocab_size, dtype=torch.int32))
         if initialize:
@@ -169,13 +170,15 @@ class PeerHashedMemory(nn.Module):
                 f"{tuple(hidden_states.shape[:-1])}; got {given}. Pass input_ids in place of inputs_embeds. Used "
                 "alone, the layer is called with tokens=TokenContext(input_ids, position_ids)."
             )
+        if token_mask is not None:
+            token_mask = real_tokens(token_mask, tokens.input_ids.shape).view(tokens.input_ids.shape)
         embeddings = self.experts.look_up(self.row_ids(tokens, token_mask), hidden_states.dtype)
         keys = self.key_norm(self.key_proj(embeddings))
-        scores = (self.query_norm(hidden_states) * keys).sum(-1, keepdim=True) * hidden_states.shape[-1] ** -0.5
+        scores = (self.hidden_norm(hidden_states) * keys).sum(-1, keepdim=True) * hidden_states.shape[-1] ** -0.5
         values = scores.sigmoid() * self.value_proj(embeddings)
         if token_mask is not None:
-            values = values.masked_fill(~token_mask.bool().unsqueeze(-1), 0.0)
-        return values + F.silu(self._convolve(self.conv_norm(values), tokens))
+            values = values.masked_fill(~token_mask.unsqueeze(-1), 0.0)
+        return values + F.silu(self._convolve(self.value_norm(values), tokens))
 
     def row_ids(self, tokens: TokenContext, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Rows that the n-grams ending at each token address: `(batch_size, length, num_heads)`, int64."""

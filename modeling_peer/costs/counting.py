@@ -74,9 +74,9 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
             the number of slots is fixed.
 
     Returns:
-        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, the output gate of Memory+, and
-        the fusion of a hashed memory. Parameters shared by several layers, or by embeddings and head, count once. Every token still uses
-        them in each place.
+        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, the output gate of Memory+,
+        and the fusion of a hashed memory. Parameters shared by several layers, or by embeddings and head, count once.
+        Every token still uses them in each place.
     """
     if config.model_type != "peer":
         raise ValueError(f"costs are counted for PEER configurations, got model_type={config.model_type!r}.")
