@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .backends_peer import check_experts_implementation
@@ -127,9 +126,10 @@ class PeerHashedMemory(nn.Module):
         self.experts = PeerHashedRows(config)
         self.key_proj = nn.Linear(config.ngram_dim, config.hidden_size, bias=False)
         self.value_proj = nn.Linear(config.ngram_dim, config.hidden_size, bias=False)
-        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.key_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.value_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # PyTorch's norm: Llama's would round float64 to float32
+        self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.key_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.value_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.conv_weight = nn.Parameter(torch.empty(config.ngram_conv_size, config.hidden_size))
         self.register_buffer("canonical_ids", torch.empty(config.vocab_size, dtype=torch.int32))
         if initialize:

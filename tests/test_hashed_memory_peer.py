@@ -61,10 +61,7 @@ def logits_step_by_step(model, tokens, first, **inputs):
     ids=str,
 )
 def test_memory_and_every_gradient_equal_the_loop(tiny_config, fields):
-    layer = PeerHashedMemory(tiny_config(**HASHED, **fields))
-    for norm in ("hidden_norm", "key_norm", "value_norm"):
-        setattr(layer, norm, torch.nn.RMSNorm(32, eps=1e-6))  # Llama's rounds to float32
-    layer.double()
+    layer = PeerHashedMemory(tiny_config(**HASHED, **fields)).double()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight)
     hidden = torch.randn(2, 11, 32, dtype=torch.float64, requires_grad=True)
