@@ -62,9 +62,9 @@ def _train(study: Study, began: float) -> Tally:
     data = prepare_data(recipe, load_config(recipe.model), study.output_dir)
     print(f"data: {data['data']}; {data['training_tokens']:,} tokens", flush=True)
     arguments, tokenizer = study.arguments, study.output_dir / TOKENIZER_FOLDER
-    runs = plan_runs(study, data, tokenizer)
     references = plan_runs(study, data, tokenizer, [study.recipe.reference])
-    _require_same_study(study, references)
+    _require_same_study(study, references)  # before contenders are fitted to it, which can take minutes
+    runs = plan_runs(study, data, tokenizer)
     left, tally = select_runs(runs, arguments.retry_failed)
     counts = f"{len(tally.done)} done, {len(tally.failed)} failed before, {len(left)} to do"
     print(f"{counted(len(runs), 'run')}: {counts}", flush=True)

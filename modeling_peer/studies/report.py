@@ -191,17 +191,17 @@ def _headline(study: dict[str, Any]) -> str:
         f"{'perplexity of masked tokens; ' if masked else ''}"
         f"mean ± standard deviation over seeds. {'; '.join(places)}.\n\n"
         f"A paired difference compares a run with the one of {study['reference']} that has the same seed. Its "
-        "deviation is over these differences, so it can be smaller than those of the perplexities. The seconds to "
-        f"the final loss of {study['reference']} are those of training until the validation loss of a run is the one "
-        f"that {study['reference']} ends with at the same seed."
+        "deviation is over these differences, so it can be smaller than those of the perplexities. A run is at "
+        f"the final loss of {study['reference']} when its validation loss is the one that {study['reference']} ends "
+        "with at the same seed. The seconds until then are those of training."
     )
 
 
 def _about_gaps(reference: str) -> str:
     return (
-        f"Gap in validation loss to {reference} along the run: a line over the logarithm of the tokens, by least "
-        f"squares for each pair of runs with the same seed, from {100 * FITTED_FROM:.0f} % of the tokens on. The gap "
-        f"holds if the slope is within two standard errors of 0. It grows if contender and {reference} move apart:"
+        f"Gap in validation loss to {reference} along the run. For each pair of runs with the same seed, a line over "
+        f"the logarithm of the tokens is fitted to it, from {100 * FITTED_FROM:.0f} % of them on. The gap holds if "
+        f"the slope is within two standard errors of 0. It grows if contender and {reference} move apart:"
     )
 
 

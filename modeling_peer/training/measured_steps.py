@@ -70,7 +70,8 @@ def time_training_steps(
         blocks, _ = pack_corpus(corpus, tokenizer, block_size, first.recipe)
         if predicts_masked_tokens(first.config):
             blocks = MaskedBlocks(blocks, tokenizer, first.recipe.data.masking_probability, run.seed)
-        examples = _Examples(blocks, run.train_batch_size * run.gradient_accumulation_steps, run.seed)
+        num_examples = run.train_batch_size * run.gradient_accumulation_steps
+        examples = _Examples(blocks, num_examples, run.seed, run.device)
         with tempfile.TemporaryDirectory() as folder:  # Trainer makes its output_dir
             steps = {name: _TrainingStep(model, tokenizer, Path(folder)) for name, model in models.items()}
             seconds = seconds_each * len(models)
@@ -89,16 +90,20 @@ def time_training_steps(
 
 
 class _Examples:
-    """The examples of each step, by its number: `{"input_ids": (num_examples, block_size), "labels": the same}`."""
+    """The examples of each step, by its number: `{"input_ids": (num_examples, block_size), "labels": the same}`.
 
-    def __init__(self, blocks: torch.utils.data.Dataset, num_examples: int, seed: int):
-        self.blocks, self.num_examples = blocks, num_examples
+    They are on the device before the step begins, as Trainer's are.
+    """
+
+    def __init__(self, blocks: torch.utils.data.Dataset, num_examples: int, seed: int, device: torch.device):
+        self.blocks, self.num_examples, self.device = blocks, num_examples, device
         self.order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def __call__(self, number: int) -> dict[str, torch.Tensor]:
         begin = number * self.num_examples
         chosen = [self.blocks[self.order[i % len(self.order)]] for i in range(begin, begin + self.num_examples)]
-        return {name: torch.stack([example[name] for example in chosen]) for name in ("input_ids", "labels")}
+        names = ("input_ids", "labels")
+        return {name: torch.stack([example[name] for example in chosen]).to(self.device) for name in names}
 
 
 class _TrainingStep:

@@ -442,12 +442,32 @@ def test_a_difference_is_taken_seed_by_seed_and_only_where_both_are_done():
     assert dense["perplexity"] == [75.0, pytest.approx(35.355, abs=1e-3)]
     assert peer["peak_memory_bytes"] == 2 * 2**20
     table = as_tables(study, [dense, peer], StepTimes())
+    assert dense["gap_along_the_run"] is peer["gap_along_the_run"] is None  # one evaluation is no line
     assert "| dense | 2 | 75.00 ± 35.36 | +0.00 ± 0.00 |" in table
     assert "| perplexity | paired difference from dense, % |" in table
     assert "| peer | 2 | 23.00 ± 31.11 | -10.00 (1 pair) |" in table
     assert "has the same seed" in table
     assert "a CPU, 1 thread a run" in table
     assert "| peer | 23.00 ± 31.11 | - | - | 1.500 | - |" in table
+
+
+OLDER_STUDIES = sorted((REPOSITORY / "results" / "studies").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("path", OLDER_STUDIES, ids=lambda path: path.parent.name)
+def test_a_study_from_before_step_times_were_measured_is_reported_with_what_it_has(path):
+    study = read(path)
+    rows = make_rows(study, StepTimes())
+    table = as_tables(study, rows, StepTimes())
+    assert f"| to final loss of {study['reference']}, s |" in table
+    assert "measured steps" not in table
+    assert "alone on the machine" not in table
+    gaps = [row["gap_along_the_run"] for row in rows if row["contender"] != study["reference"]]
+    assert gaps
+    assert {gap["verdict"] for gap in gaps} <= {"grows", "holds", "shrinks"}
+    for row in rows:
+        assert row["to_reference_loss"]["pairs"] == row["pairs"]
+        assert row["to_reference_loss"]["measured_seconds"] == [None, None]
 
 
 def test_sizes_become_a_curve_of_perplexity_over_parameters(tmp_path):
