@@ -6,7 +6,6 @@ import transformers
 from .auto_classes_peer import AUTO_MAP, class_name
 from .configuration_peer import PeerConfig
 from .damage_peer import verify_checkpoint
-from .hashed_memory_peer import set_canonical_tokens
 from .layer_peer import PeerLayer
 from .modeling_peer import (
     PeerForCausalLM,
@@ -45,6 +44,5 @@ __all__ = [
     "PeerModel",
     "PeerPreTrainedModel",
     "quantise_expert_tables",
-    "set_canonical_tokens",
     "verify_checkpoint",
 ]

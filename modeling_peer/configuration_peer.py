@@ -184,7 +184,7 @@ class PeerConfig(PreTrainedConfig):
         ngram_dim (`int`, *optional*):
             Width of the rows of one token, side by side; unset, `hidden_size`. It must be a multiple of `(N - 1) * K`.
         ngram_conv_size (`int`, *optional*, defaults to 4):
-            Taps of the causal convolution, whose dilation is N; 1 leaves neighbours out.
+            Taps of the causal convolution, whose dilation is N. With 1, no earlier token is read.
 
         > Coarse mixtures of experts
 
@@ -409,13 +409,18 @@ class PeerConfig(PreTrainedConfig):
         return (self.sparse_mlp, "hashed_memory") if self.parallel_hashed_memory else (self.sparse_mlp,)
 
     @property
+    def has_hashed_memory(self) -> bool:
+        """Whether a layer of this model looks up rows by tokens."""
+        return "sparse" in self.mlp_layer_types and "hashed_memory" in self.sparse_mlp_names
+
+    @property
     def layer_types(self) -> list[str]:
         """What the cache keeps of each layer, in Transformers' words.
 
         A hashed memory needs the last tokens. A cache keeps them where the layer is `"hybrid"`, beside its keys and
-        values. Other models do not have this attribute, as if it were not defined.
+        values. Without a hashed memory, reading it raises AttributeError, so `hasattr` is false.
         """
-        if "hashed_memory" not in self.sparse_mlp_names:
+        if not self.has_hashed_memory:
             raise AttributeError(f"{type(self).__name__} without hashed_memory has no layer_types.")
         return ["hybrid" if kind == "sparse" else "full_attention" for kind in self.mlp_layer_types]
 
@@ -529,6 +534,7 @@ class PeerConfig(PreTrainedConfig):
         for fields, rows in (
             ("num_sub_keys**2", self.num_peer_experts),
             ("num_moe_experts * moe_intermediate_size", mixture),
+            # the next prime is less than twice a number
             ("2 * num_ngram_tables * num_rows_per_hash_head", 2 * self.num_ngram_tables * self.num_rows_per_hash_head),
         ):
             if rows * self.hidden_size >= 2**63:
@@ -659,6 +665,13 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"expert_table_format='int4' packs two numbers into a byte, so hidden_size ({self.hidden_size}) must "
                 "be even. Use 'int8', or another hidden_size."
+            )
+        row_width = self.ngram_dim // self.num_ngram_tables
+        if self.expert_table_format == "int4" and row_width % 2 and "hashed_memory" in self.sparse_mlp_names:
+            raise ValueError(
+                "expert_table_format='int4' packs two numbers into a byte, so the width of a row, ngram_dim / "
+                f"((max_ngram_size - 1) * num_hash_heads) = {row_width}, must be even. Use 'int8', or another "
+                "ngram_dim."
             )
         if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.cache_utils import LinearAttentionLayer
 
 from .auxiliary_losses_peer import AuxiliaryLosses
 from .backends_peer import check_experts_implementation
@@ -17,6 +18,10 @@ from .experts_peer import PeerExperts
 from .part_config_peer import PartConfig
 from .retrieval_peer import real_tokens
 from .token_context_peer import TokenContext
+from .transformers_names_peer import require_arguments
+
+# `TokenContext` keeps earlier tokens by this method, which would swallow a renamed keyword.
+require_arguments(LinearAttentionLayer.update_conv_state, "state_idx", "conv_kernel_size")
 
 # States of a layer in the cache.
 TOKENS, VALUES = 0, 1
@@ -26,7 +31,7 @@ TOKENS, VALUES = 0, 1
 def hash_table_sizes(smallest: int, num_heads: int) -> tuple[int, ...]:
     """Rows of the table of each hash head: the first `num_heads` primes from `smallest` on.
 
-    With different primes, two n-grams that share a row in one table have different rows in the others.
+    With different primes, two n-grams that share a row in one table rarely share one in another.
     """
     primes, candidate = [], max(2, smallest)
     while len(primes) < num_heads:
@@ -46,7 +51,9 @@ def hash_multipliers(max_ngram_size: int) -> tuple[int, ...]:
     return tuple(int.from_bytes(digest[:4], "big") | 1 for digest in digests)
 
 
-def hash_ngrams(predecessors: list[torch.Tensor], table_sizes: tuple[int, ...]) -> torch.Tensor:
+def hash_ngrams(
+    predecessors: list[torch.Tensor], table_sizes: tuple[int, ...], multipliers: tuple[int, ...]
+) -> torch.Tensor:
     """Rows of the n-grams that end at each token: for n = 2 to `len(predecessors)`, one row per hash head.
 
         mix_n = (x_t · m_0) XOR (x_{t-1} · m_1) XOR ... XOR (x_{t-n+1} · m_{n-1})
@@ -58,14 +65,15 @@ def hash_ngrams(predecessors: list[torch.Tensor], table_sizes: tuple[int, ...]) 
         predecessors: the tokens themselves, those one place before, and so on: each `(batch_size, length)`, int64, the
             token's id plus 1, or 0 for none.
         table_sizes: rows of the table of each hash head, all of n = 2 first.
+        multipliers: `hash_multipliers`, one for each of the predecessors.
 
     Returns:
         `(batch_size, length, num_heads)`, int64.
     """
     sizes = torch.tensor(table_sizes, device=predecessors[0].device)
     first_rows = sizes.cumsum(0) - sizes
-    mixes = [predecessors[0] * hash_multipliers(len(predecessors))[0]]
-    for tokens, multiplier in zip(predecessors[1:], hash_multipliers(len(predecessors))[1:], strict=True):
+    mixes = [predecessors[0] * multipliers[0]]
+    for tokens, multiplier in zip(predecessors[1:], multipliers[1:], strict=True):
         mixes.append(mixes[-1] ^ (tokens * multiplier))
     num_heads = len(table_sizes) // (len(predecessors) - 1)
     mixed = torch.stack(mixes[1:], dim=-1).repeat_interleave(num_heads, dim=-1)
@@ -89,19 +97,6 @@ class PeerHashedRows(PeerExperts):
         """Initialise as Transformers initialises embeddings."""
         self.draw_table("up_embed", std=self.config.initializer_range)
 
-    def look_up(self, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The rows of each token, side by side: `(batch_size, length, ngram_dim)`.
-
-        Args:
-            row_ids: `(batch_size, length, num_heads)`.
-            dtype: of the result.
-        """
-        ids = row_ids.reshape(-1, 1)
-        gates = torch.ones(ids.shape, dtype=dtype, device=ids.device)
-        # only the dtype and the shape of the hidden states matter to experts that do not read them
-        tokens = gates.expand(-1, self.config.hidden_size)
-        return self(tokens, ids, gates).view(*row_ids.shape[:2], -1)
-
 
 class PeerHashedMemory(nn.Module):
     """Hashed n-gram memory (Engram; Cheng et al. 2026, arXiv:2601.07372, sections 2.2 and 2.3).
@@ -121,7 +116,7 @@ class PeerHashedMemory(nn.Module):
 
     def __init__(self, config: PeerConfig, initialize: bool = True):
         super().__init__()
-        self.table_sizes = table_sizes_of(config)
+        self.table_sizes, self.multipliers = table_sizes_of(config), hash_multipliers(config.max_ngram_size)
         self.max_ngram_size = config.max_ngram_size
         self.experts = PeerHashedRows(config)
         self.key_proj = nn.Linear(config.ngram_dim, config.hidden_size, bias=False)
@@ -153,7 +148,7 @@ class PeerHashedMemory(nn.Module):
         """
         Args:
             hidden_states: `(batch_size, length, hidden_size)`.
-            token_mask: `(batch_size, length)`, true where a token is not padding. Padding is as if it were not there.
+            token_mask: `(batch_size, length)`, true where a token is not padding. Padding counts as no token.
             aux_losses: not used; the layer has none.
             tokens: the tokens themselves.
 
@@ -172,7 +167,7 @@ class PeerHashedMemory(nn.Module):
             )
         if token_mask is not None:
             token_mask = real_tokens(token_mask, tokens.input_ids.shape).view(tokens.input_ids.shape)
-        embeddings = self.experts.look_up(self.row_ids(tokens, token_mask), hidden_states.dtype)
+        embeddings = self._look_up(self.row_ids(tokens, token_mask), hidden_states.dtype)
         keys = self.key_norm(self.key_proj(embeddings))
         scores = (self.hidden_norm(hidden_states) * keys).sum(-1, keepdim=True) * hidden_states.shape[-1] ** -0.5
         values = scores.sigmoid() * self.value_proj(embeddings)
@@ -182,16 +177,24 @@ class PeerHashedMemory(nn.Module):
 
     def row_ids(self, tokens: TokenContext, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Rows that the n-grams ending at each token address: `(batch_size, length, num_heads)`, int64."""
-        ids = 1 + F.embedding(tokens.input_ids, self.canonical_ids.unsqueeze(1)).squeeze(-1).long()
+        canonical = 1 + F.embedding(tokens.input_ids, self.canonical_ids.unsqueeze(1)).squeeze(-1).long()
         if token_mask is not None:
-            ids = ids * token_mask
-        num_past, length = self.max_ngram_size - 1, ids.shape[1]
-        ids = tokens.with_past(ids, num_past, TOKENS)
+            canonical = canonical * token_mask
+        num_past, length = self.max_ngram_size - 1, canonical.shape[1]
+        canonical = tokens.with_past(canonical, num_past, TOKENS)
         predecessors = [
-            ids[:, num_past - distance :][:, :length] * tokens.has_predecessor(distance)
+            canonical[:, num_past - distance :][:, :length] * tokens.has_predecessor(distance)
             for distance in range(self.max_ngram_size)
         ]
-        return hash_ngrams(predecessors, self.table_sizes)
+        return hash_ngrams(predecessors, self.table_sizes, self.multipliers)
+
+    def _look_up(self, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of each token, side by side: `(batch_size, length, ngram_dim)`."""
+        ids, ngram_dim = row_ids.reshape(-1, 1), self.key_proj.in_features
+        gates = torch.ones(ids.shape, dtype=dtype, device=ids.device)
+        # only the dtype and the shape of the hidden states matter to experts that do not read them
+        tokens = gates.expand(-1, ngram_dim // len(self.table_sizes))
+        return self.experts(tokens, ids, gates).view(*row_ids.shape[:2], ngram_dim)
 
     def _convolve(self, values: torch.Tensor, tokens: TokenContext) -> torch.Tensor:
         """Causal convolution of each feature; tap i reads the token `i * max_ngram_size` places before."""
@@ -231,12 +234,14 @@ def set_canonical_tokens(model: nn.Module, canonical_ids: torch.Tensor):
     Raises:
         ValueError: the model has no hashed memory, or the ids do not fit its vocabulary.
     """
+    canonical_ids = torch.as_tensor(canonical_ids)
     memories = [module for module in model.modules() if isinstance(module, PeerHashedMemory)]
     if not memories:
         raise ValueError(f"{type(model).__name__} has no hashed memory: set sparse_mlp='hashed_memory'.")
     for memory in memories:
         expected = memory.canonical_ids
-        fits = canonical_ids.shape == expected.shape and not canonical_ids.is_floating_point()
+        is_integer = canonical_ids.dtype != torch.bool and not canonical_ids.is_floating_point()
+        fits = canonical_ids.shape == expected.shape and is_integer
         if not fits or not 0 <= int(canonical_ids.min()) <= int(canonical_ids.max()) < len(expected):
             raise ValueError(
                 f"canonical_ids must be {len(expected)} ids below {len(expected)}, one for each token; got "

@@ -8,12 +8,12 @@ from transformers import Cache
 
 
 def split_prepared_mask(attention_mask: Any, length: int, cache: Cache | None) -> tuple[Any, torch.Tensor | None]:
-    """Mask of attention, and which of the current tokens are not padding (`current_token_mask`).
+    """The attention mask, and which of the current tokens are not padding (`current_token_mask`).
 
     For models with `layer_types`, `generate` makes a mask for each kind of layer before a compiled forward.
     """
     if isinstance(attention_mask, dict):
-        return attention_mask["full_attention"], attention_mask["linear_attention"]
+        return attention_mask["full_attention"], attention_mask.get("linear_attention")
     return attention_mask, current_token_mask(attention_mask, length, cache)
 
 

@@ -390,7 +390,7 @@ class PeerModel(PeerPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        elif "hashed_memory" in self.config.sparse_mlp_names:
+        elif self.config.has_hashed_memory:
             raise ValueError("hashed_memory looks up what the tokens are: pass input_ids in place of inputs_embeds.")
         batch_size, length = inputs_embeds.shape[:2]
         if 0 in (batch_size, length):
@@ -416,7 +416,7 @@ class PeerModel(PeerPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        if "hashed_memory" in self.config.sparse_mlp_names:
+        if self.config.has_hashed_memory:
             kwargs["tokens"] = TokenContext(input_ids, position_ids, cache)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(

@@ -6,10 +6,15 @@ import reference
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from model_helpers import assert_equals_oracle, context, learn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from modeling_peer import PeerForCausalLM, PeerForMaskedLM, quantise_expert_tables, set_canonical_tokens
-from modeling_peer.hashed_memory_peer import PeerHashedMemory, hash_multipliers, hash_table_sizes
+from modeling_peer import PeerForCausalLM, PeerForMaskedLM, quantise_expert_tables
+from modeling_peer.hashed_memory_peer import (
+    PeerHashedMemory,
+    hash_multipliers,
+    hash_table_sizes,
+    set_canonical_tokens,
+)
 from modeling_peer.optim import RowSparseAdamW, parameter_groups
 from modeling_peer.optim.parameter_groups import expert_tables
 from modeling_peer.transformers_names_peer import CACHE
@@ -143,6 +148,60 @@ def test_a_cache_without_a_place_for_tokens_is_refused(model, tokens):
         model(tokens, **{CACHE: DynamicCache()})
 
 
+@torch.no_grad()
+def test_a_static_cache_that_would_have_to_drop_candidates_is_refused(tiny_config, tokens):
+    model = PeerForCausalLM(tiny_config(**HASHED)).eval()
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    # 5.17 refuses it itself
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        model.generate(tokens[:1], **{CACHE: cache}, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=8)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_batch_or_configuration_is_refused(tiny_config, tokens):
+    model = PeerForCausalLM(tiny_config(**HASHED)).eval()
+    cache = DynamicCache(config=model.config)
+    model(tokens, **{CACHE: cache})
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"tokens of 3 sequences, and 2 are given.*batch_select_indices"):
+        model(tokens[:2, :1], **{CACHE: cache})
+    without = DynamicCache(config=tiny_config(**HASHED, ngram_conv_size=1))
+    with pytest.raises(ValueError, match="cannot carry tokens"):
+        model(tokens, **{CACHE: without})
+
+
+def test_states_that_an_offloaded_cache_moved_away_come_back(tiny_config, tokens):
+    """`Cache.update` moves a layer's states away with its keys, before the layer reads them."""
+    cache = DynamicCache(config=tiny_config(**HASHED))
+    context(tokens, cache=cache, layer=1).with_past(tokens, 2, state=0)
+    on_device = context(tokens.to("meta"), cache=cache, layer=1)
+    assert on_device.with_past(tokens[:, :1].to("meta"), 2, state=0).device.type == "meta"
+
+
+def test_tokens_move_to_the_device_of_a_layer(tokens):
+    moved = context(tokens).to("meta", non_blocking=True)
+    assert (moved.input_ids.device.type, moved.position_ids.device.type) == ("meta", "meta")
+
+
+def test_without_sparse_layers_there_is_nothing_to_carry(tiny_config, tokens):
+    dense = PeerForCausalLM(tiny_config(**HASHED, mlp_layer_types=["dense"] * 3)).eval()
+    assert not hasattr(dense.config, "layer_types")
+    expected = dense.generate(tokens, max_new_tokens=4, do_sample=False)
+    static = dense.generate(tokens, max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert torch.equal(static, expected)
+    embeddings = dense.get_input_embeddings()(tokens)
+    torch.testing.assert_close(dense(inputs_embeds=embeddings).logits, dense(tokens).logits)
+
+
+def test_an_adapter_of_the_rows_learns(tiny_config, tokens):
+    peft = pytest.importorskip("peft")
+    model = PeerForCausalLM(tiny_config(**HASHED)).train()
+    adapter = peft.LoraConfig(target_modules=[], target_parameters=["mlp.experts.up_embed"], r=2)
+    adapted = peft.get_peft_model(model, adapter)
+    adapted(tokens, labels=tokens).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for n, p in adapted.named_parameters() if "lora_B" in n)
+
+
 def test_embeddings_in_place_of_tokens_are_refused(model, tiny_config, tokens):
     with pytest.raises(ValueError, match=r"pass input_ids in place of inputs_embeds"):
         model(inputs_embeds=model.get_input_embeddings()(tokens))
@@ -206,7 +265,7 @@ def test_tokens_that_mean_the_same_address_the_same_rows(tiny_config, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeerForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.model.layers[1].mlp.canonical_ids.long(), canonical)
-    for wrong in (canonical[:-1], canonical.float(), canonical + 60):
+    for wrong in (canonical[:-1], canonical.float(), canonical + 60, canonical > 3, [0] * 98):
         with pytest.raises(ValueError, match=r"canonical_ids must be 99 ids below 99"):
             set_canonical_tokens(model, wrong)
     with pytest.raises(ValueError, match="has no hashed memory"):
@@ -234,6 +293,7 @@ def test_new_tokens_of_a_larger_vocabulary_have_n_grams_too(tiny_config, tmp_pat
         ({"max_ngram_size": 1}, "max_ngram_size must be at least 2"),
         ({"num_hash_heads": 0}, "num_hash_heads must be at least 1"),
         ({"parallel_hashed_memory": True}, "parallel_hashed_memory=True puts a hashed memory beside another layer"),
+        ({"expert_table_format": "int4", "ngram_dim": 12}, r"width of a row, .* = 3, must be even"),
         ({"num_kept_experts": 3}, "num_kept_experts=3 is for what product keys retrieve"),
         ({"num_rows_per_hash_head": 2**31 - 1, "hidden_size": 2**31, "num_attention_heads": 1}, "at most 2147483647"),
     ],

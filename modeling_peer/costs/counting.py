@@ -142,7 +142,7 @@ def product_key_memory_cost(config: PeerConfig, sequence_length: int) -> dict[st
 
 
 def hashed_memory_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
-    """Hashed n-gram memory: rows are looked up, keys and values are projected from them.
+    """Hashed n-gram memory: rows are looked up, which is free, and keys and values are projected from them.
 
     The convolution is a product of a diagonal matrix for each tap, which the definition above leaves out.
     """

@@ -42,7 +42,7 @@ def canonical_token_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int | No
 
 
 def _normalised(text: str) -> str:
-    """Without case, accents, and spaces around; of spaces alone, one."""
+    """Without case, accents, and spaces around. Of spaces alone one remains, and marks alone stay as they are."""
     decomposed = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     plain = "".join(letter for letter in decomposed if unicodedata.category(letter) != "Mn").casefold()
-    return _SPACE.sub(" ", plain).strip() or plain[:1]
+    return _SPACE.sub(" ", plain).strip() or plain[:1] or text

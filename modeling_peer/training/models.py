@@ -10,7 +10,7 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 
-from modeling_peer import set_canonical_tokens
+import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import locate_model
 from modeling_peer.data.canonical_tokens import canonical_token_ids
@@ -136,6 +136,8 @@ def _new_model(
         network = new_sharded_model(build, config, sharding, folder, **options)
     else:
         network = build.from_config(config, **options)
-    if "hashed_memory" in getattr(config, "sparse_mlp_names", ()):
+    if getattr(config, "has_hashed_memory", False):
+        from modeling_peer.hashed_memory_peer import set_canonical_tokens
+
         set_canonical_tokens(network, canonical_token_ids(tokenizer, config.vocab_size))
     return network
