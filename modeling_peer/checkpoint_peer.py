@@ -157,7 +157,7 @@ class PeerCheckpoints:
             if not (staging / MODELS).exists():  # a subclass elsewhere: its file was copied, or none
                 own = (base for base in type(self).__mro__ if base.__module__.rpartition(".")[2] == "modeling_peer")
                 custom_object_save(next(own), staging)
-            keep_own_layers(staging, self.config.sparse_mlp)
+            keep_own_layers(staging, self.config.sparse_mlp_names)
             lay_out_weights(staging, kwargs.get("variant"), max_shard_size or MAX_SHARD_SIZE)
             saved = {path.name for path in staging.iterdir()}
         if push_to_hub:  # as Transformers does after its own save

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SPARSE_MLPS = tuple(SPARSE_MLP_CLASSES)
 # Those that retrieve by product keys.
 PRODUCT_KEY_MLPS = ("peer", "product_key_memory")
+# Those whose experts are rows of large tables, which a token reads few of.
+TABLE_MLPS = (*PRODUCT_KEY_MLPS, "hashed_memory")
 
 # Every numeric field except token ids is in one of these two tables; a test checks that.
 # Integers: the least value. Kernels and file formats count in 32 bits along one axis.
@@ -48,6 +50,11 @@ LEAST_SIZES = {
     "moe_intermediate_size": 1,
     "num_moe_experts_per_token": 1,
     "num_slots_per_expert": 1,
+    "max_ngram_size": 2,
+    "num_hash_heads": 1,
+    "num_rows_per_hash_head": 1,
+    "ngram_dim": 1,
+    "ngram_conv_size": 1,
     "chunk_size_feed_forward": 0,
 }
 LARGEST_NUM_LAYERS = 2**16
@@ -85,10 +92,12 @@ class PeerConfig(PreTrainedConfig):
             the paper (block 6 of 12).
         sparse_mlp (`str`, *optional*, defaults to `"peer"`):
             The layer used in the sparse layers: `"peer"`, or one that it is compared with. Those are
-            `"product_key_memory"`, which has PEER's sizes, `"top_k_moe"`, `"expert_choice_moe"`, `"soft_moe"` (with
-            `is_causal=False`) and `"multilinear_moe"`.
+            `"product_key_memory"`, which has PEER's sizes, `"hashed_memory"`, `"top_k_moe"`, `"expert_choice_moe"`,
+            `"soft_moe"` (with `is_causal=False`) and `"multilinear_moe"`.
         parallel_dense_mlp (`bool`, *optional*, defaults to `False`):
             Keep the dense MLP beside the sparse one and add the two outputs. The paper replaces the dense MLP.
+        parallel_hashed_memory (`bool`, *optional*, defaults to `False`):
+            Put a hashed memory beside each sparse layer and add the two outputs.
 
         > Retrieval: product keys, queries and gates
 
@@ -164,6 +173,19 @@ class PeerConfig(PreTrainedConfig):
             Product-key memory multiplies its output by `silu(x W_1)` and projects the product, as Memory+ does
             ([`PeerProductKeyMemory`]).
 
+        > Hashed n-gram memory
+
+        max_ngram_size (`int`, *optional*, defaults to 3):
+            Longest n-gram, N, that addresses rows. There are rows for n = 2 to N ([`PeerHashedMemory`]).
+        num_hash_heads (`int`, *optional*, defaults to 8):
+            Hashes of each n-gram, K, each with a table of its own. A token reads `(N - 1) * K` rows.
+        num_rows_per_hash_head (`int`, *optional*, defaults to 131072):
+            Rows of a table. Each table takes a prime number of its own, from this one on.
+        ngram_dim (`int`, *optional*):
+            Width of the rows of one token, side by side; unset, `hidden_size`. It must be a multiple of `(N - 1) * K`.
+        ngram_conv_size (`int`, *optional*, defaults to 4):
+            Taps of the causal convolution, whose dilation is N. With 1, no earlier token is read.
+
         > Coarse mixtures of experts
 
         num_moe_experts (`int`, *optional*, defaults to 8):
@@ -226,6 +248,7 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.dense_mlp.up_proj": "colwise",
         "layers.*.dense_mlp.down_proj": "rowwise",
         "layers.*.mlp.experts": "expert_rows",
+        "layers.*.hashed_memory.experts": "expert_rows",
     }
     base_model_ep_plan = {
         "layers.*.mlp.experts.down_embed": "expert_rows",
@@ -235,6 +258,9 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.mlp.experts.up_scale": "expert_rows",
         "layers.*.mlp.experts.gate_scale": "expert_rows",
         "layers.*.mlp.experts": "ep_dispatch_experts",
+        "layers.*.hashed_memory.experts.up_embed": "expert_rows",
+        "layers.*.hashed_memory.experts.up_scale": "expert_rows",
+        "layers.*.hashed_memory.experts": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -267,6 +293,7 @@ class PeerConfig(PreTrainedConfig):
     mlp_layer_types: list[str] | None = None
     sparse_mlp: str = "peer"
     parallel_dense_mlp: bool = False
+    parallel_hashed_memory: bool = False
     num_sub_keys: int = 1024
     num_retrieval_heads: int = 8
     num_experts_per_head: int = 16
@@ -287,6 +314,11 @@ class PeerConfig(PreTrainedConfig):
     router_aux_loss_coef: int | float = 0.01
 
     gated_memory: bool = False
+    max_ngram_size: int = 3
+    num_hash_heads: int = 8
+    num_rows_per_hash_head: int = 131072
+    ngram_dim: int | None = None
+    ngram_conv_size: int = 4
     num_moe_experts: int = 8
     moe_intermediate_size: int | None = None
     num_moe_experts_per_token: int = 2
@@ -310,6 +342,8 @@ class PeerConfig(PreTrainedConfig):
             self.share_sub_keys = self.sparse_mlp != "product_key_memory"
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
+        if self.ngram_dim is None:
+            self.ngram_dim = self.hidden_size
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -338,11 +372,11 @@ class PeerConfig(PreTrainedConfig):
         """
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
         if self._auto_class is not None:  # the code was saved too
-            keep_own_layers(save_directory, self.sparse_mlp)
+            keep_own_layers(save_directory, self.sparse_mlp_names)
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
         if self._auto_class is not None:
-            keep_own_layers(working_dir, self.sparse_mlp)
+            keep_own_layers(working_dir, self.sparse_mlp_names)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @classmethod
@@ -368,6 +402,37 @@ class PeerConfig(PreTrainedConfig):
     def has_aux_losses(self) -> bool:
         """Whether the sparse layers have auxiliary losses: balance losses or router losses."""
         return self.balance_loss is not None or self.sparse_mlp == "top_k_moe"
+
+    @property
+    def sparse_mlp_names(self) -> tuple[str, ...]:
+        """Names of the layers that stand in the sparse layers, side by side."""
+        return (self.sparse_mlp, "hashed_memory") if self.parallel_hashed_memory else (self.sparse_mlp,)
+
+    @property
+    def has_hashed_memory(self) -> bool:
+        """Whether a layer of this model looks up rows by tokens."""
+        return "sparse" in self.mlp_layer_types and "hashed_memory" in self.sparse_mlp_names
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What the cache keeps of each layer, in Transformers' words.
+
+        A hashed memory needs the last tokens. A cache keeps them where the layer is `"hybrid"`, beside its keys and
+        values. Without a hashed memory, reading it raises AttributeError, so `hasattr` is false.
+        """
+        if not self.has_hashed_memory:
+            raise AttributeError(f"{type(self).__name__} without hashed_memory has no layer_types.")
+        return ["hybrid" if kind == "sparse" else "full_attention" for kind in self.mlp_layer_types]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States that the cache keeps of a `"hybrid"` layer: tokens and, for a convolution, values."""
+        return 1 if self.ngram_conv_size == 1 else 2
+
+    @property
+    def num_ngram_tables(self) -> int:
+        """Tables of a hashed memory, of which a token reads a row each: `(max_ngram_size - 1) * num_hash_heads`."""
+        return (self.max_ngram_size - 1) * self.num_hash_heads
 
     @property
     def num_peer_experts(self) -> int:
@@ -413,6 +478,7 @@ class PeerConfig(PreTrainedConfig):
             )
         self._validate_layer_names()
         self._validate_retrieval()
+        self._validate_hashed_memory()
         self._validate_mixtures()
         check_grown_pools(self)
         self._validate_total_sizes()
@@ -468,6 +534,8 @@ class PeerConfig(PreTrainedConfig):
         for fields, rows in (
             ("num_sub_keys**2", self.num_peer_experts),
             ("num_moe_experts * moe_intermediate_size", mixture),
+            # the next prime is less than twice a number
+            ("2 * num_ngram_tables * num_rows_per_hash_head", 2 * self.num_ngram_tables * self.num_rows_per_hash_head),
         ):
             if rows * self.hidden_size >= 2**63:
                 raise ValueError(
@@ -560,23 +628,50 @@ class PeerConfig(PreTrainedConfig):
                 f"({self.num_peer_experts}). Leave it unset to keep all."
             )
 
+    def _validate_hashed_memory(self):
+        if "hashed_memory" not in self.sparse_mlp_names:
+            return
+        if self.ngram_dim % self.num_ngram_tables != 0:
+            tables = self.num_ngram_tables
+            raise ValueError(
+                f"ngram_dim ({self.ngram_dim}) is not a multiple of (max_ngram_size - 1) * num_hash_heads ({tables}), "
+                f"the rows that share it. Try {max(1, self.ngram_dim // tables) * tables}."
+            )
+        if self.sparse_mlp == "hashed_memory" and self.parallel_hashed_memory:
+            raise ValueError(
+                "parallel_hashed_memory=True puts a hashed memory beside another layer, and sparse_mlp is "
+                "'hashed_memory' itself. Leave it unset."
+            )
+
     def _validate_mixtures(self):
         if self.balance_loss is not None and self.sparse_mlp not in PRODUCT_KEY_MLPS:
             raise ValueError(
                 f"balance_loss={self.balance_loss!r} evens out product keys, which sparse_mlp={self.sparse_mlp!r} "
                 f"does not have ({', '.join(PRODUCT_KEY_MLPS)} do). Leave balance_loss unset."
             )
-        kinds = ("gated_experts", "expert_dropout", "row_sparse_gradients", "expert_table_format", "num_kept_experts")
-        for name in kinds:
+        for name in ("gated_experts", "expert_dropout", "num_kept_experts"):
             if getattr(self, name) and self.sparse_mlp not in PRODUCT_KEY_MLPS:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is for what product keys retrieve, and "
                     f"sparse_mlp={self.sparse_mlp!r} has none ({', '.join(PRODUCT_KEY_MLPS)} do). Leave it unset."
                 )
+        for name in ("row_sparse_gradients", "expert_table_format"):
+            if getattr(self, name) and not set(self.sparse_mlp_names) & set(TABLE_MLPS):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for tables that a token reads few rows of, and "
+                    f"sparse_mlp={self.sparse_mlp!r} has none ({', '.join(TABLE_MLPS)} do). Leave it unset."
+                )
         if self.expert_table_format == "int4" and self.hidden_size % 2:
             raise ValueError(
                 f"expert_table_format='int4' packs two numbers into a byte, so hidden_size ({self.hidden_size}) must "
                 "be even. Use 'int8', or another hidden_size."
+            )
+        row_width = self.ngram_dim // self.num_ngram_tables
+        if self.expert_table_format == "int4" and row_width % 2 and "hashed_memory" in self.sparse_mlp_names:
+            raise ValueError(
+                "expert_table_format='int4' packs two numbers into a byte, so the width of a row, ngram_dim / "
+                f"((max_ngram_size - 1) * num_hash_heads) = {row_width}, must be even. Use 'int8', or another "
+                "ngram_dim."
             )
         if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
             raise ValueError(

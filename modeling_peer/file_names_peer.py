@@ -18,13 +18,17 @@ def index_name(variant: str | None = None) -> str:
     return f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
 
 
-def expert_tables_stem(layer: int, grown: int | None = None, variant: str | None = None) -> str:
-    """How the names of the files of one layer's expert tables begin, or of those of a grown pool beside it."""
-    pool = "" if grown is None else f"-grown-{grown}"
+def expert_tables_stem(layer: int, beside: str | None = None, variant: str | None = None) -> str:
+    """How the names of the files of one layer's expert tables begin.
+
+    Args:
+        beside: module of a pool that stands beside the layer's own, as `"grown_pools.0"` or `"hashed_memory"`.
+    """
+    pool = "" if beside is None else "-" + beside.replace("grown_pools.", "grown-").replace("_", "-")
     return f"{weights_stem(variant)}-layer-{layer:03d}{pool}-experts"
 
 
 def is_weight_file(variant: str | None = None) -> Callable[[str], re.Match | None]:
     """A function of a file's name: whether the file holds weights of a model in this variant."""
-    stem = re.escape(weights_stem(variant))
-    return re.compile(rf"{stem}(-layer-\d{{3,}}(-grown-\d+)?-experts)?(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch
+    stem, pool = re.escape(weights_stem(variant)), r"-layer-\d{3,}(-grown-\d+|-hashed-memory)?-experts"
+    return re.compile(rf"{stem}({pool})?(-\d{{5}}-of-\d{{5}})?\.safetensors").fullmatch

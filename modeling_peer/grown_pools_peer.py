@@ -9,6 +9,8 @@ not do so: new experts would take places and gates from old ones.
 
 from typing import Any
 
+from .part_config_peer import PartConfig
+
 # Fields of PeerConfig that an entry of `grown_pools` has, beside `layers`: the sizes and kind of the new retrieval.
 POOL_FIELDS = ("num_sub_keys", "num_retrieval_heads", "num_experts_per_head", "query_dim", "query_norm")
 POOL_SIZES = POOL_FIELDS[:4]
@@ -17,20 +19,11 @@ QUERY_NORMS = ("batch_norm", "rms_norm", "layer_norm", "none")
 _FIXED = {"num_kept_experts": None, "share_expert_tables": False, "grown_pools": None, "has_zero_writers": True}
 
 
-class PoolConfig:
-    """The configuration of one grown pool: that of its model, with fields of its own.
-
-    Other fields are looked up in the model's configuration at each access, so that changes there count here too.
-    """
+class PoolConfig(PartConfig):
+    """The configuration of one grown pool, for the entry of `grown_pools` with these fields."""
 
     def __init__(self, model_config, fields: dict[str, Any]):
-        self._model_config = model_config
-        vars(self).update(_FIXED, **{name: fields[name] for name in POOL_FIELDS})
-
-    def __getattr__(self, name: str):
-        if name == "_model_config" or name.startswith("__"):  # while it is copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._model_config, name)
+        super().__init__(model_config, **_FIXED, **{name: fields[name] for name in POOL_FIELDS})
 
     @property
     def num_peer_experts(self) -> int:

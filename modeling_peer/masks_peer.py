@@ -1,8 +1,20 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
 """Padding masks: whether they fit the input and the cache, and which of the current tokens they keep."""
 
+from typing import Any
+
 import torch
 from transformers import Cache
+
+
+def split_prepared_mask(attention_mask: Any, length: int, cache: Cache | None) -> tuple[Any, torch.Tensor | None]:
+    """The attention mask, and which of the current tokens are not padding (`current_token_mask`).
+
+    For models with `layer_types`, `generate` makes a mask for each kind of layer before a compiled forward.
+    """
+    if isinstance(attention_mask, dict):
+        return attention_mask["full_attention"], attention_mask.get("linear_attention")
+    return attention_mask, current_token_mask(attention_mask, length, cache)
 
 
 def fit_attention_mask(

@@ -47,10 +47,10 @@ if __name__ == "modeling_peer":
 from .auto_classes_peer import import_package, register_names
 from .auxiliary_losses_peer import AuxiliaryLosses, share_of_step
 from .checkpoint_peer import PeerCheckpoints
-from .configuration_peer import PRODUCT_KEY_MLPS, PeerConfig
+from .configuration_peer import PRODUCT_KEY_MLPS, TABLE_MLPS, PeerConfig
 from .experts_peer import PeerExperts
 from .grown_pools_peer import grown_pools_of
-from .masks_peer import current_token_mask, fit_attention_mask, num_cached
+from .masks_peer import fit_attention_mask, num_cached, split_prepared_mask
 from .outputs_peer import (
     PeerCausalLMOutputWithPast,
     PeerMaskedLMOutput,
@@ -69,6 +69,7 @@ from .query_norms_peer import (
 from .retrieval_peer import PeerRetrieval
 from .row_formats_peer import row_width
 from .sparse_mlps_peer import has_own_initialization, sparse_mlp_class
+from .token_context_peer import TokenContext
 from .transformers_names_peer import CACHE, CACHE_NAMES, cache_argument, one_cache
 
 # Activations whose tensors Transformers would leave uninitialised if the checkpoint lacks them.
@@ -81,12 +82,17 @@ RECORDABLE = ("output_router_logits", "output_expert_ids", "output_expert_gates"
 class PeerDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PeerConfig, layer_idx: int):
         super().__init__()
+        self.layer_idx = layer_idx
         self.is_sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.self_attn = LlamaAttention(config, layer_idx)
         self.self_attn.is_causal = config.is_causal  # SDPA reads it when there is no mask
         build = partial(sparse_mlp_class(config.sparse_mlp), initialize=False) if self.is_sparse else LlamaMLP
         self.mlp = build(config)
+        self.mlp_reads_tokens = self.is_sparse and config.sparse_mlp == "hashed_memory"
         self.dense_mlp = LlamaMLP(config) if self.is_sparse and config.parallel_dense_mlp else None
+        self.hashed_memory = None
+        if self.is_sparse and config.parallel_hashed_memory:
+            self.hashed_memory = sparse_mlp_class("hashed_memory")(config, initialize=False)
         grown = grown_pools_of(config, layer_idx)
         self.grown_pools = nn.ModuleList(map(build, grown)) if grown else None
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -99,9 +105,12 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_mask: torch.Tensor | None = None,
         with_aux_losses: bool = False,
+        tokens: TokenContext | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states and, `with_aux_losses` and if there are any, the sum of those losses.
+
+        `tokens` are for a hashed memory.
 
         The other keywords, including the cache, go to attention.
         """
@@ -117,7 +126,11 @@ class PeerDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         aux_losses = AuxiliaryLosses() if with_aux_losses else None
-        output = self.mlp(hidden_states, token_mask, aux_losses) if self.is_sparse else self.mlp(hidden_states)
+        inputs = (hidden_states, token_mask, aux_losses) if self.is_sparse else (hidden_states,)
+        own_tokens = None if tokens is None else replace(tokens, layer=self.layer_idx)
+        output = self.mlp(*inputs, tokens=own_tokens) if self.mlp_reads_tokens else self.mlp(*inputs)
+        if self.hashed_memory is not None:
+            output = output + self.hashed_memory(*inputs, tokens=own_tokens)
         for pool in self.grown_pools or ():
             output = output + pool(hidden_states, token_mask, aux_losses)
         if self.dense_mlp is not None:
@@ -208,6 +221,14 @@ class PeerPreTrainedModel(PeerCheckpoints, PreTrainedModel):
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad and id(parameter) not in frozen)
         return self
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Like `PreTrainedModel.resize_token_embeddings`. Hashed memories know the new tokens, too."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for module in self.modules():
+            if hasattr(module, "resize_vocabulary"):
+                module.resize_vocabulary(self.config.vocab_size)
+        return embeddings
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Like `PreTrainedModel.num_parameters`. It is the same for all formats of expert tables.
@@ -311,7 +332,7 @@ class PeerModel(PeerPreTrainedModel):
         super().init_parallel_plans()
         # The configuration's plans name every MLP and table a PEER model can have. Keep the entries of this model.
         names = {re.sub(r"\.\d+", ".*", name) for name, _ in chain(self.named_modules(), self.named_parameters())}
-        if self.config.sparse_mlp not in PRODUCT_KEY_MLPS:  # the plans shard rows; other experts are replicated
+        if self.config.sparse_mlp not in TABLE_MLPS:  # the plans shard rows; other experts are replicated
             names.discard("layers.*.mlp.experts")
         self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in names}
         self._ep_plan = {name: style for name, style in self._ep_plan.items() if name in names}
@@ -323,9 +344,12 @@ class PeerModel(PeerPreTrainedModel):
         sparse = [i for i, layer in enumerate(self.layers) if layer.is_sparse]
         if not self.config.share_expert_tables or not sparse:
             return {}
-        names = [name for name, _ in self.layers[sparse[0]].mlp.experts.named_parameters()]
-        table = "layers.{}.mlp.experts.{}".format
-        return {table(i, name): table(sparse[0], name) for i in sparse[1:] for name in names}
+        first = self.layers[sparse[0]]
+        pools = {"mlp.experts": first.mlp.experts}
+        if first.hashed_memory is not None:
+            pools["hashed_memory.experts"] = first.hashed_memory.experts
+        names = [f"{pool}.{name}" for pool, module in pools.items() for name, _ in module.named_parameters()]
+        return {f"layers.{i}.{name}": f"layers.{sparse[0]}.{name}" for i in sparse[1:] for name in names}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # Transformers ties only if `tie_word_embeddings` is set. Shared expert tables do not depend on it.
@@ -366,6 +390,8 @@ class PeerModel(PeerPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        elif self.config.has_hashed_memory:
+            raise ValueError("hashed_memory looks up what the tokens are: pass input_ids in place of inputs_embeds.")
         batch_size, length = inputs_embeds.shape[:2]
         if 0 in (batch_size, length):
             raise ValueError(f"The input is empty: {batch_size} sequences of {length} tokens.")
@@ -379,6 +405,7 @@ class PeerModel(PeerPreTrainedModel):
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(length, device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
+        attention_mask, token_mask = split_prepared_mask(attention_mask, length, cache)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -389,7 +416,8 @@ class PeerModel(PeerPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        token_mask = current_token_mask(attention_mask, length, cache)
+        if self.config.has_hashed_memory:
+            kwargs["tokens"] = TokenContext(input_ids, position_ids, cache)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = decoder_layer(
                 hidden_states,

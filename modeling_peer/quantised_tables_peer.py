@@ -92,7 +92,7 @@ class QuantisableTables(nn.Module):
         per_element = TABLE_FORMATS[table_format].numbers_per_element
         if self.config.hidden_size % per_element:
             raise ValueError(
-                f"expert_table_format={table_format!r} packs two numbers into a byte, so hidden_size "
+                f"expert_table_format={table_format!r} packs two numbers into a byte, so the width of a row "
                 f"({self.config.hidden_size}) must be even. Use 'int8'."
             )
         tables = {name: self._parameters.get(name) for name in SCALE_NAMES if getattr(self, name) is not None}

@@ -2,8 +2,8 @@
 """The layers available as sparse MLP, by their name in `PeerConfig.sparse_mlp`.
 
 Each is built as `sparse_mlp(config, initialize=True)` and called as `sparse_mlp(hidden_states, token_mask=None,
-aux_losses=None)`; see [`PeerLayer`] for the arguments. Its `check_experts_implementation` returns a name of
-`experts_implementation` that it can run, or raises ValueError.
+aux_losses=None)`; see [`PeerLayer`] for the arguments. A hashed memory is given `tokens`, too. The layer's
+`check_experts_implementation` returns a name of `experts_implementation` that it can run, or raises ValueError.
 
 The module of a layer is imported when the first such layer is built.
 """
@@ -17,8 +17,9 @@ from .travelling_code_peer import SPARSE_MLP_CLASSES, missing_layer
 
 if TYPE_CHECKING:
     # Never imported. Transformers copies the files that a source text imports. A checkpoint's copy of this file has
-    # the line of its own layer only (`keep_own_layers`).
+    # the lines of its own layers only (`keep_own_layers`).
     from .expert_choice_moe_peer import PeerExpertChoiceMoe  # noqa: F401
+    from .hashed_memory_peer import PeerHashedMemory  # noqa: F401
     from .layer_peer import PeerLayer  # noqa: F401
     from .multilinear_moe_peer import PeerMultilinearMoe  # noqa: F401
     from .product_key_memory_peer import PeerProductKeyMemory  # noqa: F401

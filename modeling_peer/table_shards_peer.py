@@ -4,6 +4,7 @@
     model-00001-of-00001.safetensors        everything that every token reads: dense weights and retrieval
     model-layer-007-experts.safetensors     the expert tables of layer 7
     model-layer-007-grown-0-experts.safetensors     those of the first pool that was grown beside it
+    model-layer-007-hashed-memory-experts.safetensors     the rows of a hashed memory beside it
     model.safetensors.index.json            which tensor is in which file, and each file's checksum
 
 Transformers reads the index and needs nothing else. One layer's tables can be downloaded or mapped alone. Their data
@@ -26,7 +27,8 @@ from .file_names_peer import expert_tables_stem, index_name, is_weight_file, wei
 # Smaller tables, all together, stay in the one file that Transformers writes: a save then replaces it in one step.
 MIN_BYTES = 2**20
 TABLE = re.compile(
-    r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|grown_pools\.(?P<grown>\d+))\.experts)\.\w+_(?:embed|scale)"
+    r"(?P<pool>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:mlp|(?P<beside>grown_pools\.\d+|hashed_memory))\.experts)"
+    r"\.\w+_(?:embed|scale)"
 )
 
 
@@ -73,12 +75,12 @@ def _plan(tensors: dict[str, StoredTensor], variant: str | None, max_shard_size:
     tables = {name: table for name in tensors if (table := TABLE.fullmatch(name))}
     if sum(tensors[name].num_bytes for name in tables) < MIN_BYTES:
         tables = {}
-    pools: dict[tuple[int, int | None] | None, dict[str, StoredTensor]] = {}
+    pools: dict[tuple[int, str | None] | None, dict[str, StoredTensor]] = {}
     for name, tensor in tensors.items():
         pool = None
         if name in tables:
-            layer, grown = tables[name].group("layer", "grown")
-            pool = (int(layer), None if grown is None else int(grown))
+            layer, beside = tables[name].group("layer", "beside")
+            pool = (int(layer), beside)
         pools.setdefault(pool, {})[name] = tensor
     plan = {}
     for pool, members in pools.items():

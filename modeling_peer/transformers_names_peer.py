@@ -103,7 +103,7 @@ require_methods(
     *("_init_weights", "get_correct_experts_implementation", "set_experts_implementation"),
     *("prepare_distribute_model", "maybe_distribute_model", "init_parallel_plans", "get_expanded_tied_weights_keys"),
     *("gather_sharded_state_dict_for_save", "should_save_on_this_rank", "barrier_after_gathered_checkpoint_save"),
-    *("_get_files_timestamps", "_upload_modified_files"),
+    *("_get_files_timestamps", "_upload_modified_files", "resize_token_embeddings"),
 )
 
 

@@ -49,6 +49,8 @@ def tiny_config():
             "num_retrieval_heads": 2,
             "num_experts_per_head": 4,
             "query_dim": 16,
+            "num_hash_heads": 2,
+            "num_rows_per_hash_head": 30,
             "max_position_embeddings": 128,
             "pad_token_id": 0,
         }

@@ -13,6 +13,7 @@ VARIANTS = {
     "dense": {"mlp_layer_types": ["dense"] * 3},
     "product_key_memory": {"sparse_mlp": "product_key_memory"},
     "Memory+": {"sparse_mlp": "product_key_memory", "gated_memory": True},
+    "hashed_memory": {"sparse_mlp": "hashed_memory"},
     "top_k_moe": {"sparse_mlp": "top_k_moe"},
     "expert_choice_moe": {"sparse_mlp": "expert_choice_moe"},
     "multilinear_moe": {"sparse_mlp": "multilinear_moe"},

@@ -7,6 +7,8 @@ import transformers
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
+from modeling_peer.token_context_peer import TokenContext
+
 # Where torch's grouped products do not take the sizes, Transformers computes them one by one, and before 5.23 the
 # compiler could not trace that gradient.
 grouped_gradients_compile = pytest.mark.skipif(
@@ -37,6 +39,11 @@ def assert_equals_oracle(layer, hidden, output, expected_output):
     for name, gradient, expected in zip(leaves, gradients(output), gradients(expected_output), strict=True):
         assert expected.any(), f"{name} gets no gradient: the case shows nothing"
         torch.testing.assert_close(gradient, expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def context(input_ids, **fields):
+    """The tokens of a forward without a cache, as a model gives them to a hashed memory."""
+    return TokenContext(input_ids, torch.arange(input_ids.shape[1]).unsqueeze(0), **fields)
 
 
 def learn(model, tokens, steps=20):

@@ -97,6 +97,45 @@ def product_key_memory(layer, hidden_states):
     return torch.stack(outputs)
 
 
+def ngram_rows(tokens, max_ngram_size, table_sizes, multipliers):
+    """Rows that the n-grams ending at the last of `tokens` address: Engram's hash, one n-gram and table at a time.
+
+    Args:
+        tokens: ids of the tokens of one sequence so far.
+    """
+    rows, first_row = [], 0
+    num_heads = len(table_sizes) // (max_ngram_size - 1)
+    for number, size in enumerate(table_sizes):
+        mix = 0
+        for place in range(2 + number // num_heads):
+            token = 1 + tokens[-1 - place] if place < len(tokens) else 0
+            mix ^= token * multipliers[place]
+        rows.append(first_row + mix % size)
+        first_row += size
+    return rows
+
+
+def hashed_memory(layer, hidden_states, sequences, multipliers):
+    """A `PeerHashedMemory`, token after token and tap after tap (Cheng et al. 2026, sections 2.2 and 2.3)."""
+    outputs = []
+    for states, tokens in zip(hidden_states, sequences, strict=True):
+        values = []
+        for t, h in enumerate(states):
+            rows = ngram_rows(tokens[: t + 1], layer.max_ngram_size, layer.table_sizes, multipliers)
+            e = torch.cat([layer.experts.up_embed[row] for row in rows])
+            key = layer.key_norm(layer.key_proj.weight @ e)
+            gate = (layer.hidden_norm(h) @ key / len(h) ** 0.5).sigmoid()
+            values.append(gate * (layer.value_proj.weight @ e))
+        for t, value in enumerate(values):
+            convolved = 0
+            for tap, weight in enumerate(layer.conv_weight):
+                source = t - tap * layer.max_ngram_size
+                if source >= 0:
+                    convolved = convolved + weight * layer.value_norm(values[source])
+            outputs.append(value + convolved * convolved.sigmoid())
+    return torch.stack(outputs).view(hidden_states.shape)
+
+
 def entmax15(logits):
     """Of one vector: bisection for the threshold at which the squares of what exceeds it, halved, sum to 1."""
     halves = logits / 2

@@ -31,6 +31,8 @@ TRAVELLING_FILES = {
     "transformers_names_peer.py",
     "configuration_peer.py",
     "grown_pools_peer.py",
+    "part_config_peer.py",
+    "token_context_peer.py",
     "backends_peer.py",
     "auxiliary_losses_peer.py",
     "product_keys_peer.py",

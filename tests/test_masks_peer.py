@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from model_helpers import context
 from transformers import DynamicCache
 
 from modeling_peer import PeerForCausalLM, PeerForMaskedLM
@@ -114,5 +115,6 @@ def test_a_mask_shorter_than_what_the_cache_holds_is_refused(causal_model, token
 def test_a_layer_by_itself_refuses_a_mask_that_does_not_fit(model, shape):
     layer = model.model.layers[1].mlp.train()
     if not any(name in type(layer).__name__ for name in ("Multilinear",)):  # which has no use for one
+        tokens = {"tokens": context(torch.ones(2, 4, dtype=torch.long))} if "Hashed" in type(layer).__name__ else {}
         with pytest.raises(ValueError, match=rf"token_mask is {re.escape(str(shape))}, .*\(2, 4\)"):
-            layer(torch.randn(2, 4, 32), torch.ones(shape))
+            layer(torch.randn(2, 4, 32), torch.ones(shape), **tokens)

@@ -22,6 +22,7 @@ SHARED_OUT = {"num_key_value_heads": 4, "vocab_size": 100}  # numbers that 4 ran
 RMS = {"query_norm": "rms_norm"}
 SHARED = {"mlp_layer_types": ["sparse", "dense", "sparse"], "share_expert_tables": True, "gated_experts": True}
 MEMORY = {"sparse_mlp": "product_key_memory", "gated_memory": True}
+HASHED = {"sparse_mlp": "hashed_memory"}
 ROW_SPARSE = {"row_sparse_gradients": True}
 DOUBLE = {"dtype": torch.float64, "experts_implementation": "eager"}
 
@@ -59,6 +60,8 @@ def weights(folder, dtype=torch.float64):
         (2, {"tp_size": 2}, ROW_SPARSE),
         (4, {"tp_size": 4}, SHARED | ROW_SPARSE),
         (2, {"tp_size": 2}, MEMORY | ROW_SPARSE),  # one table a layer, and a gate that every rank has
+        (2, {"tp_size": 2}, HASHED | ROW_SPARSE),
+        (4, {"tp_size": 4}, {"parallel_hashed_memory": True}),  # 150 rows: the last rank has fewer
         (4, {"tp_size": 4}, {"num_kept_experts": 30}),  # a slice: ids are looked up before rows are shared out
         (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
         (2, {"fsdp_size": 2}, RMS),  # tables as any other parameter
@@ -67,6 +70,7 @@ def weights(folder, dtype=torch.float64):
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS),  # ranks have tokens of their own
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | SHARED),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | MEMORY),
+        (4, {"fsdp_size": 4, "ep_size": 2}, HASHED),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | {"num_kept_experts": 30}),
     ],
     ids=str,

@@ -62,6 +62,7 @@ def with_values_of(model):
         {"gated_experts": True, "mlp_layer_types": ["sparse"] * 3},
         {"share_expert_tables": True, "mlp_layer_types": ["sparse"] * 3},
         {"sparse_mlp": "product_key_memory"},
+        {"parallel_hashed_memory": True},
     ],
     ids=str,
 )
@@ -246,7 +247,7 @@ def test_what_cannot_be_quantised_is_refused_and_stays_as_it_was(tiny_config):
         StrictDataclassError, match=r"int4' packs two numbers into a byte, so hidden_size \(33\) must be even"
     ):
         PeerConfig(hidden_size=33, num_attention_heads=3, head_dim=4, expert_table_format="int4")
-    with pytest.raises(StrictDataclassError, match="is for what product keys retrieve"):
+    with pytest.raises(StrictDataclassError, match="is for tables that a token reads few rows of"):
         PeerConfig(sparse_mlp="top_k_moe", expert_table_format="int8")
     model = PeerForCausalLM(tiny_config(mlp_layer_types=["sparse"] * 3))
     with pytest.raises(ValueError, match=r"expert_table_format='int3' is unknown\. Known: int8, int4, float8_e4m3"):

@@ -82,6 +82,14 @@ def test_the_python_of_the_page_on_learning_runs(tmp_path, monkeypatch):
     assert PeerForCausalLM.from_pretrained(tmp_path / "grown").config.grown_pools[0]["num_sub_keys"] == 16
 
 
+def test_the_python_of_the_page_on_hashed_memory_runs():
+    left = run_python((REPOSITORY / "docs" / "hashed_memory.md").read_text(encoding="utf-8"), least=2)
+    middle = (left["hashed"].config.num_hidden_layers - 1) // 2
+    canonical = left["hashed"].model.layers[middle].mlp.canonical_ids
+    assert canonical[left["tokenizer"].encode("A")[0]] == canonical[left["tokenizer"].encode("a")[0]]
+    assert left["both"].model.layers[middle].hashed_memory is not None
+
+
 def test_the_python_of_the_page_on_tables_runs(tmp_path, monkeypatch, tiny_config):
     monkeypatch.chdir(tmp_path)
     PeerForCausalLM(tiny_config()).save_pretrained("my-peer")

@@ -5,17 +5,19 @@ import copy
 
 import pytest
 import torch
-from model_helpers import grouped_gradients_compile, learn
+from model_helpers import context, grouped_gradients_compile, learn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from modeling_peer import PeerForCausalLM, PeerForTokenClassification
-from modeling_peer.configuration_peer import PRODUCT_KEY_MLPS, SPARSE_MLPS
+from modeling_peer.configuration_peer import SPARSE_MLPS, TABLE_MLPS
 from modeling_peer.sparse_mlps_peer import sparse_mlp_class
 
 FIELDS = {
     "peer": {"sparse_mlp": "peer"},
     "product_key_memory": {"sparse_mlp": "product_key_memory"},
     "product_key_memory, gated": {"sparse_mlp": "product_key_memory", "gated_memory": True},
+    "hashed_memory": {"sparse_mlp": "hashed_memory"},
+    "peer and hashed_memory": {"parallel_hashed_memory": True},
     "top_k_moe, noisy_top_k": {"sparse_mlp": "top_k_moe"},
     "top_k_moe, switch": {"sparse_mlp": "top_k_moe", "moe_router": "switch"},
     "expert_choice_moe": {"sparse_mlp": "expert_choice_moe"},
@@ -70,7 +72,7 @@ def step(model, **inputs):
 
 
 def test_every_name_of_the_configuration_is_built_and_tested():
-    assert set(SPARSE_MLPS) == {fields["sparse_mlp"] for fields in FIELDS.values()}
+    assert set(SPARSE_MLPS) == {fields.get("sparse_mlp", "peer") for fields in FIELDS.values()}
 
 
 @EVERY
@@ -78,7 +80,7 @@ def test_every_name_of_the_configuration_is_built_and_tested():
 def test_every_weight_of_a_new_model_and_of_a_layer_alone_is_initialised(new_config, new_model, name):
     model = new_model(name)
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    layer = sparse_mlp_class(FIELDS[name]["sparse_mlp"])(new_config(name))
+    layer = sparse_mlp_class(FIELDS[name].get("sparse_mlp", "peer"))(new_config(name))
     in_model = model.model.layers[0].mlp.state_dict()
     for key, value in layer.state_dict().items():
         assert value.shape == in_model[key].shape
@@ -90,9 +92,12 @@ def test_every_weight_of_a_new_model_and_of_a_layer_alone_is_initialised(new_con
 @pytest.mark.parametrize("shape", [(0, 32), (1, 32), (1, 1, 32), (2, 5, 32)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_alone_keeps_the_shape_of_its_input_one_token_and_none(new_config, name, shape, training):
-    layer = sparse_mlp_class(FIELDS[name]["sparse_mlp"])(new_config(name)).train(training)
+    layer = sparse_mlp_class(FIELDS[name].get("sparse_mlp", "peer"))(new_config(name)).train(training)
     x = torch.randn(shape, requires_grad=True)
-    output = layer(x)
+    is_hashed = FIELDS[name].get("sparse_mlp") == "hashed_memory"
+    if is_hashed and x.dim() != 3:
+        pytest.skip("it reads sequences of tokens")
+    output = layer(x, tokens=context(torch.randint(99, shape[:2]))) if is_hashed else layer(x)
     output.square().sum().backward()
     assert output.shape == shape
     assert output.isfinite().all()
@@ -225,8 +230,10 @@ def test_training_compiles_to_one_graph(new_model, tokens, name):
 
 
 @EVERY
-def test_parallel_plans_shard_tables_of_product_keys_and_replicate_other_experts(new_model, name):
+def test_parallel_plans_shard_large_tables_and_replicate_other_experts(new_model, name):
     model = new_model(name, num_key_value_heads=4)
     own = {key: style for plan in (model._tp_plan, model._ep_plan) for key, style in plan.items() if ".mlp" in key}
-    assert bool(own) == (model.config.sparse_mlp in PRODUCT_KEY_MLPS), own
+    assert bool(own) == (model.config.sparse_mlp in TABLE_MLPS), own
+    beside = [key for plan in (model._tp_plan, model._ep_plan) for key in plan if ".hashed_memory" in key]
+    assert bool(beside) == model.config.parallel_hashed_memory, beside
     assert model.tp_plan["model.layers.*.self_attn.q_proj"] == "colwise"

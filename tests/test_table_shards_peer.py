@@ -23,7 +23,7 @@ from modeling_peer import (
     verify_checkpoint,
 )
 from modeling_peer.checksums_peer import read_header, stored_checksum
-from modeling_peer.configuration_peer import SPARSE_MLPS
+from modeling_peer.configuration_peer import SPARSE_MLPS, TABLE_MLPS
 from modeling_peer.mapped_memory_peer import PAGE
 
 TABLES = ("down_embed", "up_embed")
@@ -92,10 +92,11 @@ def test_the_data_of_each_file_starts_at_a_page(folder):
 @pytest.mark.parametrize("sparse_mlp", SPARSE_MLPS)
 def test_only_layers_with_expert_tables_get_such_files(tiny_config, tmp_path, sparse_mlp):
     mixture = {"num_moe_experts": 4, "moe_intermediate_size": 16, "is_causal": sparse_mlp != "soft_moe"}
+    mixture["num_rows_per_hash_head"] = 20_000
     model = PeerModel(tiny_config(sparse_mlp=sparse_mlp, **mixture))
     model.save_pretrained(tmp_path)
     tables = [path for path in tmp_path.glob("*.safetensors") if "experts" in path.name]
-    assert len(tables) == (sparse_mlp in ("peer", "product_key_memory"))
+    assert len(tables) == (sparse_mlp in TABLE_MLPS)
     assert (tmp_path / INDEX).exists() == bool(tables)
     for name, value in PeerModel.from_pretrained(tmp_path).state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name

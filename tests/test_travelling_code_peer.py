@@ -23,6 +23,7 @@ PRODUCT_KEYS, MIXTURE = {"layer_peer.py", "one_call_peer.py"}, {"moe_experts_pee
 OWN_FILES = {
     "peer": PRODUCT_KEYS,
     "product_key_memory": PRODUCT_KEYS | {"product_key_memory_peer.py"},
+    "hashed_memory": {"hashed_memory_peer.py"},
     "top_k_moe": MIXTURE | {"top_k_moe_peer.py"},
     "expert_choice_moe": MIXTURE | {"expert_choice_moe_peer.py"},
     "soft_moe": MIXTURE | {"soft_moe_peer.py"},
@@ -66,6 +67,11 @@ def test_a_checkpoint_carries_the_code_of_its_own_layers_alone(new_config, tmp_p
     assert all(line.startswith("    from .") for line in left_out)
 
 
+def test_a_hashed_memory_beside_another_layer_brings_its_code(new_config, tmp_path):
+    PeerModel(new_config("peer", parallel_hashed_memory=True)).save_pretrained(tmp_path)
+    assert code_in(tmp_path) == TRAVELLING_FILES - LAYER_FILES | PRODUCT_KEYS | OWN_FILES["hashed_memory"]
+
+
 def test_another_layer_saved_into_the_folder_replaces_the_code_of_the_first(new_config, tmp_path):
     (tmp_path / "mine_peer.py").write_text("precious")
     for sparse_mlp in ("top_k_moe", "peer", "product_key_memory", "peer"):
@@ -93,7 +99,7 @@ def test_code_without_the_layer_is_named_with_the_way_out(new_config, tmp_path, 
     new_config("peer").save_pretrained(tmp_path)
     message = r"sparse_mlp='soft_moe' needs soft_moe_peer\.py, .*config\.json\. Or install the package modeling_peer"
     with pytest.raises(ValueError, match=message):
-        keep_own_layers(tmp_path, "soft_moe")
+        keep_own_layers(tmp_path, ["soft_moe"])
     monkeypatch.setattr("modeling_peer.sparse_mlps_peer.__package__", "modeling_peer.console")  # has no such module
     with pytest.raises(ValueError, match=message):
         sparse_mlp_class("soft_moe")

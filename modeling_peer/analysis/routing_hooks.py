@@ -89,8 +89,9 @@ def routed_layers(model: nn.Module) -> list[RoutedLayer]:
         number = re.search(r"\b(?:layers|h|blocks)\.(\d+)\.", path)
         index = int(number[1]) if number else len(found)
         parent = modules.get(path.rpartition(".")[0], model)
-        if _is_named(parent, "PeerSoftMoe"):
-            continue  # each expert reads mixtures of all tokens, so no token has experts of its own
+        # Each expert of a Soft MoE reads mixtures of all tokens. A hashed memory's rows follow from the tokens.
+        if _is_named(parent, "PeerSoftMoe") or _is_named(parent, "PeerHashedMemory"):
+            continue
         fine = _is_named(module, "PeerExperts")
         num_experts = module.num_peer_experts if fine else module.num_experts
         num_heads = module.config.num_retrieval_heads if fine else 1
@@ -116,7 +117,7 @@ def find_routed_layers(model: nn.Module) -> list[RoutedLayer]:
         raise ValueError(
             f"{type(model).__name__} has no layer that routes tokens to experts. Supported: PEER, product_key_memory, "
             "top_k_moe, expert_choice_moe, and Transformers' mixtures whose experts are one module. soft_moe and "
-            "multilinear_moe use every expert for every token."
+            "multilinear_moe use every expert for every token, and hashed_memory has no router."
         )
     return found
 

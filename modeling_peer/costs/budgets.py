@@ -16,6 +16,7 @@ A knob is a field that is changed to meet the budget. The defaults are:
 |---|---|---|
 | nothing: a dense model | intermediate_size | the same |
 | peer, product_key_memory | intermediate_size, of the dense layers | num_sub_keys, then intermediate_size |
+| hashed_memory | intermediate_size, of the dense layers | num_rows_per_hash_head, then intermediate_size |
 | top_k_moe, expert_choice_moe | moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
 | soft_moe | num_slots_per_expert, then moe_intermediate_size | num_moe_experts, then moe_intermediate_size |
 | multilinear_moe | the last of multilinear_ranks | the same |
@@ -32,7 +33,7 @@ from functools import cache, partial
 from typing import Any
 
 from modeling_peer import PeerConfig
-from modeling_peer.configuration_peer import PRODUCT_KEY_MLPS
+from modeling_peer.configuration_peer import TABLE_MLPS
 from modeling_peer.costs.counting import model_cost
 
 TOLERANCES = {"flops": 0.01, "parameters": 0.01, "time": 0.05}
@@ -45,6 +46,7 @@ KNOBS = {
     "moe_intermediate_size": (8, 1),
     "num_moe_experts": (1,),
     "num_slots_per_expert": (1,),
+    "num_rows_per_hash_head": (8, 1),
     "multilinear_ranks": (1,),
 }
 # Fields that are a knob's lower bound.
@@ -141,10 +143,11 @@ def default_knobs(config: PeerConfig, budget: str) -> tuple[str, ...]:
         return ("intermediate_size",)
     if config.sparse_mlp == "multilinear_moe":
         return ("multilinear_ranks",)
-    if config.sparse_mlp in PRODUCT_KEY_MLPS:
+    if config.sparse_mlp in TABLE_MLPS:
+        pool = "num_rows_per_hash_head" if config.sparse_mlp == "hashed_memory" else "num_sub_keys"
         if budget == "parameters" and has_dense:
-            return ("num_sub_keys", "intermediate_size")
-        return ("intermediate_size",) if has_dense else ("num_sub_keys",)
+            return (pool, "intermediate_size")
+        return ("intermediate_size",) if has_dense else (pool,)
     if budget == "parameters":
         return ("num_moe_experts", "moe_intermediate_size")
     if config.sparse_mlp == "soft_moe":

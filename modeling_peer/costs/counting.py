@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from modeling_peer import PeerConfig
 from modeling_peer.grown_pools_peer import grown_pools_of
+from modeling_peer.hashed_memory_peer import table_sizes_of
 
 # The backward of a matrix product has two products of the same size, one for the gradient of each factor. Gradient
 # checkpointing computes forwards again. This is not counted, because it depends on the implementation.
@@ -73,9 +74,9 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
             the number of slots is fixed.
 
     Returns:
-        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, and the output gate of
-        Memory+. Parameters shared by several layers, or by embeddings and head, count once. Every token still uses
-        them in each place.
+        embeddings, norms (of the decoder), attention, dense MLPs, routing, experts, head, the output gate of Memory+,
+        and the fusion of a hashed memory. Parameters shared by several layers, or by embeddings and head, count once.
+        Every token still uses them in each place.
     """
     if config.model_type != "peer":
         raise ValueError(f"costs are counted for PEER configurations, got model_type={config.model_type!r}.")
@@ -84,6 +85,9 @@ def model_parts(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
     num_layers, num_sparse = config.num_hidden_layers, config.mlp_layer_types.count("sparse")
     num_dense = num_layers if config.parallel_dense_mlp else num_layers - num_sparse
     sparse = SPARSE_MLP_COSTS[config.sparse_mlp](config, sequence_length)
+    if config.parallel_hashed_memory:
+        beside = hashed_memory_cost(config, sequence_length)
+        sparse = {name: sparse.get(name, Cost()) + beside.get(name, Cost()) for name in sparse | beside}
     experts = sparse["experts"] * num_sparse
     if config.share_expert_tables and num_sparse:
         experts += Cost(parameters=-(num_sparse - 1) * sparse["experts"].parameters)
@@ -135,6 +139,18 @@ def product_key_memory_cost(config: PeerConfig, sequence_length: int) -> dict[st
     values = _chosen(_matrix(config.hidden_size, 1), config)
     gate = {"output gate": _matrix(config.hidden_size, config.hidden_size) * 2} if config.gated_memory else {}
     return {"routing": retrieval_cost(config), "experts": values, **gate}
+
+
+def hashed_memory_cost(config: PeerConfig, sequence_length: int) -> dict[str, Cost]:
+    """Hashed n-gram memory: rows are looked up, which is free, and keys and values are projected from them.
+
+    The convolution is a product of a diagonal matrix for each tap, which the definition above leaves out.
+    """
+    tables = table_sizes_of(config)
+    width, row = config.hidden_size, config.ngram_dim // len(tables)
+    rows = Cost(sum(tables) * row, config.ngram_dim)
+    fusion = _matrix(config.ngram_dim, width) * 2 + _elementwise(width) * (3 + config.ngram_conv_size)
+    return {"routing": Cost(), "experts": rows, "fusion": fusion}
 
 
 def retrieval_cost(config: PeerConfig) -> Cost:
@@ -202,6 +218,7 @@ def _tensor_ring_layer(config: PeerConfig, inputs: int, outputs: int) -> Cost:
 SPARSE_MLP_COSTS: dict[str, Callable[[PeerConfig, int], dict[str, Cost]]] = {
     "peer": peer_cost,
     "product_key_memory": product_key_memory_cost,
+    "hashed_memory": hashed_memory_cost,
     "top_k_moe": top_k_moe_cost,
     "expert_choice_moe": expert_choice_moe_cost,
     "soft_moe": soft_moe_cost,

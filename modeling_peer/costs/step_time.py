@@ -22,7 +22,9 @@ def step_time_ratio(
 ) -> float:
     """Median seconds of a training step of `config`, divided by those of `reference`.
 
-    Both models have new weights. Their steps are measured alternately.
+    Both models have new weights and PyTorch's AdamW, or the AdamW for row-sparse gradients if the configuration has
+    them. Their steps are measured alternately. A study measures the steps of its own recipes instead
+    (`modeling_peer.training.measured_steps`).
 
     Args:
         device: device of both models. Default: CUDA if available, else the CPU.

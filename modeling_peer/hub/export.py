@@ -183,7 +183,7 @@ def _stage(folder: Path, files: ModelFiles, staging: Path, code: str) -> ModelFi
         staged.sent[name] = staging / name
     if from_package:
         custom_object_save(modeling_peer.PeerForCausalLM, staging)
-        keep_own_layers(staging, config.get("sparse_mlp", modeling_peer.PeerConfig.sparse_mlp))
+        keep_own_layers(staging, modeling_peer.PeerConfig(**config).sparse_mlp_names)
         for path in sorted(staging.glob("*_peer.py")):
             staged.sent[path.name] = path
         _write(staged, staging, "config.json", json.dumps({**config, "auto_map": AUTO_MAP}, indent=2) + "\n")

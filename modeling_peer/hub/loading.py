@@ -282,6 +282,7 @@ def cause_of(error: Exception) -> str:
 def _require_known_fields(fields: dict, config: PreTrainedConfig) -> None:
     # a configuration accepts any field, so a misspelt one would have no effect
     known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map) | set(config.to_dict())
+    known.add("auto_map")  # of a checkpoint with code
     for name in fields:
         if name not in known:
             raise SettingsError(f"{type(config).__name__} has no field {name!r}.{nearest(name, known)}")

@@ -26,6 +26,7 @@ PATH_SETTINGS = ("train_file", "validation_file", "model", "tokenizer", "dataset
 PAPERS = {
     "peer": "2407.04153",
     "product_key_memory": "1907.05242",
+    "hashed_memory": "2601.07372",
     "noisy_top_k": "1701.06538",
     "switch": "2101.03961",
     "expert_choice_moe": "2202.09368",
@@ -159,6 +160,9 @@ def sparse_facts(config) -> dict[str, Any] | None:
         )
     if getattr(config, "num_kept_experts", None):
         words += f". Of the experts of each layer this slice keeps {config.num_kept_experts:,}"
+    if getattr(config, "parallel_hashed_memory", False):
+        paper = PAPERS["hashed_memory"]
+        words += f". A hashed memory of n-grams ([arXiv:{paper}](https://arxiv.org/abs/{paper})) stands beside each"
     for pool in getattr(config, "grown_pools", None) or ():
         words += f". A pool of {pool['num_sub_keys'] ** 2:,} more experts was grown in {len(pool['layers'])} of them"
     return {

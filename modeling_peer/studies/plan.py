@@ -4,6 +4,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from modeling_peer.costs.budgets import fit_to_budget
 from modeling_peer.costs.counting import model_cost
 from modeling_peer.hub.loading import language_model_class, load_config
 from modeling_peer.studies.study_recipe import Size, Study
+from modeling_peer.training.measured_steps import MeasuredModel, time_training_steps
 from modeling_peer.training.recipe import Recipe, parse_recipe, read_run_fields
 
 FITS_FILE = "fits.json"
+# of each measurement in a search for equal time
+FIT_REPEATS = 9
+FIT_SECONDS_EACH = 10.0
 # Settings that do not decide a result: paths, logging, saving and reading. `architecture` has the model's fields.
 NOT_COMPARED = {"train_file", "validation_file", "tokenizer", "output_dir", "model_overrides"}
 NOT_COMPARED |= {"run_name", "report_to", "disable_tqdm", "logging_steps", "eval_steps", "eval_strategy"}
@@ -122,12 +127,7 @@ class _Planner:
         try:
             if name != study.recipe.reference:
                 config, fitted = self.fit(name, size, reference)
-            # fields of a contender or a size take precedence over shared ones
-            recipe = self.shared.with_fields(
-                read_run_fields(self.size(size).training, f"size {size}"),
-                read_run_fields(study.recipe.contenders[name].training, f"contender {name}"),
-                _overrides(self.overrides(name, size) | fitted),
-            )
+            recipe = self.training(name, size).with_fields(_overrides(self.overrides(name, size) | fitted))
             with torch.device("meta"):
                 options = {"experts_implementation": recipe.model.experts_implementation}
                 language_model_class(config).from_config(config, **options)
@@ -168,11 +168,15 @@ class _Planner:
         if recipe.budget == "none" or knobs == []:
             return config, {}
         key, path = f"{f'{size}-' if size else ''}{name}", self.study.output_dir / FITS_FILE
-        inputs = {"budget": recipe.budget, "knobs": knobs}
-        inputs = json.loads(json.dumps(inputs | {"config": _fields(config), "reference": _fields(reference)}))
+        inputs = {"budget": recipe.budget, "knobs": knobs, "config": _fields(config), "reference": _fields(reference)}
+        options = {"knobs": tuple(knobs)} if knobs else {}
+        if recipe.budget == "time":
+            recipes = [self.training(one, size) for one in (name, recipe.reference)]
+            inputs["training"] = [compared(one.settings) for one in recipes]
+            options["time_ratio"] = partial(self.time_ratio, *recipes)
+        inputs = json.loads(json.dumps(inputs))
         known = read_json(path)
         if known.get(key, {}).get("inputs") != inputs:
-            options = {"knobs": tuple(knobs)} if knobs else {}
             result = fit_to_budget(
                 config, reference, budget=recipe.budget, sequence_length=self.data["block_size"], **options
             )
@@ -185,6 +189,22 @@ class _Planner:
         # read from the file: a second measurement of time would give another result
         changed = known[key]["changed"]
         return self.configure(name, size, changed), changed
+
+    def time_ratio(
+        self, recipe: Recipe, of_reference: Recipe, config: PreTrainedConfig, reference: PreTrainedConfig
+    ) -> float:
+        """Median time of a step of `config` as `recipe` trains it, divided by the one of the reference."""
+        models = {"candidate": MeasuredModel(recipe, config), "reference": MeasuredModel(of_reference, reference)}
+        times = time_training_steps(models, self.study.arguments.num_threads, FIT_REPEATS, FIT_SECONDS_EACH)
+        return times["candidate"].median_ms / times["reference"].median_ms
+
+    def training(self, name: str, size: str | None) -> Recipe:
+        """The recipe of a contender at a size, without the fields of its configuration."""
+        # fields of a contender or a size take precedence over shared ones
+        return self.shared.with_fields(
+            read_run_fields(self.size(size).training, f"size {size}"),
+            read_run_fields(self.study.recipe.contenders[name].training, f"contender {name}"),
+        )
 
     def configure(self, name: str, size: str | None, fitted: dict[str, Any] | None = None) -> PreTrainedConfig:
         """The configuration of a contender, with the vocabulary size of the study's tokenizer."""

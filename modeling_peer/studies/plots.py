@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""Plots of a study: loss over FLOPs, loss over time, and perplexity over sizes of equal training FLOPs."""
+"""Plots of a study: loss over tokens, FLOPs and time, and perplexity over sizes of equal training FLOPs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,13 @@ from typing import Any
 from modeling_peer.console.line_plots import label_line_ends, line_style, new_figure, save_png
 from modeling_peer.console.tables import counted
 from modeling_peer.studies.loss_curves import draw_groups
+from modeling_peer.studies.validation_curve import ValidationCurve
 
-AXES = {"training_flops": "training FLOPs", "seconds": "seconds of training"}
+AXES = {"tokens": "tokens of training", "training_flops": "training FLOPs", "seconds": "seconds of training"}
 
 
 def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write `loss_by_training_flops.png`, `loss_by_seconds.png` and, if there are sizes, `iso_flop.png`.
+    """Write `loss_by_tokens.png`, `loss_by_training_flops.png`, `loss_by_seconds.png` and, with sizes, `iso_flop.png`.
 
     Loss has one panel for each size, with the same style for a contender in all of them.
     """
@@ -26,7 +27,7 @@ def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Pa
         for axes, (size, of_size) in zip(panels, groups.items(), strict=True):
             drawn = []
             for contender, runs in of_size.items():
-                curves = [tuple([point[key] for point in run["curve"]] for key in (name, "loss")) for run in runs]
+                curves = [(getattr(curve, name), curve.losses) for curve in map(ValidationCurve.of, runs)]
                 label = f"{contender} ({counted(len(runs), 'seed')})"
                 drawn.append((label, line_style(contenders.index(contender)), curves))
             axes.set(xlabel=words, ylabel="validation loss, nats per token, mean over seeds", title=size or "")

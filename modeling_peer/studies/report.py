@@ -2,6 +2,7 @@
 """The report of a study: one JSON file with all its runs, a table, and plots."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -11,16 +12,22 @@ from modeling_peer.console.files import read_json, write_json
 from modeling_peer.console.tables import as_markdown, counted, mean_and_deviation, paired, with_deviation
 from modeling_peer.files_peer import write_text
 from modeling_peer.studies.data import DATA_FILE, FACTS
+from modeling_peer.studies.gaps import FITTED_FROM, gap_along_the_run
+from modeling_peer.studies.places import hardware, software
 from modeling_peer.studies.plan import FITS_FILE, group_name
 from modeling_peer.studies.plots import plot_study
 from modeling_peer.studies.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, USAGE
+from modeling_peer.studies.step_time_report import step_time_parts
+from modeling_peer.studies.step_times import STEP_TIMES_FILE, StepTimes
 from modeling_peer.studies.study_recipe import Study
+from modeling_peer.studies.time_to_loss import time_to_loss
 from modeling_peer.studies.unchanged import SHARED_FILE
+from modeling_peer.studies.validation_curve import ValidationCurve
 
 STUDY_FILE = "study.json"
 TABLE_FILE = "table.md"
 # Other files of a study. `STUDY_FILE` contains each of them under this name.
-WHOLE_FILES = {"shared": SHARED_FILE, "fits": FITS_FILE}
+WHOLE_FILES = {"shared": SHARED_FILE, "fits": FITS_FILE, "step_times": STEP_TIMES_FILE}
 
 
 def collect(study: Study) -> dict[str, Any]:
@@ -71,7 +78,7 @@ def restore(folder: Path) -> None:
         write_json(run_folder / RUN_FILE, {"settings": run["settings"]})
         write_json(run_folder / RUN_RESULTS_FILE, run | study["places"][run.pop("place")])
     for name, file in WHOLE_FILES.items():
-        if study.get(name):  # studies from before 2026-11-26 lack it
+        if study.get(name):  # older studies lack it, and step times are not always measured
             write_json(folder / file, study[name])
     # Written last: once it exists, everything is restored, and a run deleted later stays deleted.
     write_json(folder / DATA_FILE, {name: study[name] for name in FACTS})
@@ -93,9 +100,15 @@ def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> 
     Args:
         announce: print the table.
     """
-    write_json(folder / STUDY_FILE, study)
-    rows = make_rows(study)
-    table = as_tables(study, rows)
+    times = StepTimes.of(study.get("step_times", {}))
+    rows = make_rows(study, times)
+    gaps = [
+        {"contender": row["contender"], "size": row["size"], **row["gap_along_the_run"]}
+        for row in rows
+        if row["gap_along_the_run"]
+    ]
+    write_json(folder / STUDY_FILE, study | {"gap_along_the_run": gaps})
+    table = as_tables(study, rows, times)
     write_text(folder / TABLE_FILE, table + "\n")
     if announce:
         print(table, flush=True)
@@ -104,19 +117,24 @@ def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> 
     return rows
 
 
-def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
     """One row for each contender and size: means and standard deviations over its seeds.
 
     `against_reference` is the mean paired difference from the reference, in percent of its perplexity. A pair is two
-    runs of the same seed. `pairs` is their number.
+    runs of the same seed. `pairs` is their number. `to_reference_loss` is a `TimeToLoss`, and `gap_along_the_run` a
+    `Gap` or, for the reference and for runs with too few evaluations, None.
     """
     groups: dict[tuple, list[dict]] = {}
     for run in study["runs"]:
         groups.setdefault((run["size"], run["contender"]), []).append(run)
+    curves = {group: {run["seed"]: ValidationCurve.of(run) for run in runs} for group, runs in groups.items()}
     rows = []
     for (size, contender), runs in groups.items():
         others = {run["seed"]: run["validation_perplexity"] for run in groups.get((size, study["reference"]), [])}
         ratios = [run["validation_perplexity"] / others[run["seed"]] for run in runs if run["seed"] in others]
+        own, of_reference = (curves.get((size, name), {}) for name in (contender, study["reference"]))
+        reaching = time_to_loss(own, of_reference, times.ms_per_token(contender, size))
+        gap = None if contender == study["reference"] else gap_along_the_run(own, of_reference)
         peaks = _known(run["peak_memory_bytes"] for run in runs)
         steps = _known(run["seconds_per_step"] for run in runs)
         row = {
@@ -129,6 +147,8 @@ def make_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
             "bits_per_byte": mean_and_deviation(_known(run["validation_bits_per_byte"] for run in runs)),
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
+            "to_reference_loss": asdict(reaching),
+            "gap_along_the_run": gap and asdict(gap),
             "peak_memory_bytes": max(peaks, default=None),
         }
         same = ("total_parameters", "active_parameters", "forward_flops_per_token", "training_flops", "tokens")
@@ -143,12 +163,17 @@ def _known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
-def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: perplexity and cost of each contender, use of its experts, and the runs that failed."""
+def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]], times: StepTimes) -> str:
+    """Markdown: results and cost of each contender, its gap to the reference, step times, use of experts, failures."""
+    reference = study["reference"]
     if not rows:
         parts = ["No run is done."]
     else:
-        parts = [_headline(study), as_markdown([_cells(row, study["reference"]) for row in rows])]
+        parts = [_headline(study), as_markdown([_cells(row, reference, times) for row in rows])]
+    with_gap = [row for row in rows if row["gap_along_the_run"]]
+    if with_gap:
+        parts += [_about_gaps(reference), as_markdown([_gap_cells(row) for row in with_gap])]
+    parts += step_time_parts(times, reference, study["budget"])
     used = [row for row in rows if row["unevenness"][0] is not None]
     if used:
         parts += ["Experts in use, on the validation examples:", as_markdown([_usage_cells(row) for row in used])]
@@ -159,14 +184,24 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 def _headline(study: dict[str, Any]) -> str:
     tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
     budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']} as {study['reference']}"
-    places = [f"{_hardware(place['machine'])}, {_software(place['versions'])}" for place in study["places"]]
+    places = [f"{hardware(place['machine'])}, {software(place['versions'])}" for place in study["places"]]
     masked = not study["runs"][0]["settings"]["architecture"].get("is_causal", True)
     return (
         f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget}; "
         f"{'perplexity of masked tokens; ' if masked else ''}"
         f"mean ± standard deviation over seeds. {'; '.join(places)}.\n\n"
         f"A paired difference compares a run with the one of {study['reference']} that has the same seed. Its "
-        "deviation is over these differences, so it can be smaller than those of the perplexities."
+        "deviation is over these differences, so it can be smaller than those of the perplexities. A run is at "
+        f"the final loss of {study['reference']} when its validation loss is the one that {study['reference']} ends "
+        "with at the same seed. The seconds until then are those of training."
+    )
+
+
+def _about_gaps(reference: str) -> str:
+    return (
+        f"Gap in validation loss to {reference} along the run. For each pair of runs with the same seed, a line over "
+        f"the logarithm of the tokens is fitted to it, from {100 * FITTED_FROM:.0f} % of them on. The gap holds if "
+        f"the slope is within two standard errors of 0. It grows if contender and {reference} move apart:"
     )
 
 
@@ -175,16 +210,7 @@ def _range(values: Iterable[int]) -> str:
     return f"{min(numbers):,}" + (f" to {max(numbers):,}" if len(numbers) > 1 else "")
 
 
-def _hardware(machine: dict[str, Any]) -> str:
-    return machine.get("gpu") or f"{machine['cpu']}, {counted(machine['threads'], 'thread')} a run"
-
-
-def _software(versions: dict[str, Any]) -> str:
-    commit = (versions["modeling_peer"] or "unknown")[:10] + " with changes" * bool(versions["uncommitted_changes"])
-    return f"torch {versions['torch']}, Transformers {versions['transformers']}, commit {commit}"
-
-
-def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
+def _cells(row: dict[str, Any], reference: str, times: StepTimes) -> dict[str, Any]:
     peak = row["peak_memory_bytes"]
     per_step = row["seconds_per_step"]
     return {
@@ -199,7 +225,33 @@ def _cells(row: dict[str, Any], reference: str) -> dict[str, Any]:
         **({"tokens": row["tokens"]} if row["size"] else {}),
         "training, s": f"{row['train_seconds']:.0f}",
         "ms a step": "-" if per_step is None else f"{1000 * per_step:.1f}",
+        **_cells_to_loss(row["to_reference_loss"], reference, bool(times.measurements)),
         "peak memory, MiB": "-" if peak is None else round(peak / 2**20),
+    }
+
+
+def _cells_to_loss(reaching: dict[str, Any], reference: str, measured: bool) -> dict[str, str]:
+    """Seconds to the final loss of the reference, as recorded and, where steps were measured, by their time."""
+    columns = {f"to final loss of {reference}, s": "seconds"}
+    if measured:
+        columns["the same by measured steps, s"] = "measured_seconds"
+    pairs, reached = reaching["pairs"], reaching["reached"]
+    partly = f" ({reached} of {counted(pairs, 'seed')})" if reached < pairs else ""
+    if pairs and not reached:
+        return dict.fromkeys(columns, "not reached")
+    return {heading: with_deviation(reaching[name], ".1f") + partly for heading, name in columns.items()}
+
+
+def _gap_cells(row: dict[str, Any]) -> dict[str, str]:
+    gap = row["gap_along_the_run"]
+    error = "" if gap["slope_error"] is None else f" ± {gap['slope_error']:.4f}"
+    return {
+        **_name(row),
+        "pairs": f"{gap['pairs']}",
+        "evaluations": f"{gap['points']}",
+        "gap at the end, nats": f"{gap['at_end']:+.4f}",
+        "slope ± standard error, nats a doubling of tokens": f"{gap['slope']:+.4f}{error}",
+        "the gap": gap["verdict"],
     }
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
+
 from modeling_peer.console.command_line import named_fields, parse_arguments
 from modeling_peer.console.errors import SettingsError, nearest, require, require_at_least_one
 from modeling_peer.console.files import find_file, read_yaml
@@ -72,6 +74,8 @@ class StudyRecipe:
             tokens.
         evaluations: number of evaluations in a run, evenly spaced. Each one is a point of the curve.
         checkpoints: number of checkpoints in a run, evenly spaced. An interrupted run saves one more.
+        measure_step_time: measure the time of a training step of each contender, in alternation, before the first run
+            and again after the last one. With the budget "time" it is always measured.
     """
 
     recipe: str
@@ -87,6 +91,12 @@ class StudyRecipe:
     training_flops: float | None = None
     evaluations: int = 10
     checkpoints: int = 10
+    measure_step_time: bool = False
+
+    @property
+    def measures_step_time(self) -> bool:
+        """Whether the study measures steps before and after its runs."""
+        return self.measure_step_time or self.budget == "time"
 
     def __post_init__(self):
         require_at_least_one(self, "evaluations", "checkpoints")
@@ -132,6 +142,11 @@ class StudyArguments:
     def __post_init__(self):
         require_at_least_one(self, "num_workers")
         require(self.max_minutes is None or self.max_minutes > 0, "max_minutes", self.max_minutes, "more than 0")
+
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of a run: an equal share of the threads of this process."""
+        return max(1, torch.get_num_threads() // self.num_workers)
 
 
 @dataclass
@@ -183,7 +198,8 @@ def _read(kind: type, values: Any, place: str = "") -> Any:
             raise SettingsError(f"unknown field {name!r}{inside}.{nearest(str(name), known)}")
         expected = get_args(hints[name]) or (hints[name],)
         accepted = (*expected, int) if float in expected else expected
-        if not isinstance(value, accepted) or isinstance(value, bool):
+        # a bool is an int, too
+        if not isinstance(value, accepted) or isinstance(value, bool) != (bool in expected):
             words = " or ".join(e.__name__ for e in expected if e is not type(None))
             raise SettingsError(f"{name}{inside} ({value!r}) must be a {words}.")
     missing = [name for name in ("recipe", "contenders", "reference") if name in known and not values.get(name)]

@@ -12,8 +12,6 @@ from multiprocessing import connection
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_json
 from modeling_peer.console.tables import counted
@@ -94,25 +92,26 @@ def work_off(
     runs: Sequence[PlannedRun],
     tally: Tally,
     num_workers: int,
+    num_threads: int,
     keep_models: bool,
-    deadline: float | None,
+    deadline: float,
     after_each: Callable[[], None],
 ) -> None:
     """Train `runs` in order, `num_workers` at a time, and record their states in `tally`.
 
     Args:
-        deadline: time of `time.monotonic()` at which running runs are saved and paused; None: no limit.
+        num_threads: CPU threads of each run.
+        deadline: time of `time.monotonic()` at which running runs are saved and paused.
         after_each: called after each run that is done.
     """
     context = multiprocessing.get_context(START_METHOD)
     stop = context.Event()
-    num_threads = max(1, torch.get_num_threads() // num_workers)
     progress = _Progress(len(runs), num_workers)
     waiting, working = deque(runs), {}
     try:
         while waiting or working:
             try:
-                if deadline is not None and time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     stop.set()
                 while waiting and len(working) < num_workers and not stop.is_set():
                     run = waiting.popleft()

@@ -2,6 +2,7 @@
 """Network and tokenizer of a run: new from a configuration, or loaded from a checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     PreTrainedModel,
@@ -12,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 import modeling_peer  # noqa: F401  registers PEER with the Auto classes
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.names import locate_model
+from modeling_peer.data.canonical_tokens import canonical_token_ids
 from modeling_peer.data.corpus import Corpus
 from modeling_peer.data.tokenizers import byte_tokenizer, train_byte_level_bpe
 from modeling_peer.hub.loading import (
@@ -99,10 +101,8 @@ def build_model(
         options["experts_implementation"] = arguments.experts_implementation
     sharding = launched_sharding()
     try:
-        if new and sharding:
-            return new_sharded_model(language_model_class(config), config, sharding, folder / "new_model", **options)
         if new:
-            return language_model_class(config).from_config(config, **options)
+            return _new_model(config, tokenizer, sharding, folder / "new_model", options)
         if sharding:
             options["distributed_config"] = sharding
         network = language_model_class(config).from_pretrained(
@@ -124,4 +124,20 @@ def build_model(
         ) from error
     if hasattr(network, "freeze_running_statistics"):
         network.freeze_running_statistics(False)  # pretraining continues; loading froze them for fine-tuning
+    return network
+
+
+def _new_model(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, sharding, folder: Path, options: dict[str, Any]
+) -> PreTrainedModel:
+    """A model with new weights. A hashed memory gets one id for the tokenizer's tokens that mean the same."""
+    build = language_model_class(config)
+    if sharding:
+        network = new_sharded_model(build, config, sharding, folder, **options)
+    else:
+        network = build.from_config(config, **options)
+    if getattr(config, "has_hashed_memory", False):
+        from modeling_peer.hashed_memory_peer import set_canonical_tokens
+
+        set_canonical_tokens(network, canonical_token_ids(tokenizer, config.vocab_size))
     return network

@@ -22,6 +22,7 @@ TWO_LAYERS = {"mlp_layer_types": ["sparse", "dense", "sparse"]}
 KINDS = [
     {"gated_experts": True, **TWO_LAYERS},
     {"sparse_mlp": "product_key_memory"},
+    {"parallel_hashed_memory": True},
     {"share_expert_tables": True, **TWO_LAYERS},
 ]
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="tables are mapped on Linux only")

@@ -23,6 +23,7 @@ KINDS = [
     TWO_LAYERS,
     {"gated_experts": True, "tie_word_embeddings": True},
     {"sparse_mlp": "product_key_memory"},
+    {"parallel_hashed_memory": True},
     {"share_expert_tables": True, **TWO_LAYERS},
 ]
 DOWN, UP = (f"model.layers.1.mlp.experts.{name}_embed" for name in ("down", "up"))

@@ -128,3 +128,10 @@ def test_experts_and_layers_that_do_not_exist_are_refused(tiny_config):
     ]:
         with pytest.raises(ValueError, match=words), scale_experts(model, *arguments):
             pass
+
+
+def test_a_hashed_memory_routes_nothing(tiny_config):
+    beside = PeerForCausalLM(tiny_config(parallel_hashed_memory=True))
+    assert [layer.path for layer in find_routed_layers(beside)] == ["model.layers.1.mlp.experts"]
+    with pytest.raises(ValueError, match="hashed_memory has no router"):
+        find_routed_layers(PeerForCausalLM(tiny_config(sparse_mlp="hashed_memory")))

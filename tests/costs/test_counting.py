@@ -12,7 +12,7 @@ from modeling_peer.costs.counting import Cost, model_cost, model_parts
 LENGTH, BATCH = 16, 2
 MOE = {"num_moe_experts": 4, "moe_intermediate_size": 24}
 SHARED = {"mlp_layer_types": ["sparse"] * 3, "share_expert_tables": True}
-PARTS_OF_A_SPARSE_MLP = ("routing", "experts", "output gate")
+PARTS_OF_A_SPARSE_MLP = ("routing", "experts", "output gate", "fusion")
 SPARSE_MLP_CASES = [
     ("peer", {}),
     ("peer", {"gated_experts": True, "query_norm": "rms_norm"}),
@@ -20,6 +20,8 @@ SPARSE_MLP_CASES = [
     ("peer", {"num_retrieval_heads": 20, "query_norm": "none"}),  # more choices than experts
     ("product_key_memory", {"share_sub_keys": False}),
     ("product_key_memory", {"gated_memory": True, "balance_loss": "uniformity"}),
+    ("hashed_memory", {}),
+    ("hashed_memory", {"max_ngram_size": 2, "ngram_dim": 48, "ngram_conv_size": 1}),
     ("top_k_moe", {**MOE, "num_moe_experts_per_token": 3}),
     ("top_k_moe", {**MOE, "moe_router": "switch"}),
     ("expert_choice_moe", MOE),

@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 DIALOGUE = f"user: {QUESTION}\nassistant: {ANSWER}<|endoftext|>"
-RIVALS = ("product_key_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
+RIVALS = ("product_key_memory", "hashed_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
 # A cache of keys and values takes most of the memory unless it is told how much it needs.
 BATCHING = ("--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64")
 # Before, `/v1/models` lists the Hub's cache, and fails where there is none.

@@ -30,7 +30,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 RETRIEVAL = {"num_sub_keys": 8, "num_retrieval_heads": 2, "num_experts_per_head": 4, "query_dim": 16}
-CAUSAL = ("llama", "peer", "product_key_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
+CAUSAL = ("llama", "peer", "product_key_memory", "hashed_memory", "top_k_moe", "expert_choice_moe", "multilinear_moe")
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 PROMPT = torch.tensor([[5, 17, 3, 88, 41, 60], [9, 2, 73, 11, 30, 4]])
 LONG = torch.arange(2 * 24).view(2, 24) * 37 % 98 + 1

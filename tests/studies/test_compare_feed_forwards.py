@@ -17,14 +17,19 @@ from training_helpers import REPOSITORY, TINY_PEER, as_command_line, run_script,
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
 from modeling_peer.console.run_files import list_checkpoints
+from modeling_peer.costs.timing import Summary
 from modeling_peer.hub.loading import load_config
+from modeling_peer.studies import plan as planning
+from modeling_peer.studies import step_times
 from modeling_peer.studies import work_queue as queue
 from modeling_peer.studies.compare_feed_forwards import compare_feed_forwards
 from modeling_peer.studies.data import TOKENIZER_FOLDER, prepare_data
 from modeling_peer.studies.plan import plan_runs, shared_recipe
 from modeling_peer.studies.report import as_tables, make_rows, restore, write_report
 from modeling_peer.studies.run import MODEL_FOLDER, PAUSED, run_in_process
+from modeling_peer.studies.step_times import StepTimes
 from modeling_peer.studies.study_recipe import FOLDER, parse_study
+from modeling_peer.training import measured_steps
 
 DATA = {"vocab_size": 257, "block_size": 32}
 RECIPES = sorted(path.stem for path in (REPOSITORY / FOLDER).glob("*.yaml"))
@@ -120,7 +125,7 @@ def test_a_finished_run_leaves_its_results_and_no_weights(finished):
     left = {path.name for path in (finished.folder / "peer-0").iterdir()}
     assert left == {"results.json", "run.json", "curve.json", "log.txt", "lock"}
     assert (finished.folder / "study.json").stat().st_size < 2**15
-    for name in ("loss_by_training_flops.png", "loss_by_seconds.png"):
+    for name in ("loss_by_tokens.png", "loss_by_training_flops.png", "loss_by_seconds.png"):
         assert (finished.folder / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -297,6 +302,91 @@ def test_a_study_without_time_left_begins_nothing(tmp_path):
     assert answer["rows"] == []
 
 
+def fake_times(calls):
+    """`time_training_steps` where a step takes as many ms as intermediate_size says; it notes its arguments."""
+
+    def time_training_steps(models, num_threads, repeats, seconds_each):
+        calls.append((models, num_threads))
+        return {name: Summary(float(one.config.intermediate_size), 1.0, 2.0, repeats) for name, one in models.items()}
+
+    return time_training_steps
+
+
+def test_equal_time_is_fitted_with_the_batch_the_threads_and_the_optimizer_of_the_study(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(planning, "time_training_steps", fake_times(calls))
+    contenders = {
+        "dense": {"model_overrides": {"mlp_layer_types": "dense", "intermediate_size": 200}},
+        "peer": {
+            "model_overrides": {"mlp_layer_types": ["sparse", "dense"]},
+            "training": {"row_sparse_gradients": True, "adam_beta2": 0.95},
+        },
+    }
+    words = write_study(tmp_path, budget="time", contenders=contenders, training={"max_grad_norm": 0.5})
+    runs = {run.group: run for run in plan([*words, "--num_workers", "1"], tmp_path / "out")}
+    assert 190 <= runs["peer"].settings["architecture"]["intermediate_size"] <= 210
+    for models, num_threads in calls:
+        assert num_threads == torch.get_num_threads()
+        for name, row_sparse, beta2 in (("candidate", True, 0.95), ("reference", False, 0.999)):
+            run = models[name].recipe.run
+            assert (run.train_batch_size, run.max_grad_norm) == (4, 0.5)
+            assert (run.row_sparse_gradients, run.adam_beta2) == (row_sparse, beta2)
+            assert models[name].recipe.data.block_size == 32
+            assert models[name].config.vocab_size == 257  # of the study's tokenizer
+    assert calls
+    calls.clear()
+    study = parse_study([*words, "--output_dir", str(tmp_path / "out")])
+    data = read(tmp_path / "out" / "data.json")
+    again = plan_runs(study, data, tmp_path / "out" / TOKENIZER_FOLDER)
+    assert {run.name: run.settings for run in again}["peer-1"] == runs["peer"].settings
+    assert not calls  # a second measurement would give another configuration
+
+
+@pytest.mark.slow
+def test_a_study_with_measured_steps_reports_them_and_goes_on_without_repeating_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(measured_steps, "SECONDS_IN_A_ROW", 0.0)
+    words = [*write_study(tmp_path, measure_step_time=True), "--output_dir", str(tmp_path / "out")]
+    first = compare_feed_forwards([*words, "--seeds", "0"])
+    (before, after) = read(tmp_path / "out" / "study.json")["step_times"]["measurements"]
+    assert (before["when"], after["when"]) == ("before", "after")
+    for one in (before, after):
+        assert list(one["steps"]) == ["dense", "peer"]
+        assert one["tokens_per_step"] == 4 * 32
+        assert one["machine"]["threads"] == torch.get_num_threads()
+        assert one["steps"]["dense"]["ratio"] == 1
+        for step in one["steps"].values():
+            assert 0 < step["summary"]["lower_quartile_ms"] <= step["summary"]["median_ms"]
+    dense = first["rows"][0]["to_reference_loss"]
+    step_ms = (before["steps"]["dense"]["summary"]["median_ms"] + after["steps"]["dense"]["summary"]["median_ms"]) / 2
+    assert dense["measured_seconds"][0] == pytest.approx(10 * step_ms / 1000, rel=0.01)
+    assert dense["seconds"][0] == pytest.approx(first["rows"][0]["train_seconds"], abs=0.051)  # a row has one decimal
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "to final loss of dense, s | the same by measured steps, s |" in table
+    assert "each contender alone on the machine" in table
+
+    calls = []
+    monkeypatch.setattr(step_times, "time_training_steps", fake_times(calls))
+    compare_feed_forwards([*words, "--seeds", "0"])
+    compare_feed_forwards([*words, "--report_only"])
+    assert not calls
+    # more seeds: measured after them again, and not before them
+    compare_feed_forwards([*words, "--max_minutes", "1e-6"])
+    assert not calls
+    compare_feed_forwards(words)
+    assert len(calls) == 1
+    kept, new = read(tmp_path / "out" / "study.json")["step_times"]["measurements"]
+    assert kept == before
+    assert new["steps"]["dense"]["summary"]["median_ms"] == 64.0  # the fake machine's
+    assert (tmp_path / "out" / "table.md").read_text().count("- before the runs") == 1
+
+    left = tmp_path / "left"  # only the file with all runs is left
+    left.mkdir()
+    shutil.copy(tmp_path / "out" / "study.json", left)
+    compare_feed_forwards([*words[:-1], str(left)])
+    assert len(calls) == 1
+    assert (left / "study.json").read_text() == (tmp_path / "out" / "study.json").read_text()
+
+
 def test_models_of_all_sizes_get_the_same_training_flops(tmp_path):
     sizes = {"small": {"model_overrides": {"hidden_size": 16}}, "base": None}
     words = write_study(tmp_path, sizes=sizes, training_tokens=None, training_flops=2e10, budget="none")
@@ -346,18 +436,38 @@ def some_study(runs):
 def test_a_difference_is_taken_seed_by_seed_and_only_where_both_are_done():
     runs = [some_run("dense", 0, 100.0), some_run("dense", 1, 50.0), some_run("peer", 1, 45.0)]
     study = some_study([*runs, some_run("peer", 2, 1.0, usage={"unevenness_layer_1": 1.0, "unevenness_layer_2": 2.0})])
-    dense, peer = make_rows(study)
+    dense, peer = make_rows(study, StepTimes())
     assert peer["against_reference"] == [pytest.approx(-10), None]
     assert peer["unevenness"] == [1.5, None]
     assert dense["perplexity"] == [75.0, pytest.approx(35.355, abs=1e-3)]
     assert peer["peak_memory_bytes"] == 2 * 2**20
-    table = as_tables(study, [dense, peer])
+    table = as_tables(study, [dense, peer], StepTimes())
+    assert dense["gap_along_the_run"] is peer["gap_along_the_run"] is None  # one evaluation is no line
     assert "| dense | 2 | 75.00 ± 35.36 | +0.00 ± 0.00 |" in table
     assert "| perplexity | paired difference from dense, % |" in table
     assert "| peer | 2 | 23.00 ± 31.11 | -10.00 (1 pair) |" in table
     assert "has the same seed" in table
     assert "a CPU, 1 thread a run" in table
     assert "| peer | 23.00 ± 31.11 | - | - | 1.500 | - |" in table
+
+
+OLDER_STUDIES = sorted((REPOSITORY / "results" / "studies").glob("*/study.json"))
+
+
+@pytest.mark.parametrize("path", OLDER_STUDIES, ids=lambda path: path.parent.name)
+def test_a_study_from_before_step_times_were_measured_is_reported_with_what_it_has(path):
+    study = read(path)
+    rows = make_rows(study, StepTimes())
+    table = as_tables(study, rows, StepTimes())
+    assert f"| to final loss of {study['reference']}, s |" in table
+    assert "measured steps" not in table
+    assert "alone on the machine" not in table
+    gaps = [row["gap_along_the_run"] for row in rows if row["contender"] != study["reference"]]
+    assert gaps
+    assert {gap["verdict"] for gap in gaps} <= {"grows", "holds", "shrinks"}
+    for row in rows:
+        assert row["to_reference_loss"]["pairs"] == row["pairs"]
+        assert row["to_reference_loss"]["measured_seconds"] == [None, None]
 
 
 def test_sizes_become_a_curve_of_perplexity_over_parameters(tmp_path):
@@ -382,6 +492,8 @@ NAMES, SIZES = ("dense", "peer"), (("small", 10), ("large", 20))
         ({"budget": "money"}, "--budget .money. must be one of flops, parameters, time, none"),
         ({"seeds": [0.5]}, "seeds are whole numbers"),
         ({"training_tokens": "many"}, "must be a float"),
+        ({"evaluations": True}, "evaluations .True. must be a int"),
+        ({"measure_step_time": 1}, "measure_step_time .1. must be a bool"),
         ({"training_flops": 1e9}, "both say how long a run is"),
         ({"training": {"seed": 1}}, "training sets seed"),
         ({"contenders": {"dense": {"training": {"block_size": 8}}}}, "contender dense sets block_size"),

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib", reason="extra bench")
 from modeling_peer.benchmarks import plots as benchmark_plots
 from modeling_peer.studies import loss_curves, plots
 from modeling_peer.studies.report import make_rows
+from modeling_peer.studies.step_times import StepTimes
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def figures(monkeypatch):
 
 def draw(name, tmp_path):
     study = json.loads((REPOSITORY / "results" / "studies" / name / "study.json").read_text())
-    plots.plot_study(study, make_rows(study), tmp_path)
+    plots.plot_study(study, make_rows(study, StepTimes()), tmp_path)
 
 
 def labels(axes):
@@ -33,7 +34,7 @@ def labels(axes):
 
 def test_every_line_of_a_study_has_a_label_at_its_end_and_a_style_of_its_own(tmp_path, figures):
     draw("wikitext2", tmp_path)
-    assert set(figures) == {"loss_by_training_flops.png", "loss_by_seconds.png"}
+    assert set(figures) == {"loss_by_tokens.png", "loss_by_training_flops.png", "loss_by_seconds.png"}
     for figure in figures.values():
         (axes,) = figure.axes
         assert {"dense (3 seeds)", "peer (3 seeds)", "multilinear_moe (3 seeds)"} < labels(axes)
@@ -42,6 +43,20 @@ def test_every_line_of_a_study_has_a_label_at_its_end_and_a_style_of_its_own(tmp
         # each line, the thin line to its label, and the label's marker
         assert len(axes.lines) == 3 * 9
         assert len({(line.get_color(), line.get_marker()) for line in axes.lines[:9]}) == 9
+
+
+def test_each_plot_has_another_cost_on_its_axis_and_ends_where_the_runs_end(tmp_path, figures):
+    draw("wikitext2", tmp_path)
+    study = json.loads((REPOSITORY / "results" / "studies" / "wikitext2" / "study.json").read_text())
+    (tokens,) = {run["tokens"] for run in study["runs"]}
+    ends = {}
+    for name, figure in figures.items():
+        (axes,) = figure.axes
+        ends[name] = axes.lines[0].get_xdata()[-1]
+        assert axes.get_xlabel() in ("tokens of training", "training FLOPs", "seconds of training")
+    assert ends["loss_by_tokens.png"] == tokens
+    assert ends["loss_by_training_flops.png"] == study["runs"][0]["training_flops"]
+    assert len({figure.axes[0].get_xlabel() for figure in figures.values()}) == 3
 
 
 def test_one_seed_is_singular_in_every_label(tmp_path, figures):

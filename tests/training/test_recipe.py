@@ -8,6 +8,7 @@ import pytest
 from training_helpers import REPOSITORY
 
 import modeling_peer.training
+from modeling_peer import PeerForCausalLM
 from modeling_peer.console.command_line import Overrides, parse_arguments
 from modeling_peer.console.errors import SettingsError
 from modeling_peer.console.files import read_yaml
@@ -136,6 +137,11 @@ def test_an_unknown_argument_of_a_script_without_recipes_is_refused_too():
 def test_a_wrong_override_is_refused_with_the_numbers(overrides, message):
     with pytest.raises(SettingsError, match=message):
         load_preset("peer_tiny", overrides)
+
+
+def test_the_configuration_of_a_saved_model_counts_as_a_preset(tmp_path, tiny_config):
+    PeerForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    assert load_preset(str(tmp_path / "config.json"), {"num_sub_keys": 16}).num_peer_experts == 256
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configuration/training").glob("*.yaml")), ids=lambda p: p.stem)

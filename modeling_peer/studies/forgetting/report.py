@@ -28,7 +28,9 @@ def make_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
         last in a sequence, fell by. `forgotten`: what the loss on the old text grew by. Both in nats per token, where
         the run reached the target (a single lesson is interpolated there), else at its end. `to_full`: forgotten
         over that of full fine-tuning. `earlier`: what the loss on earlier domains of a sequence grew by since their
-        lessons, mean over them.
+        lessons, mean over them. `forgotten_in_common`: what was forgotten where each run first learned as much as the
+        run that learned least, `learned_in_common`. So methods compare at equal learning even if some do not reach
+        the target. None in a sequence.
     """
     return [
         row
@@ -42,7 +44,9 @@ def _names(found: dict[str, Any]) -> list[str]:
 
 
 def _rows_of_task(task: str, found: dict[str, Any], by_name: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
+    rows, common = [], None
+    if task != SEQUENCE:
+        common = max(min(point.new for point in _points(run, task)) for run in by_name.values())
     for method, names in found["runs"].items():
         runs = [by_name[name] for name in names]
         ends = [_ends(run, found["targets"]) for run in runs]
@@ -61,6 +65,7 @@ def _rows_of_task(task: str, found: dict[str, Any], by_name: dict[str, Any]) -> 
                 "answered": mean_and_deviation(answered),
                 "forgotten": mean_and_deviation([end[-1].point.old - end[0].start.old for end in ends]),
                 "earlier": mean_and_deviation([_grown_since(run) for run in runs] if task == SEQUENCE else []),
+                **({} if common is None else _in_common([_points(run, task) for run in runs], common)),
             }
         )
     full = next((row["forgotten"][0] for row in rows if row["method"] == "full"), None)
@@ -69,10 +74,25 @@ def _rows_of_task(task: str, found: dict[str, Any], by_name: dict[str, Any]) -> 
     return rows
 
 
+def _points(run: dict[str, Any], lesson: str) -> list[Point]:
+    return [Point(**point) for point in run["lessons"][lesson]["points"]]
+
+
+def _in_common(runs: Sequence[Sequence[Point]], target: float) -> dict[str, Any]:
+    """What each run forgot until its new loss first was at `target`, which all of them reached."""
+    ends = [at_equal_learning(points, target) for points in runs]
+    return {
+        "learned_in_common": round(mean(points[0].new for points in runs) - target, 5),
+        "forgotten_in_common": mean_and_deviation(
+            [end.old - points[0].old for points, end in zip(runs, ends, strict=True)]
+        ),
+    }
+
+
 def _ends(run: dict[str, Any], targets: dict[str, float]) -> list[End]:
     ends = []
-    for name, lesson in run["lessons"].items():
-        points = [Point(**point) for point in lesson["points"]]
+    for name in run["lessons"]:
+        points = _points(run, name)
         reached = at_equal_learning(points, targets[name])
         # the lessons after it began where it really ended
         last = reached if reached and len(run["lessons"]) == 1 else points[-1]
@@ -108,6 +128,9 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         "old perplexity": f"{100 * (math.exp(grown) - 1):+.1f} %",
         "of full": "-" if row["to_full"] is None else f"{row['to_full']:.2f}",
     }
+    if "forgotten_in_common" in row:
+        name = f"forgotten where all learned {row['learned_in_common']:.2f}"
+        cells[name] = with_deviation(row["forgotten_in_common"], ".4f")
     for name, pair, spec in (("answered", row["answered"], ".2f"), ("earlier domains", row["earlier"], ".4f")):
         if pair != [None, None]:
             cells[name] = with_deviation(pair, spec)

@@ -300,6 +300,14 @@ def test_a_method_that_does_not_reach_the_target_is_counted_at_its_end():
     assert (full["to_full"], lora["to_full"]) == (1.0, 0.5)
 
 
+def test_methods_also_compare_where_all_learned_as_much_as_the_one_that_learned_least():
+    full, lora = make_rows(finished_task())
+    assert full["learned_in_common"] == lora["learned_in_common"] == 0.5
+    # full's loss falls by 2 and its old loss grows by 2: a quarter of the way
+    assert (full["forgotten_in_common"], lora["forgotten_in_common"]) == ([0.5, None], [0.5, None])
+    assert all("learned_in_common" not in row for row in make_rows(finished_task(("python", "french"))))
+
+
 def test_the_page_has_the_figures_of_the_committed_result():
     page = (REPOSITORY / "docs" / "forgetting.md").read_text(encoding="utf-8")
     content = json.loads((REPOSITORY / "results" / "forgetting" / "forgetting.json").read_text())
@@ -307,11 +315,12 @@ def test_the_page_has_the_figures_of_the_committed_result():
     assert rows == content["rows"]
     assert {row["method"] for row in rows} == set(METHODS)
     for row in rows:
-        line = next(
+        lines = [
             line for line in page.splitlines() if line.startswith(f"| {row['method']} | {row['added_flops']:,} |")
-        )
-        for cell in (f"{row['trained']:,}", with_deviation(row["forgotten"], ".4f"), f"{row['to_full']:.2f}"):
-            assert f"| {cell} |" in line
+        ]
+        cells = [f"{row['trained']:,}", f"{row['to_full']:.2f}"]
+        cells += [with_deviation(row[name], ".4f") for name in ("forgotten", "forgotten_in_common")]
+        assert any(all(f"| {cell} |" in line for cell in cells) for line in lines), row["task"]
 
 
 @pytest.mark.parametrize(

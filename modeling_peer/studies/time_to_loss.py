@@ -1,0 +1,53 @@
+# Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
+"""How long a contender trains until its validation loss is the one that the reference ends with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from modeling_peer.console.tables import mean_and_deviation
+from modeling_peer.studies.validation_curve import ValidationCurve
+
+
+@dataclass(frozen=True)
+class TimeToLoss:
+    """Tokens and seconds of training to the final loss of the reference's run with the same seed.
+
+    Mean and standard deviation are over the runs that reach this loss.
+
+    Args:
+        pairs: runs whose seed the reference has, too.
+        reached: those of them that reach the loss.
+        seconds: as the runs recorded them: on a busy machine, or with several runs at a time, they are longer.
+        measured_seconds: number of steps times the measured time of a step; [None, None] if it was not measured.
+    """
+
+    pairs: int
+    reached: int
+    tokens: list[float | None]
+    seconds: list[float | None]
+    measured_seconds: list[float | None]
+
+
+def time_to_loss(
+    contender: Mapping[int, ValidationCurve],
+    reference: Mapping[int, ValidationCurve],
+    ms_per_token: float | None,
+) -> TimeToLoss:
+    """When each run of `contender` reaches the final loss of the reference's run with the same seed.
+
+    Args:
+        contender: the curves of its runs, by seed.
+        reference: the same for the reference. A run reaches its own final loss at its end, or before.
+        ms_per_token: measured milliseconds of a training step, divided by its tokens; None: not measured.
+    """
+    pairs = [(curve, reference[seed].losses[-1]) for seed, curve in contender.items() if seed in reference]
+    reached = [(curve, tokens) for curve, loss in pairs if (tokens := curve.tokens_to(loss)) is not None]
+    tokens = [tokens for _, tokens in reached]
+    measured = [] if ms_per_token is None else [one * ms_per_token / 1000 for one in tokens]
+    return TimeToLoss(
+        pairs=len(pairs),
+        reached=len(reached),
+        tokens=mean_and_deviation(tokens),
+        seconds=mean_and_deviation([curve.seconds_at(tokens) for curve, tokens in reached]),
+        measured_seconds=mean_and_deviation(measured),
+    )
