@@ -26,6 +26,8 @@ MODELS = {
     "an activation with four": (PeerForCausalLM, {"query_norm": "none", "expert_act": "xielu"}),
     "biases, tied": (PeerForCausalLM, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "memory": (PeerForCausalLM, {"sparse_mlp": "product_key_memory", "gated_memory": True}),
+    "hashed memory beside PEER": (PeerForCausalLM, {"parallel_hashed_memory": True}),
+    "hashed memory": (PeerForCausalLM, {"sparse_mlp": "hashed_memory"}),
     "noisy_top_k": (PeerForCausalLM, {"sparse_mlp": "top_k_moe", **MIXTURE}),
     "switch": (PeerForCausalLM, {"sparse_mlp": "top_k_moe", "moe_router": "switch", **MIXTURE}),
     "expert_choice": (PeerForCausalLM, {"sparse_mlp": "expert_choice_moe", **MIXTURE}),
@@ -76,7 +78,7 @@ def test_each_tensor_that_is_missing_is_initialised_and_the_others_are_loaded(
     model = model_class(tiny_config(num_hidden_layers=1, **options))
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.uniform_(2, 3)  # of no initialisation
+            tensor.uniform_(2, 3) if tensor.is_floating_point() else tensor.fill_(2)  # of no initialisation
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     saved = load_file(file)
