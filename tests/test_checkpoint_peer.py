@@ -376,8 +376,7 @@ def run_remote(script, *args, cache):
     )
 
 
-@pytest.mark.slow_but_first
-@pytest.mark.slow_but_first
+@pytest.mark.slow  # tests/hub/test_clean_check.py loads one in every run
 @pytest.mark.parametrize(
     "fields",
     [

@@ -178,6 +178,7 @@ def test_the_last_call_with_requests_leaves_some_rows_out_so_that_a_fault_shows(
     assert len(all_rows) == 2 * len(pages_of(requests))
 
 
+@pytest.mark.slow
 def test_pages_of_a_cached_file_are_mapped_before_their_first_use(tmp_path):
     """In a process of its own, where nothing else touches pages."""
     script = """

@@ -143,6 +143,7 @@ def test_a_killed_command_goes_on_where_it_was(base, tmp_path, capsys):
     assert (tmp_path / "sums.safetensors").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_run_that_was_begun_with_other_settings_is_not_mixed_with_this_one(base, tmp_path):
     run(base, tmp_path)
     with pytest.raises(SettingsError, match=r"num_rows was 6, is 7.*--overwrite_output_dir true"):
@@ -169,6 +170,7 @@ def test_a_retrofitted_checkpoint_learns_from_zero_writers_by_share_and_kl(base,
     assert (writers != 0).any(1).sum() == 16
 
 
+@pytest.mark.slow
 def test_rows_are_trained_in_float32_and_stored_in_the_dtype_of_the_base(base, tmp_path):
     half = save(PeerForCausalLM.from_pretrained(base, dtype=torch.bfloat16), tmp_path / "half")
     receipt = run(half, tmp_path, row_sparse_gradients=False)
@@ -182,6 +184,7 @@ def test_rows_are_trained_in_float32_and_stored_in_the_dtype_of_the_base(base, t
     assert all(torch.equal(tensor.to(state[name].dtype), state[name]) for name, tensor in tuned.items())
 
 
+@pytest.mark.slow
 def test_experts_that_a_slice_lacks_are_not_chosen(base, tmp_path):
     from modeling_peer.adaptation.slicing import slice_experts
 

@@ -72,6 +72,7 @@ def test_with_the_package_it_scores_as_its_card_says():
     assert result["perplexity"] == pytest.approx(perplexity_of_card(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_without_the_package_it_scores_as_its_card_says(exported, tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-c", SCORE, str(exported[0]), str(TEXT)]

@@ -48,6 +48,7 @@ def default_dtype(request):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow_but_first
 def test_steps_are_counted_exactly_whatever_the_default_dtype_is(default_dtype):
     table = nn.Parameter(torch.ones(4, 8, dtype=torch.float32))
     expected = nn.Parameter(torch.ones(4, 8, dtype=torch.float32))

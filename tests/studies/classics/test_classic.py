@@ -52,6 +52,7 @@ QUICK = {
 NEEDS_IMAGES = ("multilinear_digits", "soft_digits")
 
 
+@pytest.mark.slow_but_first
 @pytest.mark.parametrize("name", CLASSICS)
 def test_a_classic_leaves_its_result_and_its_plot_and_a_short_last_line(tmp_path, capsys, name):
     pytest.importorskip("matplotlib", reason="extra bench")

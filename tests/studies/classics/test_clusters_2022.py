@@ -45,6 +45,7 @@ def test_what_cannot_work_is_refused_with_the_known_names():
             run_clusters(ClusterArguments(**wrong))
 
 
+@pytest.mark.slow
 def test_cubic_experts_find_the_clusters_linear_ones_do_not_and_one_network_errs():
     """The paper's claims about setting 1, with an eighth of the examples and three runs."""
     train, test = examples_of(setting=1, num_examples=2000)

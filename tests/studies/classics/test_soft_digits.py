@@ -150,6 +150,7 @@ def test_what_cannot_work_is_refused():
             run_soft_digits(SoftDigitsArguments(**wrong))
 
 
+@pytest.mark.slow
 def test_an_expert_for_each_patch_learns_faster_than_one_dense_mlp():
     """As in the paper, identity routing is better than a dense MLP, here with 150 steps in place of 600."""
     pytest.importorskip("sklearn", reason="extra bench")

@@ -144,8 +144,8 @@ def whole(tmp_path_factory):
     return run_specialisation(SpecialisationArguments(output_dir=str(tmp_path_factory.mktemp("whole")), **SMALL))
 
 
-# after the first save; before it, and in the second model
-@pytest.mark.parametrize("stop_at", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 12 + 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [7, 4, 12 + 8])  # after the first save; before it, and in the second model
 def test_a_run_that_stops_goes_on_with_the_same_bits(whole, tmp_path, monkeypatch, stop_at):
     arguments = SpecialisationArguments(output_dir=str(tmp_path), **SMALL)
     step, done = Training.step, []
@@ -168,6 +168,7 @@ def test_a_run_that_stops_goes_on_with_the_same_bits(whole, tmp_path, monkeypatc
     assert not (tmp_path / PARTS).exists()
 
 
+@pytest.mark.slow
 def test_what_another_command_left_is_not_used(tmp_path, monkeypatch, capsys):
     def stopping(training):
         raise KeyboardInterrupt
