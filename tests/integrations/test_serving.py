@@ -51,6 +51,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.batches = "--continuous-batching" in words
         self.log = folder / f"server-{port}.log"
         command = [sys.executable, "-m", "peer_command", "serve", *words]
         command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
@@ -189,6 +190,13 @@ def test_requests_at_the_same_time(server):
 @pytest.mark.parametrize("rival", RIVALS)
 def test_rivals_answer_as_they_generate(server, folder, rival):
     completions = server.client().chat.completions
+    if rival == "hashed_memory" and server.batches:  # Transformers batches no model with "hybrid" layers
+        from openai import APIStatusError
+
+        with pytest.raises(APIStatusError):
+            completions.create(model=rival, messages=MESSAGES, temperature=0, max_tokens=8)
+        assert server.get("health") == {"status": "ok"}
+        return
     answer = completions.create(model=rival, messages=MESSAGES, temperature=0, max_tokens=8)
     tokenizer = AutoTokenizer.from_pretrained(folder / rival)
     model = AutoModelForCausalLM.from_pretrained(folder / rival)
