@@ -184,7 +184,7 @@ class PeerConfig(PreTrainedConfig):
         ngram_dim (`int`, *optional*):
             Width of the rows of one token, side by side; unset, `hidden_size`. It must be a multiple of `(N - 1) * K`.
         ngram_conv_size (`int`, *optional*, defaults to 4):
-            Taps of the causal convolution, whose dilation is N. With 1, no earlier token is read.
+            Taps of the causal convolution, whose dilation is N. With 1, it reads no earlier token.
 
         > Coarse mixtures of experts
 
@@ -637,6 +637,13 @@ class PeerConfig(PreTrainedConfig):
                 f"ngram_dim ({self.ngram_dim}) is not a multiple of (max_ngram_size - 1) * num_hash_heads ({tables}), "
                 f"the rows that share it. Try {max(1, self.ngram_dim // tables) * tables}."
             )
+        row_width = self.ngram_dim // self.num_ngram_tables
+        if self.expert_table_format == "int4" and row_width % 2:
+            raise ValueError(
+                "expert_table_format='int4' packs two numbers into a byte, so the width of a row, ngram_dim / "
+                f"((max_ngram_size - 1) * num_hash_heads) = {row_width}, must be even. Use 'int8', or another "
+                "ngram_dim."
+            )
         if self.sparse_mlp == "hashed_memory" and self.parallel_hashed_memory:
             raise ValueError(
                 "parallel_hashed_memory=True puts a hashed memory beside another layer, and sparse_mlp is "
@@ -665,13 +672,6 @@ class PeerConfig(PreTrainedConfig):
             raise ValueError(
                 f"expert_table_format='int4' packs two numbers into a byte, so hidden_size ({self.hidden_size}) must "
                 "be even. Use 'int8', or another hidden_size."
-            )
-        row_width = self.ngram_dim // self.num_ngram_tables
-        if self.expert_table_format == "int4" and row_width % 2 and "hashed_memory" in self.sparse_mlp_names:
-            raise ValueError(
-                "expert_table_format='int4' packs two numbers into a byte, so the width of a row, ngram_dim / "
-                f"((max_ngram_size - 1) * num_hash_heads) = {row_width}, must be even. Use 'int8', or another "
-                "ngram_dim."
             )
         if self.share_expert_tables and self.sparse_mlp == "multilinear_moe":
             raise ValueError(

@@ -229,7 +229,7 @@ def set_canonical_tokens(model: nn.Module, canonical_ids: torch.Tensor):
 
     Args:
         canonical_ids: `(vocab_size,)`, the id that stands for each token, as from
-            [`modeling_peer.data.canonical_token_ids`].
+            [`modeling_peer.data.canonical_tokens.canonical_token_ids`].
 
     Raises:
         ValueError: the model has no hashed memory, or the ids do not fit its vocabulary.

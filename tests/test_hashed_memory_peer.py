@@ -152,8 +152,8 @@ def test_a_cache_without_a_place_for_tokens_is_refused(model, tokens):
 def test_a_static_cache_that_would_have_to_drop_candidates_is_refused(tiny_config, tokens):
     model = PeerForCausalLM(tiny_config(**HASHED)).eval()
     cache = StaticCache(config=model.config, max_cache_len=64)
-    # 5.17 refuses it itself
-    with pytest.raises((ValueError, RuntimeError, TypeError)):
+    # the second is what 5.17 says, which supports no static cache there
+    with pytest.raises(ValueError, match="static cache cannot drop|assisted generate is not supported with Static"):
         model.generate(tokens[:1], **{CACHE: cache}, prompt_lookup_num_tokens=3, do_sample=False, max_new_tokens=8)
 
 
