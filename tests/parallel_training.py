@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -67,6 +68,22 @@ def train(
         dist.all_reduce(total)
         losses = (total / dist.get_world_size()).tolist()
     return losses
+
+
+def gradients(
+    folder: Path, tokens: torch.Tensor, dtype: torch.dtype, sizes: dict[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Gradients of the checkpoint in `folder` on `tokens`, whole and in float32; ranks share `tokens` out equally."""
+    options = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+    model = PeerForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    if sizes:
+        tokens = tokens.chunk(dist.get_world_size())[dist.get_rank()]
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    whole = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        whole[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).float()
+    return whole
 
 
 def load(folder: Path | None, sizes: dict[str, int], config=None) -> tuple[dict, torch.Tensor, int]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from parallel_training import load, sent_bytes, train
+from parallel_training import gradients, load, sent_bytes, train
 from rank_groups import run_ranks
 from safetensors import safe_open
 from transformers.distributed import DistributedConfig
@@ -113,6 +113,29 @@ def test_ranks_equal_one_process_in_float32(tmp_path, checkpoint, num_ranks, siz
         torch.testing.assert_close(losses_of_rank, losses, rtol=0, atol=3e-6)  # measured 7e-7
     one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
     torch.testing.assert_close(many, one, rtol=0, atol=2e-6)  # measured below 1e-6
+
+
+# Upstream compares norms of bfloat16 gradients, to 2 %, and this model misses that (tests/upstream/compare.py). Scores
+# that were rounded retrieve other experts, on one device too. Over ten seeds one device is 9 to 30 % away from float32,
+# and two ranks are 0.80 to 1.14 times as far, 1.01 in the mean. In float32 ranks and one device agree to 5e-7.
+@pytest.mark.slow_but_first
+@pytest.mark.parametrize("seed", [42, 1, 2])
+def test_ranks_are_as_near_to_float32_as_one_process_in_bfloat16(tmp_path, tiny_config, seed):
+    sizes = {"fsdp_size": 2, "ep_size": 2}
+    require(sizes)
+    config = tiny_config(**RMS | SHARED | SHARED_OUT | {"vocab_size": 256, "hidden_size": 64})
+    torch.manual_seed(seed)
+    PeerForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "start")
+    tokens = torch.randint(256, (4, 64))
+    exact = gradients(tmp_path / "start", tokens, torch.float32)
+
+    def mean_error(of):
+        return sum(((of[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact) / len(exact)
+
+    one = mean_error(gradients(tmp_path / "start", tokens, torch.bfloat16))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1.5 * one)):
+        for many in run_ranks(2, tmp_path, gradients, tmp_path / "start", tokens, dtype, sizes):
+            assert mean_error(many) < bound
 
 
 @pytest.mark.slow

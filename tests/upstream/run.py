@@ -33,6 +33,7 @@ LAYOUT = {
     "export_tests.py": "exporters/test_export.py",
     "config_values.py": "utils/test_configuration_utils.py",
     "process_groups.py": "distributed_testing_utils.py",
+    "batch_statistics.py": "batch_statistics.py",
     "pipeline_tests.py": "pipelines/test_text_pipelines.py",
     "model_testers.py": "model_testers.py",
     "model_tests.py": "test_models.py",
