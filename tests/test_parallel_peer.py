@@ -116,7 +116,7 @@ def test_ranks_equal_one_process_in_float32(tmp_path, checkpoint, num_ranks, siz
 
 
 # Upstream compares norms of bfloat16 gradients, to 2 %, and this model misses that (tests/upstream/compare.py). Scores
-# that were rounded retrieve other experts, on one device too. Over ten seeds one device is 9 to 30 % away from float32,
+# that were rounded retrieve other experts, on one device too. Over ten seeds one device is 9 to 30 % off float32,
 # and two ranks are 0.80 to 1.14 times as far, 1.01 in the mean. In float32 ranks and one device agree to 5e-7.
 @pytest.mark.slow_but_first
 @pytest.mark.parametrize("seed", [42, 1, 2])
