@@ -8,15 +8,17 @@ from typing import Any
 from modeling_peer.console.line_plots import label_line_ends, line_style, new_figure, save_png
 from modeling_peer.console.tables import counted
 from modeling_peer.studies.loss_curves import draw_groups
+from modeling_peer.studies.step_times import StepTimes
 from modeling_peer.studies.validation_curve import ValidationCurve
 
 AXES = {"tokens": "tokens of training", "training_flops": "training FLOPs", "seconds": "seconds of training"}
 
 
-def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Path) -> None:
+def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], times: StepTimes, folder: Path) -> None:
     """Write `loss_by_tokens.png`, `loss_by_training_flops.png`, `loss_by_seconds.png` and, with sizes, `iso_flop.png`.
 
-    Loss has one panel for each size, with the same style for a contender in all of them.
+    Loss has one panel for each size, with the same style for a contender in all of them. Seconds are steps times their
+    measured time in a panel whose contenders were all measured, else those that the runs recorded.
     """
     groups: dict[str | None, dict[str, list[dict]]] = {}
     for run in study["runs"]:
@@ -26,11 +28,17 @@ def plot_study(study: dict[str, Any], rows: Sequence[dict[str, Any]], folder: Pa
         figure, panels = new_figure(len(groups), len(contenders))
         for axes, (size, of_size) in zip(panels, groups.items(), strict=True):
             drawn = []
+            ms_per_token = {contender: times.ms_per_token(contender, size) for contender in of_size}
+            measured = name == "seconds" and None not in ms_per_token.values()
             for contender, runs in of_size.items():
-                curves = [(getattr(curve, name), curve.losses) for curve in map(ValidationCurve.of, runs)]
+                curves = [ValidationCurve.of(run) for run in runs]
+                if measured:
+                    curves = [curve.at_step_time(ms_per_token[contender]) for curve in curves]
                 label = f"{contender} ({counted(len(runs), 'seed')})"
-                drawn.append((label, line_style(contenders.index(contender)), curves))
-            axes.set(xlabel=words, ylabel="validation loss, nats per token, mean over seeds", title=size or "")
+                lines = [(getattr(curve, name), curve.losses) for curve in curves]
+                drawn.append((label, line_style(contenders.index(contender)), lines))
+            xlabel = f"{words}, by the measured time of a step" if measured else words
+            axes.set(xlabel=xlabel, ylabel="validation loss, nats per token, mean over seeds", title=size or "")
             axes.grid(alpha=0.3)
             draw_groups(axes, drawn)
         save_png(figure, folder / f"loss_by_{name}.png")

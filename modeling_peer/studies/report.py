@@ -113,7 +113,7 @@ def write_report(study: dict[str, Any], folder: Path, announce: bool = True) -> 
     if announce:
         print(table, flush=True)
     if study["runs"]:
-        plot_study(study, rows, folder)
+        plot_study(study, rows, times, folder)
     return rows
 
 

@@ -4,7 +4,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +33,10 @@ class ValidationCurve:
             tuple(point["step"] * tokens_per_step for point in points),
             *(tuple(point[name] for point in points) for name in ("training_flops", "seconds", "loss")),
         )
+
+    def at_step_time(self, ms_per_token: float) -> "ValidationCurve":
+        """The same curve, as if each token had taken `ms_per_token` milliseconds of training."""
+        return replace(self, seconds=tuple(ms_per_token * tokens / 1000 for tokens in self.tokens))
 
     def loss_at(self, tokens: float) -> float:
         """The loss after `tokens`, which are between those of the first and of the last point."""

@@ -25,7 +25,9 @@ def figures(monkeypatch):
 
 def draw(name, tmp_path):
     study = json.loads((REPOSITORY / "results" / "studies" / name / "study.json").read_text())
-    plots.plot_study(study, make_rows(study, StepTimes()), tmp_path)
+    times = StepTimes.of(study.get("step_times", {}))
+    plots.plot_study(study, make_rows(study, times), times, tmp_path)
+    return study, times
 
 
 def labels(axes):
@@ -46,8 +48,7 @@ def test_every_line_of_a_study_has_a_label_at_its_end_and_a_style_of_its_own(tmp
 
 
 def test_each_plot_has_another_cost_on_its_axis_and_ends_where_the_runs_end(tmp_path, figures):
-    draw("wikitext2", tmp_path)
-    study = json.loads((REPOSITORY / "results" / "studies" / "wikitext2" / "study.json").read_text())
+    study, _ = draw("wikitext2", tmp_path)
     (tokens,) = {run["tokens"] for run in study["runs"]}
     ends = {}
     for name, figure in figures.items():
@@ -57,6 +58,16 @@ def test_each_plot_has_another_cost_on_its_axis_and_ends_where_the_runs_end(tmp_
     assert ends["loss_by_tokens.png"] == tokens
     assert ends["loss_by_training_flops.png"] == study["runs"][0]["training_flops"]
     assert len({figure.axes[0].get_xlabel() for figure in figures.values()}) == 3
+
+
+def test_seconds_are_those_of_measured_steps_where_all_contenders_were_measured(tmp_path, figures):
+    study, times = draw("hashed", tmp_path)
+    (axes,) = figures["loss_by_seconds.png"].axes
+    assert axes.get_xlabel() == "seconds of training, by the measured time of a step"
+    tokens = study["runs"][0]["tokens"]
+    ends = [line.get_xdata()[-1] for line in axes.lines[:2]]
+    assert ends == pytest.approx([times.ms_per_token(name, None) * tokens / 1000 for name in ("dense", "peer")])
+    assert ends[1] > 1.1 * ends[0]  # recorded on a busy machine, PEER's were only 1.09 times the dense model's
 
 
 def test_one_seed_is_singular_in_every_label(tmp_path, figures):
