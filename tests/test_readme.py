@@ -23,6 +23,7 @@ TABLES_PAGE = (REPOSITORY / "docs" / "tables.md").read_text(encoding="utf-8")
 CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMPARING = (REPOSITORY / "docs" / "studies.md").read_text(encoding="utf-8")
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+STUDY_TABLES = (REPOSITORY / "docs" / "study_tables.md").read_text(encoding="utf-8")
 
 
 def run_python(page: str, least: int = 2) -> dict:
@@ -105,7 +106,9 @@ def test_the_python_of_the_page_on_training_runs_from_top_to_bottom(tmp_path, mo
     assert 0 < namespace["metrics"]["eval_expert_usage_layer_1"] < 1
 
 
-@pytest.mark.parametrize("page", [README, TRAINING, RESULTS], ids=["README", "training", "results"])
+@pytest.mark.parametrize(
+    "page", [README, TRAINING, RESULTS, STUDY_TABLES], ids=["README", "training", "results", "tables"]
+)
 def test_no_figure_is_still_to_be_filled_in(page):
     assert "@@" not in page
 
@@ -131,7 +134,7 @@ def test_every_make_target_that_the_readme_names_exists(target):
 
 
 def test_every_script_and_recipe_that_the_readme_names_exists():
-    pages = README + TRAINING + SCALING + COMPARING + RESULTS + SPEED + CONTRIBUTING
+    pages = README + TRAINING + SCALING + COMPARING + RESULTS + STUDY_TABLES + SPEED + CONTRIBUTING
     named = re.findall(
         r"\b(?:scripts|configuration|tests|docs|results|examples)/[\w/]+\.(?:py|yaml|json|md|png)", pages
     )
@@ -148,8 +151,40 @@ STUDIES = [path for path in TABLES if not path.parent.name.startswith("tune")]
 def test_the_figures_of_a_study_are_those_in_its_folder(table):
     rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert len(rows) > 3
-    assert not [row for row in rows if row not in RESULTS]
-    assert f"results/studies/{table.parent.name}/" in RESULTS
+    assert not [row for row in rows if row not in STUDY_TABLES]
+    assert f"results/studies/{table.parent.name}/" in STUDY_TABLES
+
+
+def table_rows(text: str) -> list[dict[str, str]]:
+    """The rows of the first Markdown table of a text."""
+    table = re.search(r"(?:^\|.*\n)+", text, flags=re.MULTILINE).group(0)
+    heading, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(heading, row, strict=True)) for row in rows]
+
+
+def numbers(cell: str) -> tuple[float, ...]:
+    """Mean and deviation; "0" is the reference itself."""
+    return (0.0, 0.0) if cell == "0" else tuple(float(number) for number in cell.split("±"))
+
+
+def test_the_table_of_all_contenders_has_the_figures_of_their_studies():
+    columns = {"at equal time": "difference at equal measured time, %", "seconds": "the same by measured steps, s"}
+    compared = 0
+    for row in table_rows(RESULTS.partition("## All contenders")[2]):
+        for heading, cell in row.items():
+            if heading == "contender" or not cell:
+                continue
+            column = columns.get(heading.partition(" (")[0], "paired difference from dense, %")
+            measured = [
+                numbers(one[column])
+                for study in re.findall(r"`(\w+)`", heading)
+                for one in table_rows((REPOSITORY / "results" / "studies" / study / "table.md").read_text("utf-8"))
+                if one["contender"] == row["contender"]
+            ]
+            # the page has one decimal, the studies have two
+            assert any(numbers(cell) == pytest.approx(one, abs=0.0501) for one in measured), (row, heading)
+            compared += 1
+    assert compared > 20
 
 
 def test_the_version_is_the_same_wherever_it_is_told():

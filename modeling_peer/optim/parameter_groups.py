@@ -69,7 +69,7 @@ def parameter_groups(
     - `"dense"`: the weight matrices, with `weight_decay`.
     - `"without_decay"`: norms and biases.
     - `"retrieval"`: query networks and sub-keys, without decay. Their learning rate is a multiple of the others'. If
-      it is high, they soon agree on few experts (docs/results.md).
+      it is high, they soon agree on few experts (docs/study_tables.md).
     - `"expert_tables"`: a learning rate that is a multiple of the others', since few tokens train a row. There is no
       decay by default, because it would shrink the rows that no token retrieves at every step.
     - `"sparse_embeddings"`: embeddings with row-sparse gradients (`train_rows_sparsely`), with the settings of expert

@@ -20,7 +20,7 @@ from modeling_peer.studies.run import FAILURE_FILE, RUN_FILE, RUN_RESULTS_FILE, 
 from modeling_peer.studies.step_time_report import step_time_parts
 from modeling_peer.studies.step_times import STEP_TIMES_FILE, StepTimes
 from modeling_peer.studies.study_recipe import Study
-from modeling_peer.studies.time_to_loss import time_to_loss
+from modeling_peer.studies.time_to_loss import difference_at_equal_time, time_to_loss
 from modeling_peer.studies.unchanged import SHARED_FILE
 from modeling_peer.studies.validation_curve import ValidationCurve
 
@@ -121,8 +121,9 @@ def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
     """One row for each contender and size: means and standard deviations over its seeds.
 
     `against_reference` is the mean paired difference from the reference, in percent of its perplexity. A pair is two
-    runs of the same seed. `pairs` is their number. `to_reference_loss` is a `TimeToLoss`, and `gap_along_the_run` a
-    `Gap` or, for the reference and for runs with too few evaluations, None.
+    runs of the same seed. `pairs` is their number. `at_equal_time` is the same at the reference's last second, on the
+    examples of the curves. `to_reference_loss` is a `TimeToLoss`. `gap_along_the_run` is a `Gap`, or None for the
+    reference and for runs with too few evaluations.
     """
     groups: dict[tuple, list[dict]] = {}
     for run in study["runs"]:
@@ -133,7 +134,8 @@ def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
         others = {run["seed"]: run["validation_perplexity"] for run in groups.get((size, study["reference"]), [])}
         ratios = [run["validation_perplexity"] / others[run["seed"]] for run in runs if run["seed"] in others]
         own, of_reference = (curves.get((size, name), {}) for name in (contender, study["reference"]))
-        reaching = time_to_loss(own, of_reference, times.ms_per_token(contender, size))
+        ms_per_token, of_its_reference = (times.ms_per_token(name, size) for name in (contender, study["reference"]))
+        reaching = time_to_loss(own, of_reference, ms_per_token)
         gap = None if contender == study["reference"] else gap_along_the_run(own, of_reference)
         peaks = _known(run["peak_memory_bytes"] for run in runs)
         steps = _known(run["seconds_per_step"] for run in runs)
@@ -148,6 +150,7 @@ def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
             "to_reference_loss": asdict(reaching),
+            "at_equal_time": difference_at_equal_time(own, of_reference, ms_per_token, of_its_reference),
             "gap_along_the_run": gap and asdict(gap),
             "peak_memory_bytes": max(peaks, default=None),
         }
@@ -169,7 +172,7 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]], times: Step
     if not rows:
         parts = ["No run is done."]
     else:
-        parts = [_headline(study), as_markdown([_cells(row, reference, times) for row in rows])]
+        parts = [_headline(study, times), as_markdown([_cells(row, reference, times) for row in rows])]
     with_gap = [row for row in rows if row["gap_along_the_run"]]
     if with_gap:
         parts += [_about_gaps(reference), as_markdown([_gap_cells(row) for row in with_gap])]
@@ -181,10 +184,14 @@ def as_tables(study: dict[str, Any], rows: Sequence[dict[str, Any]], times: Step
     return "\n\n".join(parts)
 
 
-def _headline(study: dict[str, Any]) -> str:
+def _headline(study: dict[str, Any], times: StepTimes) -> str:
     tokens, steps = (_range(run[name] for run in study["runs"]) for name in ("tokens", "steps"))
     budget = "no common budget" if study["budget"] == "none" else f"equal {study['budget']} as {study['reference']}"
     places = [f"{hardware(place['machine'])}, {software(place['versions'])}" for place in study["places"]]
+    at_equal_time = (
+        f" At equal measured time, {study['reference']} is at its end. A contender whose step takes longer is in the "
+        "middle of its run, before its learning rate has fallen."
+    )
     masked = not study["runs"][0]["settings"]["architecture"].get("is_causal", True)
     return (
         f"{study['data']}; {tokens} tokens a run, {steps} steps; {budget}; "
@@ -194,6 +201,7 @@ def _headline(study: dict[str, Any]) -> str:
         "deviation is over these differences, so it can be smaller than those of the perplexities. A run is at "
         f"the final loss of {study['reference']} when its validation loss is the one that {study['reference']} ends "
         "with at the same seed. The seconds until then are those of training."
+        f"{at_equal_time if times.measurements else ''}"
     )
 
 
@@ -226,6 +234,7 @@ def _cells(row: dict[str, Any], reference: str, times: StepTimes) -> dict[str, A
         "training, s": f"{row['train_seconds']:.0f}",
         "ms a step": "-" if per_step is None else f"{1000 * per_step:.1f}",
         **_cells_to_loss(row["to_reference_loss"], reference, bool(times.measurements)),
+        **_cells_at_equal_time(row, bool(times.measurements)),
         "peak memory, MiB": "-" if peak is None else round(peak / 2**20),
     }
 
@@ -240,6 +249,12 @@ def _cells_to_loss(reaching: dict[str, Any], reference: str, measured: bool) -> 
     if pairs and not reached:
         return dict.fromkeys(columns, "not reached")
     return {heading: with_deviation(reaching[name], ".1f") + partly for heading, name in columns.items()}
+
+
+def _cells_at_equal_time(row: dict[str, Any], measured: bool) -> dict[str, str]:
+    if not measured:
+        return {}
+    return {"difference at equal measured time, %": paired(row["at_equal_time"], "+.2f", row["pairs"], row["seeds"])}
 
 
 def _gap_cells(row: dict[str, Any]) -> dict[str, str]:

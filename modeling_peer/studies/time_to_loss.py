@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_peer authors. Licensed under the Apache License, Version 2.0.
-"""How long a contender trains until its validation loss is the one that the reference ends with."""
+"""Contenders at equal seconds: the time to the loss that the reference ends with, and the loss at its last second."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -51,3 +52,33 @@ def time_to_loss(
         seconds=mean_and_deviation([curve.seconds_at(tokens) for curve, tokens in reached]),
         measured_seconds=mean_and_deviation(measured),
     )
+
+
+def difference_at_equal_time(
+    contender: Mapping[int, ValidationCurve],
+    reference: Mapping[int, ValidationCurve],
+    ms_per_token: float | None,
+    reference_ms_per_token: float | None,
+) -> list[float | None]:
+    """Perplexity of the contender at the second at which the reference ends, paired by seed, by measured steps.
+
+    A contender whose steps take longer is in the middle of its run by then, and its learning rate is not yet at its
+    end. One whose steps are shorter is at its end.
+
+    Args:
+        contender: the curves of its runs, by seed.
+        reference: the same for the reference.
+        ms_per_token: measured milliseconds of a training step, divided by its tokens; None: not measured.
+
+    Returns:
+        mean and standard deviation over pairs of the difference in percent of the reference's perplexity, of the
+        examples that the curves are of; [None, None] without pairs or measured times.
+    """
+    if ms_per_token is None or reference_ms_per_token is None:
+        return [None, None]
+    differences = []
+    for seed in contender.keys() & reference.keys():
+        end = reference[seed].tokens[-1] * reference_ms_per_token / ms_per_token
+        loss = contender[seed].loss_at(min(end, contender[seed].tokens[-1]))
+        differences.append(100 * math.expm1(loss - reference[seed].losses[-1]))
+    return mean_and_deviation(differences)

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from modeling_peer.studies.gaps import Gap, gap_along_the_run
-from modeling_peer.studies.time_to_loss import time_to_loss
+from modeling_peer.studies.time_to_loss import difference_at_equal_time, time_to_loss
 from modeling_peer.studies.validation_curve import ValidationCurve
 
 STEPS = 10
@@ -135,6 +135,19 @@ def test_a_loss_that_is_not_reached_counts_as_such_seed_by_seed():
     assert found.seconds == [pytest.approx(50), None]
     none = time_to_loss({1: contender[1]}, {1: curve(dense)}, None)
     assert (none.reached, none.seconds) == (0, [None, None])
+
+
+def test_at_equal_time_a_slower_contender_is_in_the_middle_of_its_run():
+    # a step twice as long: 500 tokens when the reference ends, half a nat before the loss at 1000
+    slower = {seed: curve(dense) for seed in range(2)}
+    found = difference_at_equal_time(slower, {0: curve(dense), 1: curve(dense)}, 0.2, 0.1)
+    assert found == [pytest.approx(100 * (math.exp(0.5) - 1)), pytest.approx(0)]
+    # a faster one has nothing left to train
+    faster = {0: curve(lambda tokens: dense(tokens) - 0.1)}
+    found = difference_at_equal_time(faster, {0: curve(dense)}, 0.05, 0.1)
+    assert found == [pytest.approx(100 * (math.exp(-0.1) - 1)), None]
+    assert difference_at_equal_time(faster, {0: curve(dense)}, None, 0.1) == [None, None]
+    assert difference_at_equal_time(faster, {7: curve(dense)}, 0.1, 0.1) == [None, None]
 
 
 def test_between_points_seconds_are_linear_in_tokens_and_begin_at_zero():
