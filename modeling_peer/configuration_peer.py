@@ -248,6 +248,7 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.dense_mlp.up_proj": "colwise",
         "layers.*.dense_mlp.down_proj": "rowwise",
         "layers.*.mlp.experts": "expert_rows",
+        "layers.*.grown_pools.*.experts": "expert_rows",
         "layers.*.hashed_memory.experts": "expert_rows",
     }
     base_model_ep_plan = {
@@ -258,6 +259,13 @@ class PeerConfig(PreTrainedConfig):
         "layers.*.mlp.experts.up_scale": "expert_rows",
         "layers.*.mlp.experts.gate_scale": "expert_rows",
         "layers.*.mlp.experts": "ep_dispatch_experts",
+        "layers.*.grown_pools.*.experts.down_embed": "expert_rows",
+        "layers.*.grown_pools.*.experts.up_embed": "expert_rows",
+        "layers.*.grown_pools.*.experts.gate_embed": "expert_rows",
+        "layers.*.grown_pools.*.experts.down_scale": "expert_rows",
+        "layers.*.grown_pools.*.experts.up_scale": "expert_rows",
+        "layers.*.grown_pools.*.experts.gate_scale": "expert_rows",
+        "layers.*.grown_pools.*.experts": "ep_dispatch_experts",
         "layers.*.hashed_memory.experts.up_embed": "expert_rows",
         "layers.*.hashed_memory.experts.up_scale": "expert_rows",
         "layers.*.hashed_memory.experts": "ep_dispatch_experts",

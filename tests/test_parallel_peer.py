@@ -23,6 +23,17 @@ RMS = {"query_norm": "rms_norm"}
 SHARED = {"mlp_layer_types": ["sparse", "dense", "sparse"], "share_expert_tables": True, "gated_experts": True}
 MEMORY = {"sparse_mlp": "product_key_memory", "gated_memory": True}
 HASHED = {"sparse_mlp": "hashed_memory"}
+POOL = {
+    "num_sub_keys": 6,
+    "num_retrieval_heads": 2,
+    "num_experts_per_head": 4,
+    "query_dim": 8,
+    "query_norm": "rms_norm",
+}
+GROWN = {
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "grown_pools": [{"layers": [1], **POOL}, {"layers": [1], **POOL}],
+}
 ROW_SPARSE = {"row_sparse_gradients": True}
 DOUBLE = {"dtype": torch.float64, "experts_implementation": "eager"}
 
@@ -63,6 +74,8 @@ def weights(folder, dtype=torch.float64):
         (2, {"tp_size": 2}, HASHED | ROW_SPARSE),
         (4, {"tp_size": 4}, {"parallel_hashed_memory": True}),  # 150 rows: the last rank has fewer
         (4, {"tp_size": 4}, {"num_kept_experts": 30}),  # a slice: ids are looked up before rows are shared out
+        (2, {"tp_size": 2}, RMS | GROWN),  # 36 experts in each grown pool
+        (4, {"tp_size": 4}, GROWN | ROW_SPARSE),
         (4, {"tp_size": 4, "ep_size": 4}, {}),  # the same traffic, asked for by the other name
         (2, {"fsdp_size": 2}, RMS),  # tables as any other parameter
         (4, {"tp_size": 2, "fsdp_size": 2}, RMS),  # rows of rows: FSDP2 shards what tensor parallelism left
@@ -71,6 +84,7 @@ def weights(folder, dtype=torch.float64):
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | SHARED),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | MEMORY),
         (4, {"fsdp_size": 4, "ep_size": 2}, HASHED),
+        (4, {"fsdp_size": 4, "ep_size": 2}, RMS | GROWN),
         (4, {"fsdp_size": 4, "ep_size": 2}, RMS | {"num_kept_experts": 30}),
     ],
     ids=str,
