@@ -3,6 +3,7 @@
 
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -143,13 +144,14 @@ def test_ranks_are_as_near_to_float32_as_one_process_in_bfloat16(tmp_path, tiny_
     tokens = torch.randint(256, (4, 64))
     exact = gradients(tmp_path / "start", tokens, torch.float32)
 
-    def mean_error(of):
-        return sum(((of[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact) / len(exact)
+    def errors(of):
+        return [((of[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact]
 
-    one = mean_error(gradients(tmp_path / "start", tokens, torch.bfloat16))
+    one = mean(errors(gradients(tmp_path / "start", tokens, torch.bfloat16)))
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1.5 * one)):
         for many in run_ranks(2, tmp_path, gradients, tmp_path / "start", tokens, dtype, sizes):
-            assert mean_error(many) < bound
+            assert mean(errors(many)) < bound
+            assert max(errors(many)) < 0.9  # measured at most 0.54; of zeros it would be 1
 
 
 @pytest.mark.slow
@@ -169,6 +171,16 @@ def test_a_checkpoint_of_four_ranks_loads_on_one_two_and_four(tmp_path, checkpoi
         for rows, logits, _ in loaded:
             assert {table.shape for table in rows.values()} == {(64 // num_ranks, 32)}
             torch.testing.assert_close(logits, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"fsdp_size": 2, "ep_size": 2}], ids=str)
+def test_tables_of_grown_pools_are_sharded(tmp_path, checkpoint, sizes):
+    require(sizes)
+    start = checkpoint(**GROWN)
+    for rows, _, _ in run_ranks(2, tmp_path, load, start, sizes):
+        assert {table.shape for name, table in rows.items() if "grown_pools" in name} == {(18, 32)}  # of 36
+        assert len(rows) == 6
 
 
 @pytest.mark.slow

@@ -134,7 +134,9 @@ def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
         others = {run["seed"]: run["validation_perplexity"] for run in groups.get((size, study["reference"]), [])}
         ratios = [run["validation_perplexity"] / others[run["seed"]] for run in runs if run["seed"] in others]
         own, of_reference = (curves.get((size, name), {}) for name in (contender, study["reference"]))
-        ms_per_token, of_its_reference = (times.ms_per_token(name, size) for name in (contender, study["reference"]))
+        ms_per_token, reference_ms_per_token = (
+            times.ms_per_token(name, size) for name in (contender, study["reference"])
+        )
         reaching = time_to_loss(own, of_reference, ms_per_token)
         gap = None if contender == study["reference"] else gap_along_the_run(own, of_reference)
         peaks = _known(run["peak_memory_bytes"] for run in runs)
@@ -150,7 +152,7 @@ def make_rows(study: dict[str, Any], times: StepTimes) -> list[dict[str, Any]]:
             "train_seconds": round(mean(run["train_seconds"] for run in runs), 1),
             "seconds_per_step": median(steps) if steps else None,
             "to_reference_loss": asdict(reaching),
-            "at_equal_time": difference_at_equal_time(own, of_reference, ms_per_token, of_its_reference),
+            "at_equal_time": difference_at_equal_time(own, of_reference, ms_per_token, reference_ms_per_token),
             "gap_along_the_run": gap and asdict(gap),
             "peak_memory_bytes": max(peaks, default=None),
         }

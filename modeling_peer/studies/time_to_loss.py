@@ -62,8 +62,8 @@ def difference_at_equal_time(
 ) -> list[float | None]:
     """Perplexity of the contender at the second at which the reference ends, paired by seed, by measured steps.
 
-    A contender whose steps take longer is in the middle of its run by then, and its learning rate is not yet at its
-    end. One whose steps are shorter is at its end.
+    A contender whose steps take longer is in the middle of its run by then, before its learning rate has fallen. It is
+    left out if it has no evaluation yet. One whose steps are shorter is at its end.
 
     Args:
         contender: the curves of its runs, by seed.
@@ -71,14 +71,15 @@ def difference_at_equal_time(
         ms_per_token: measured milliseconds of a training step, divided by its tokens; None: not measured.
 
     Returns:
-        mean and standard deviation over pairs of the difference in percent of the reference's perplexity, of the
-        examples that the curves are of; [None, None] without pairs or measured times.
+        mean and standard deviation over pairs of the difference in percent of the reference's perplexity, on the
+        examples of the curves; [None, None] without pairs or measured times.
     """
     if ms_per_token is None or reference_ms_per_token is None:
         return [None, None]
     differences = []
     for seed in contender.keys() & reference.keys():
-        end = reference[seed].tokens[-1] * reference_ms_per_token / ms_per_token
-        loss = contender[seed].loss_at(min(end, contender[seed].tokens[-1]))
-        differences.append(100 * math.expm1(loss - reference[seed].losses[-1]))
+        curve = contender[seed]
+        end = min(reference[seed].tokens[-1] * reference_ms_per_token / ms_per_token, curve.tokens[-1])
+        if end >= curve.tokens[0]:
+            differences.append(100 * math.expm1(curve.loss_at(end) - reference[seed].losses[-1]))
     return mean_and_deviation(differences)

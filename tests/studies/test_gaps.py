@@ -146,6 +146,8 @@ def test_at_equal_time_a_slower_contender_is_in_the_middle_of_its_run():
     faster = {0: curve(lambda tokens: dense(tokens) - 0.1)}
     found = difference_at_equal_time(faster, {0: curve(dense)}, 0.05, 0.1)
     assert found == [pytest.approx(100 * (math.exp(-0.1) - 1)), None]
+    # eleven times as long: its first evaluation, at a tenth of the run, is still to come
+    assert difference_at_equal_time(slower, {0: curve(dense)}, 1.1, 0.1) == [None, None]
     assert difference_at_equal_time(faster, {0: curve(dense)}, None, 0.1) == [None, None]
     assert difference_at_equal_time(faster, {7: curve(dense)}, 0.1, 0.1) == [None, None]
 

@@ -2,7 +2,8 @@
 """Upstream's tests of several processes, for a model whose queries BatchNorm normalises.
 
 Two tests compare runs that see different batches, or a run that loads a checkpoint in the middle with one that does
-not. BatchNorm makes these differ. For both cases docs/finetuning.md names a call; here each loaded model gets it.
+not. BatchNorm makes these differ. For both cases docs/finetuning.md names a call; here each loaded model gets it. So
+statistics of a batch are not exercised in the first of them.
 """
 
 from unittest import mock

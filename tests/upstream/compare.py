@@ -8,9 +8,9 @@ REFERENCE = "LlamaModelTest"
 # Why a test need not pass where Llama passes. A reason states a fact and names the test that shows it.
 ACCEPTED = {
     "PeerSharedModelTest::test_fsdp2_expert_parallel_bf16_grads_1_experts_not_sharded": (
-        "rounding to bfloat16 retrieves other experts for some tokens, on one device too: the norm of a gradient "
-        "of sub-keys is 5.4 % off float32 on one, 3.1 % on two, and upstream allows 2 % between them; in float32 they "
-        "agree to 5e-7, in bfloat16 they are equally near to it (as_near_to_float32 in tests/test_parallel_peer.py)"
+        "Rounding to bfloat16 retrieves other experts for some tokens, on one device too. The norm of a gradient of "
+        "sub-keys is 5.4 % off float32 on one, 3.1 % on two, and upstream allows 2 % between them. In float32 they "
+        "agree to 5e-7, in bfloat16 they are equally near to it (as_near_to_float32 in tests/test_parallel_peer.py)."
     ),
 }
 
