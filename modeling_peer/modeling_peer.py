@@ -475,6 +475,15 @@ class PeerForCausalLM(PeerLanguageModel, GenerationMixin):
         with statistics_as_in_evaluation(self):
             return super().generate(*args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        # some releases find out in a thread of their own, which then dies, and a server with it
+        if self.config.has_hashed_memory:
+            raise ValueError(
+                "A hashed memory reads earlier tokens, and Transformers' continuous batching keeps none for it. Use "
+                "generate(), or `peer serve` without --continuous-batching."
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @can_return_tuple
     def forward(
         self,

@@ -158,6 +158,12 @@ def test_a_static_cache_that_would_have_to_drop_candidates_is_refused(tiny_confi
 
 
 @torch.no_grad()
+def test_continuous_batching_is_refused(model):
+    for begin in (model.init_continuous_batching, lambda: model.generate_batch([[3, 4, 5]])):
+        with pytest.raises(ValueError, match=r"keeps none for it\. Use generate\(\)"):
+            begin()
+
+
 def test_a_cache_of_another_batch_or_configuration_is_refused(tiny_config, tokens):
     model = PeerForCausalLM(tiny_config(**HASHED)).eval()
     cache = DynamicCache(config=model.config)
