@@ -112,7 +112,7 @@ def _backward_of(name: str) -> Callable:
     def call(ctx, *gradients):
         try:
             return backward(ctx, *gradients)
-        except Exception as error:
+        except Exception as error:  # compilers raise many kinds; other errors are raised again
             cause = record_compiler_failure(error, ctx.implementation)
             if cause is None:
                 raise
